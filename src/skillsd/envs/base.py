@@ -1,0 +1,94 @@
+"""What an environment is: `Environment` plays one episode, `TaskSet` says which tasks there are.
+
+Environments know nothing of models, tokens, skills' banks or methods. `skillsd.envs.conformance` checks that an
+implementation keeps the promises written here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from skillsd.types import Demonstration, Message, Skill, Task, Trajectory
+
+
+@dataclass(frozen=True)
+class Step:
+    """The environment's answer to one action.
+
+    Attributes:
+        observation: what the agent is shown next, in words. An invalid action is answered here, never by an exception.
+        done: the episode is over.
+        score: completion so far, in [0, 1].
+        success: every sub-goal is reached (then ``score`` is 1 and ``done`` is True).
+        info: structured account of the step for summarisers and viewers; JSON-able.
+    """
+
+    observation: str
+    done: bool
+    score: float
+    success: bool
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Environment(ABC):
+    """One episode at a time: `reset`, then `step` until done, then `close`. May be reset again after an episode."""
+
+    @abstractmethod
+    async def reset(self, task: Task, seed: int) -> tuple[Message, ...]:
+        """Set the task up and return the first prompt. The same task and seed give the same episode."""
+
+    @abstractmethod
+    async def step(self, action: str) -> Step:
+        """Take the agent's text. Any text is legal; an unusable one is answered in words and changes nothing."""
+
+    async def close(self) -> None:  # noqa: B027 (most environments hold nothing that needs closing)
+        """Free what the episode holds. Closing twice is harmless."""
+
+
+class TaskSet(ABC):
+    """The tasks of one environment by split, and what its package brings along.
+
+    The constructor takes the options that a recipe gives under ``environment.options`` as keyword arguments, and
+    raises `skillsd.errors.UserError` for a bad one.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits. ``train`` is the only one that training, the bank and skills may touch."""
+
+    @property
+    @abstractmethod
+    def max_turns(self) -> int:
+        """The most turns an episode may take."""
+
+    @abstractmethod
+    def tasks(self, split: str) -> Sequence[Task]:
+        """The tasks of a split, always in the same order. Raises UserError for an unknown split."""
+
+    @abstractmethod
+    def make(self) -> Environment:
+        """A fresh environment."""
+
+    def fingerprint(self, split: str) -> str:
+        """Identifies the content of a split: results over different fingerprints are not comparable."""
+        import hashlib
+
+        return hashlib.sha256("\n".join(task.id for task in self.tasks(split)).encode()).hexdigest()[:16]
+
+    def summariser(self) -> Callable[[Trajectory], Skill | None] | None:
+        """A rule-based summariser of this environment's trajectories (no language model), if it has one."""
+        return None
+
+    def oracle(self, task: Task) -> str | None:
+        """A reference solution in words (the privileged context of OPSD), if there is one."""
+        return None
+
+    def demonstrations(self, split: str, *, seed: int, **options: Any) -> Iterator[Demonstration]:
+        """An endless stream of episodes to imitate in the warm start."""
+        raise NotImplementedError(f"environment {self.name!r} brings no demonstrations")
