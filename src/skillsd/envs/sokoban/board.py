@@ -1,0 +1,241 @@
+"""The rules of Sokoban: an immutable level, its states, what a move does, and which states are surely lost.
+
+Cells are ints, ``row * width + column``, 0-based over the whole room with its border. A state is
+``(player, boxes)`` with the boxes sorted, so equal positions are equal tuples. A move is an index into `MOVES`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from skillsd.errors import UserError
+
+MOVES = ("Up", "Down", "Left", "Right")
+OPPOSITE = (1, 0, 3, 2)
+STEPS = ((-1, 0), (1, 0), (0, -1), (0, 1))
+
+State = tuple[int, tuple[int, ...]]
+
+_LEGAL = "#.$*@+ -_"
+
+
+@dataclass(frozen=True)
+class Level:
+    """A level: the room, and where everything stands at the start.
+
+    Attributes:
+        height, width: size of the room in cells, border included.
+        walls, targets, boxes: sorted cells. There are as many boxes as targets, at least one.
+        player: the player's cell.
+    """
+
+    height: int
+    width: int
+    walls: tuple[int, ...]
+    targets: tuple[int, ...]
+    boxes: tuple[int, ...]
+    player: int
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[str]) -> Level:
+        """Read standard ASCII (XSB) rows: ``#`` wall, ``.`` target, ``$`` box, ``*`` box on target, ``@`` player,
+        ``+`` player on target; space, ``-`` or ``_`` is floor. Short rows are padded with floor.
+
+        Raises:
+            UserError: for an unknown symbol, not exactly one player, or not as many boxes (>= 1) as targets.
+        """
+        height, width = len(rows), max((len(row) for row in rows), default=0)
+        cells: dict[str, list[int]] = {symbol: [] for symbol in _LEGAL}
+        for row, text in enumerate(rows):
+            for column, symbol in enumerate(text):
+                if symbol not in cells:
+                    raise UserError(f"level row {row} has {symbol!r}; expected one of {_LEGAL!r}: {text!r}")
+                cells[symbol].append(row * width + column)
+        players = cells["@"] + cells["+"]
+        boxes = tuple(sorted(cells["$"] + cells["*"]))
+        targets = tuple(sorted(cells["."] + cells["*"] + cells["+"]))
+        if len(players) != 1:
+            raise UserError(f"level has {len(players)} players (@ or +); expected exactly 1")
+        if not boxes or len(boxes) != len(targets):
+            raise UserError(f"level has {len(boxes)} boxes and {len(targets)} targets; expected as many, at least 1")
+        return cls(height, width, tuple(cells["#"]), targets, boxes, players[0])
+
+    @property
+    def start(self) -> State:
+        """The state in which the level begins."""
+        return self.player, self.boxes
+
+    def rows(self, state: State | None = None) -> list[str]:
+        """ASCII rows (XSB) of the given state, by default of the start."""
+        player, boxes = self.start if state is None else state
+        grid = [" "] * (self.height * self.width)
+        for cell in self.walls:
+            grid[cell] = "#"
+        for cell in self.targets:
+            grid[cell] = "."
+        for cell in boxes:
+            grid[cell] = "*" if grid[cell] == "." else "$"
+        grid[player] = "+" if grid[player] == "." else "@"
+        text = "".join(grid)
+        return [text[i : i + self.width] for i in range(0, len(text), self.width)]
+
+    def ascii(self, state: State | None = None) -> str:
+        """`rows` joined by newlines."""
+        return "\n".join(self.rows(state))
+
+    def at(self, state: State) -> Level:
+        """The same room with another start."""
+        return Level(self.height, self.width, self.walls, self.targets, state[1], state[0])
+
+    def cell_name(self, cell: int) -> str:
+        """``r2c3`` for row 2, column 3 (0-based, border included)."""
+        return f"r{cell // self.width}c{cell % self.width}"
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """`cell_name` of every cell."""
+        return tuple(self.cell_name(cell) for cell in range(self.height * self.width))
+
+    @cached_property
+    def id(self) -> str:
+        """16 hex digits of the content's hash; rotated and mirrored levels share it."""
+        smallest = min("\n".join(rows) for rows in symmetries(self.rows()))
+        return hashlib.sha256(smallest.encode()).hexdigest()[:16]
+
+    @cached_property
+    def neighbours(self) -> tuple[tuple[int, int, int, int], ...]:
+        """``neighbours[cell][move]`` is the next cell, or -1 where a wall or the edge of the room is."""
+        walls = frozenset(self.walls)
+        table = []
+        for cell in range(self.height * self.width):
+            row, column = divmod(cell, self.width)
+            around = []
+            for down, right in STEPS:
+                r, c = row + down, column + right
+                inside = 0 <= r < self.height and 0 <= c < self.width
+                around.append(r * self.width + c if inside and r * self.width + c not in walls else -1)
+            table.append((around[0], around[1], around[2], around[3]))
+        return tuple(table)
+
+    @cached_property
+    def floor(self) -> tuple[int, ...]:
+        """Cells that are not walls, sorted."""
+        walls = frozenset(self.walls)
+        return tuple(cell for cell in range(self.height * self.width) if cell not in walls)
+
+    @cached_property
+    def push_distance(self) -> dict[int, int]:
+        """Fewest pushes that bring a lone box from a cell to any target, wherever the player stands.
+
+        Found by pulling boxes away from the targets; a cell that is absent is a dead square: a box there can never
+        reach a target, whatever the other boxes do.
+        """
+        distance = dict.fromkeys(self.targets, 0)
+        frontier = list(self.targets)
+        for box in frontier:
+            for move in range(4):
+                back = self.neighbours[box][move]  # the box came from here, pushed in the opposite direction ...
+                if back < 0 or back in distance:
+                    continue
+                if self.neighbours[back][move] >= 0:  # ... by a player standing behind it
+                    distance[back] = distance[box] + 1
+                    frontier.append(back)
+        return distance
+
+    def play(self, state: State, move: int) -> State | None:
+        """The state after a move, or None if it is blocked. The boxes differ exactly if the move was a push."""
+        player, boxes = state
+        ahead = self.neighbours[player][move]
+        if ahead < 0:
+            return None
+        if ahead not in boxes:
+            return ahead, boxes
+        beyond = self.neighbours[ahead][move]
+        if beyond < 0 or beyond in boxes:
+            return None
+        if len(boxes) == 1:
+            return ahead, (beyond,)
+        return ahead, tuple(sorted(beyond if box == ahead else box for box in boxes))
+
+    def is_solved(self, state: State) -> bool:
+        """Every box stands on a target."""
+        return state[1] == self.targets
+
+    def on_target(self, state: State) -> int:
+        """Number of boxes that stand on a target."""
+        return sum(box in self.targets for box in state[1])
+
+    def is_dead(self, state: State) -> bool:
+        """True only if the state can't be solved any more (sound); some lost states are not recognised (incomplete).
+
+        Two checks: a box on a dead square, and a box off target that is frozen by walls and other boxes.
+        """
+        boxes = state[1]
+        if any(box not in self.push_distance for box in boxes):
+            return True
+        if len(boxes) == 1:  # a lone box that is frozen off target stands on a dead square
+            return False
+        frozen: set[int] = set()
+        for box in boxes:
+            frozen |= self._frozen_with(box, frozenset(boxes))
+        return any(box not in self.targets for box in frozen)
+
+    def _frozen_with(self, box: int, boxes: frozenset[int]) -> set[int]:
+        """The boxes that hold `box` in place for ever, itself included; empty if it may be moved."""
+        held: set[int] = set()
+        stood = frozenset({box})
+        for axis in ((0, 1), (2, 3)):
+            holders = self._blocked(box, axis, boxes, stood)
+            if holders is None:
+                return set()
+            held |= holders
+        return held | {box}
+
+    def _blocked(
+        self, box: int, axis: tuple[int, int], boxes: frozenset[int], stood: frozenset[int]
+    ) -> set[int] | None:
+        """Whether `box` can never move along `axis` usefully: the boxes that block it, or None if it may move.
+
+        `stood` are the boxes already assumed to be immovable on the way here: they count as walls, which ends the
+        recursion and is right because they all are frozen together or none is.
+        """
+        one, other = self.neighbours[box][axis[0]], self.neighbours[box][axis[1]]
+        if one < 0 or other < 0 or one in stood or other in stood:
+            return set()
+        if one not in self.push_distance and other not in self.push_distance:
+            return set()  # both ways lead to a dead square
+        across = (2, 3) if axis == (0, 1) else (0, 1)
+        for neighbour in (one, other):
+            if neighbour in boxes:
+                holders = self._blocked(neighbour, across, boxes, stood | {box})
+                if holders is not None:
+                    return holders | {neighbour}
+        return None
+
+
+def symmetries(rows: Sequence[str]) -> Iterator[list[str]]:
+    """The eight rotations and reflections of a rectangle of text."""
+    current = list(rows)
+    for _ in range(4):
+        yield current
+        yield [row[::-1] for row in current]
+        current = ["".join(column) for column in zip(*reversed(current), strict=True)]
+
+
+def count_pushes(level: Level, state: State, moves: Sequence[int]) -> int:
+    """How many of the moves, played from `state`, push a box.
+
+    Raises:
+        ValueError: if a move is blocked.
+    """
+    pushes = 0
+    for move in moves:
+        after = level.play(state, move)
+        if after is None:
+            raise ValueError(f"{MOVES[move]} is blocked in\n{level.ascii(state)}")
+        pushes += after[1] != state[1]
+        state = after
+    return pushes

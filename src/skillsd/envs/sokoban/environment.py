@@ -1,0 +1,187 @@
+"""The Sokoban task set and its environment. All of the game is synchronous and in memory: see `Game`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from skillsd.envs.base import Environment, Step, TaskSet
+from skillsd.envs.sokoban import language, levels
+from skillsd.envs.sokoban.board import MOVES, Level
+from skillsd.envs.sokoban.presets import PRESETS, STYLES, Preset
+from skillsd.envs.sokoban.solver import solve
+from skillsd.errors import UserError, unknown_name
+from skillsd.types import Message, Task
+
+
+class Game:
+    """One episode: a level, its state, and the moves spent. The rules (budget, style) come from the preset."""
+
+    def __init__(self, level: Level, rules: Preset) -> None:
+        self.level = level
+        self.rules = rules
+        self.state = level.start
+        self.steps = 0
+
+    @property
+    def done(self) -> bool:
+        """Solved, or no moves are left."""
+        return self.steps >= self.rules.max_steps or self.level.is_solved(self.state)
+
+    def prompt(self) -> tuple[Message, ...]:
+        """The first messages of the episode."""
+        rules = self.rules
+        return (Message("user", language.prompt(self.level, rules.style, rules.max_steps, rules.max_actions_per_turn)),)
+
+    def step(self, action: str) -> Step:
+        """Take an agent's text. After the end of the episode nothing moves any more.
+
+        ``info`` holds ``moves`` (words of the moves carried out, blocked ones included), ``board`` (ASCII rows
+        afterwards), ``boxes_moved`` (pushes), ``invalid`` and ``deadlock`` (the state is surely lost).
+        """
+        level, rules = self.level, self.rules
+        parsed = language.parse(action)
+        given = parsed or []
+        executed: list[int] = []
+        blocked: list[int] = []
+        pushes = 0
+        if parsed is None and not self.done:
+            self.steps += 1
+        for move in given[: rules.max_actions_per_turn]:
+            if self.done:
+                break
+            self.steps += 1
+            executed.append(move)
+            after = level.play(self.state, move)
+            if after is None:
+                blocked.append(move)
+            else:
+                pushes += after[1] != self.state[1]
+                self.state = after
+        answer = language.Answer(
+            moves=executed,
+            blocked=blocked,
+            invalid=parsed is None,
+            dropped=max(0, len(given) - rules.max_actions_per_turn),
+            steps_left=rules.max_steps - self.steps,
+        )
+        solved = level.is_solved(self.state)
+        return Step(
+            observation=language.observe(level, self.state, answer, rules.style, rules.max_actions_per_turn),
+            done=self.done,
+            score=level.on_target(self.state) / len(level.boxes),
+            success=solved,
+            info={
+                "moves": [MOVES[move] for move in executed],
+                "board": level.ascii(self.state),
+                "boxes_moved": pushes,
+                "invalid": parsed is None,
+                "deadlock": not solved and level.is_dead(self.state),
+            },
+        )
+
+
+class SokobanEnvironment(Environment):
+    """Plays one `Game` at a time."""
+
+    def __init__(self, rules: Preset) -> None:
+        self._rules = rules
+        self._game: Game | None = None
+
+    async def reset(self, task: Task, seed: int) -> tuple[Message, ...]:
+        """Start the task's level. Nothing is random, so the seed makes no difference.
+
+        Raises:
+            UserError: if the task's payload holds no legal level.
+        """
+        self._game = Game(level_of(task), self._rules)
+        return self._game.prompt()
+
+    async def step(self, action: str) -> Step:
+        if self._game is None:
+            raise RuntimeError("step() before reset()")
+        return self._game.step(action)
+
+    async def close(self) -> None:
+        self._game = None
+
+
+def level_of(task: Task) -> Level:
+    """The level in a task's payload. Raises UserError if there is none, or it is not legal."""
+    rows = task.payload.get("level")
+    if not isinstance(rows, str):
+        raise UserError(f"Sokoban task {task.id!r} needs payload['level'], ASCII rows; got {task.payload!r}")
+    return Level.from_rows(rows.split("\n"))
+
+
+def task_of(level: Level, split: str, moves: int) -> Task:
+    """The task of playing a level whose optimal solution takes `moves`."""
+    return Task(level.id, Sokoban.name, split, {"level": level.ascii()}, float(moves))
+
+
+class Sokoban(TaskSet):
+    """Push all boxes onto the targets.
+
+    Args:
+        preset: which levels, and the rules of an episode; see `skillsd.envs.sokoban.presets.PRESETS`.
+        style: ``terse``, ``objects`` or ``grid``; by default the preset's.
+        max_steps: moves in an episode; by default the preset's.
+        max_actions_per_turn: moves that one answer may hold; by default the preset's.
+
+    Raises:
+        UserError: for an unknown preset or style, or a number below 1.
+    """
+
+    name: ClassVar[str] = "sokoban"
+
+    shortcuts: ClassVar[Mapping[str, str]] = {"w": "Up", "a": "Left", "s": "Down", "d": "Right"}
+    """Keys for people, see `skillsd.envs.play`."""
+
+    def __init__(
+        self,
+        preset: str = "nano",
+        style: str | None = None,
+        max_steps: int | None = None,
+        max_actions_per_turn: int | None = None,
+    ) -> None:
+        if preset not in PRESETS:
+            raise unknown_name("Sokoban preset", str(preset), PRESETS)
+        if style is not None and style not in STYLES:
+            raise unknown_name("Sokoban style", str(style), STYLES)
+        changes: dict[str, Any] = {} if style is None else {"style": style}
+        for option, value in (("max_steps", max_steps), ("max_actions_per_turn", max_actions_per_turn)):
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"Sokoban option {option} is {value!r}; expected a whole number, at least 1")
+            changes[option] = value
+        self.preset = preset
+        self.rules: Preset = replace(PRESETS[preset], **changes)
+        self._tasks: dict[str, tuple[Task, ...]] = {}
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.rules.splits)
+
+    @property
+    def max_turns(self) -> int:
+        return self.rules.max_steps
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        """The levels of a split, easy to hard."""
+        if split not in self.splits:
+            raise unknown_name(f"split of Sokoban {self.preset}", split, self.splits)
+        if split not in self._tasks:
+            entries = levels.panel(self.preset)[split]
+            self._tasks[split] = tuple(task_of(entry.level, split, entry.moves) for entry in entries)
+        return self._tasks[split]
+
+    def make(self) -> Environment:
+        return SokobanEnvironment(self.rules)
+
+    def oracle(self, task: Task) -> str | None:
+        """An optimal plan, worded like a skill's golden workflow; None if the level can't be solved."""
+        level = level_of(task)
+        moves = solve(level)
+        return None if moves is None else language.plan(level, level.start, moves, self.rules.style)

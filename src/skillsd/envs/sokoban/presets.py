@@ -1,0 +1,125 @@
+"""What kinds of levels there are, and how an episode on them is played."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+Style = Literal["terse", "objects", "grid"]
+STYLES: tuple[Style, ...] = ("terse", "objects", "grid")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A distribution of levels, the panels drawn from it, and the rules of an episode.
+
+    Attributes:
+        height, width: size of the room in cells, its border of walls included.
+        boxes: number of boxes, and of targets.
+        max_steps: moves in an episode, blocked and invalid ones included.
+        shortest, longest: range of the optimal solution's length in moves.
+        min_pushes: levels whose optimal solution pushes less often are refused.
+        max_walls: a room has 0 to this many walls inside its border.
+        splits: number of levels by split; the order is the order in which they are drawn.
+        style: how states and answers are worded, see `skillsd.envs.sokoban.language`.
+        max_actions_per_turn: moves that one answer may hold.
+        source: where the settings come from.
+    """
+
+    height: int
+    width: int
+    boxes: int
+    max_steps: int
+    shortest: int
+    longest: int
+    min_pushes: int
+    max_walls: int
+    splits: Mapping[str, int]
+    style: Style
+    max_actions_per_turn: int
+    source: str
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "nano": Preset(
+            height=6,
+            width=6,
+            boxes=1,
+            max_steps=20,
+            shortest=6,
+            longest=14,
+            min_pushes=2,
+            max_walls=6,
+            splits={"train": 96, "tune": 256, "test": 512},
+            style="terse",
+            max_actions_per_turn=1,
+            source="our own: the smallest task on which a tiny model shows the paper's ordering",
+        ),
+        "nano-hard": Preset(
+            height=6,
+            width=6,
+            boxes=1,
+            max_steps=20,
+            shortest=10,
+            longest=16,
+            min_pushes=2,
+            max_walls=6,
+            splits={"train": 384, "tune": 256, "test": 512},
+            style="terse",
+            max_actions_per_turn=1,
+            source="our own: nano with longer solutions, where a plain base model rarely succeeds",
+        ),
+        "paper": Preset(
+            height=6,
+            width=6,
+            boxes=2,
+            max_steps=40,
+            shortest=6,
+            longest=30,
+            min_pushes=4,
+            max_walls=4,
+            splits={"train": 96, "tune": 128, "test": 64, "test512": 512},
+            style="grid",
+            max_actions_per_turn=1,
+            # The paper gives room, boxes, steps and the sizes of train and test. Not given, ours: the lengths, the
+            # pushes, the walls, the wording, one move per turn. test512 is ours too: 64 levels are +-6 points.
+            source="arXiv 2604.10674, section on Sokoban; no code is public",
+        ),
+        "ragen": Preset(
+            height=6,
+            width=6,
+            boxes=1,
+            max_steps=10,
+            shortest=2,
+            longest=10,
+            min_pushes=1,
+            max_walls=6,
+            splits={"train": 96, "tune": 64, "test": 128},
+            style="grid",
+            max_actions_per_turn=5,
+            # SimpleSokoban: dim 6x6, num_boxes 1, max_actions_per_traj 10 (config/envs.yaml), max_actions_per_turn 5
+            # (config/base.yaml; its max_turn 5 has no counterpart here). RAGEN does not limit the solution's length;
+            # we keep it within the budget of moves, or a level could not be solved at all.
+            source="RAGEN-AI/RAGEN config/envs.yaml (SimpleSokoban) and config/base.yaml; our own level generator",
+        ),
+        "verl-agent": Preset(
+            height=6,
+            width=6,
+            boxes=1,
+            max_steps=15,
+            shortest=2,
+            longest=15,
+            min_pushes=1,
+            max_walls=6,
+            splits={"train": 96, "tune": 64, "test": 128},
+            style="grid",
+            max_actions_per_turn=1,
+            # env.max_steps=15 (the script); dim_room [6, 6], num_boxes 1 (the environment's defaults there).
+            source="verl-agent examples/gigpo_trainer/run_sokoban.sh; our own level generator",
+        ),
+    }
+)
+"""The presets by name. The order matters: panels are drawn in it, each avoiding the levels of those before."""
