@@ -1,0 +1,343 @@
+"""A run is one readable file. These are its keys, their vetted defaults and what they mean.
+
+A recipe is YAML; any key can be overridden on the command line (``training.learning_rate=1e-4``). Whatever is wrong is
+told in one line that names the key, what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from skillsd.errors import UserError, unknown_name
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class LoraSection(_Section):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    target_modules: str | list[str] = "all-linear"
+
+
+class ModelSection(_Section):
+    name: str = "nano"
+    """A shipped model (``nano``), a local folder, or a hub name."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of torch. None leaves torch's own choice. Results are the same bits only at the same number."""
+    lora: LoraSection | None = None
+    """Train low-rank adapters instead of all weights."""
+    gradient_checkpointing: bool = False
+
+
+class EnvironmentSection(_Section):
+    name: str = "sokoban"
+    """A registered environment (`skillsd envs list`), or ``module:Class``."""
+    options: dict[str, Any] = {}
+    """Given to the environment's task set as keyword arguments."""
+
+
+class RolloutSection(_Section):
+    tasks_per_iteration: int = Field(16, ge=1)
+    group_size: int = Field(8, ge=2)
+    """G: episodes of one task. The paper does not give it."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the sampling distribution. Log-probs for the loss are taken at the same temperature."""
+    turn_tokens: int = Field(256, ge=1)
+    """The most tokens the student may sample in one turn."""
+    trajectory_tokens: int = Field(4096, ge=2)
+    """The most tokens of a whole trajectory, prompt included."""
+    step_seconds: float = Field(60.0, gt=0)
+    """Deadline of one call to the environment."""
+    retries: int = Field(2, ge=0)
+    """Fresh tries of an episode that the infrastructure broke; after that its group is dropped."""
+    concurrency: int = Field(256, ge=1)
+    """The most episodes under way at once."""
+
+
+class ObjectiveSection(_Section):
+    reward_weight: float | None = Field(None, ge=0)
+    """None takes the method's."""
+    lambda_sdl: float | None = Field(None, ge=0)
+    """Weight of the distillation; None takes the method's (the paper's 0.001). A method without a teacher ignores it."""
+    lambda_schedule: Literal["constant", "linear_decay", "cosine"] = "constant"
+    estimator: str = "iw_k3"
+    """How the divergence is estimated; ``iw_k3`` is the paper's."""
+    clip_low: float = Field(0.2, ge=0)
+    """Not given in the paper; 0.2 is the field's habit."""
+    clip_high: float = Field(0.2, ge=0)
+    distil_clamp: float | None = Field(None, gt=0)
+    """A change of method, off by default: tokens with a larger |l| give no distillation gradient, and are counted."""
+    scale_by_std: bool = True
+    """Divide the group's advantages by their standard deviation."""
+
+
+class TeacherSection(_Section):
+    sync_every: int = Field(1, ge=1)
+    """A synchronised teacher takes the student's weights every so many iterations; 1 needs no copy of the weights."""
+
+
+class SkillsSection(_Section):
+    summariser: Literal["rules"] = "rules"
+    """``rules``: the environment's own, without a language model."""
+    pick: Literal["ucb", "random", "last"] = "ucb"
+    ucb_c: float = Field(1.0, ge=0)
+    """Exploration constant c of UCB. Not given in the paper; 1 suits rewards in [0, 1]."""
+    template: str = "teacher"
+    """How a skill is worded in the teacher's prompt: a template of the package, or a path to one."""
+    teacher_extra_tokens: int = Field(512, ge=1)
+    """The most tokens a skill may add to the teacher's prompt. One that does not fit is counted and skipped."""
+    max_chars: int = Field(4000, ge=1)
+    """A longer skill is refused when it is written."""
+    deterministic: bool = True
+    """Wait for all summaries at the iteration's end. False: what is not ready serves a later iteration."""
+    concurrency: int = Field(16, ge=1)
+    timeout_seconds: float = Field(120.0, gt=0)
+
+
+class TrainingSection(_Section):
+    iterations: int = Field(100, ge=0)
+    learning_rate: float = Field(1e-6, gt=0)
+    warmup_iterations: int = Field(0, ge=0)
+    minibatches: int = Field(1, ge=1)
+    """Optimiser steps per epoch over the collected groups."""
+    epochs: int = Field(1, ge=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    micro_batch_tokens: int = Field(8192, ge=1)
+    """Tokens in one forward pass. Does not change the gradient, only memory and speed."""
+
+
+class CurriculumSection(_Section):
+    easy_first: bool = False
+    """Begin with the easiest tasks and let harder ones in as training goes on (the paper's Sokoban)."""
+    full_at: float = Field(0.5, gt=0, le=1)
+    """Share of the training after which every task is in."""
+
+
+class EvaluationSection(_Section):
+    split: str = "tune"
+    """Split that the learning curve is measured on. Never a training split; keep ``test`` for the end."""
+    every: int = Field(10, ge=0)
+    """Iterations between evaluations; 0 evaluates only at the end."""
+    limit: int | None = Field(None, ge=1)
+    """Only the first so many tasks."""
+    samples: int = Field(1, ge=1)
+    """Sampled episodes per task."""
+    greedy: bool = False
+    """Also play each task once greedily."""
+
+
+class CheckpointSection(_Section):
+    every: int = Field(10, ge=0)
+    """Iterations between checkpoints; 0 writes only the last one."""
+    keep: int = Field(2, ge=1)
+    """Older ones are deleted."""
+
+
+class LogSection(_Section):
+    tensorboard: bool = True
+    wandb: str | None = None
+    """Project name of Weights & Biases (needs the extra ``wandb``)."""
+    trajectories_every: int = Field(1, ge=0)
+    """Iterations between those whose trajectories are kept as JSON lines; 0 keeps none."""
+
+
+class RunConfig(_Section):
+    """One training run."""
+
+    name: str
+    method: str = "skill-sd"
+    seed: int = Field(0, ge=0)
+    model: ModelSection = ModelSection()
+    environment: EnvironmentSection = EnvironmentSection()
+    rollout: RolloutSection = RolloutSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    teacher: TeacherSection = TeacherSection()
+    skills: SkillsSection = SkillsSection()
+    training: TrainingSection = TrainingSection()
+    curriculum: CurriculumSection = CurriculumSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if not name or "/" in name or name.startswith("."):
+            raise ValueError("must be usable as a folder's name")
+        return name
+
+
+class ArchitectureSection(_Section):
+    """A new Llama-type decoder."""
+
+    hidden_size: int = Field(96, ge=8)
+    layers: int = Field(3, ge=1)
+    heads: int = Field(4, ge=1)
+    intermediate_size: int = Field(256, ge=8)
+    max_length: int = Field(512, ge=16)
+    vocabulary: int = Field(1024, ge=300)
+    """The most tokens of the new tokenizer, a byte-level BPE learnt on demonstrations."""
+
+
+class WarmStartSection(_Section):
+    steps: int = Field(1000, ge=1)
+    batch: int = Field(64, ge=1)
+    """Demonstrations a step."""
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(50, ge=0)
+    """Then the learning rate falls along a cosine to a tenth."""
+    beta2: float = Field(0.98, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    observation_weight: float = Field(0.2, ge=0)
+    """Weight of the environment's tokens; action tokens weigh 1, the prompt 0."""
+    micro_batch_tokens: int = Field(16384, ge=1)
+    demonstrations: dict[str, Any] = {}
+    """Options of the environment's demonstrations."""
+    template: str = "teacher"
+    """How a demonstration's skill is worded in its prompt; must be the run's later ``skills.template``."""
+
+
+class SftConfig(_Section):
+    """One warm start: supervised training on an environment's demonstrations."""
+
+    name: str
+    seed: int = Field(0, ge=0)
+    model: ModelSection = ModelSection()
+    new: ArchitectureSection | None = None
+    """Make a new model and tokenizer instead of loading ``model.name``."""
+    environment: EnvironmentSection = EnvironmentSection()
+    warm_start: WarmStartSection = WarmStartSection()
+
+
+C = TypeVar("C", RunConfig, SftConfig)
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load(kind: type[C], recipe: str, overrides: Iterable[str] = ()) -> C:
+    """The configuration of a recipe (a name of the package's, or a path) with ``key=value`` overrides.
+
+    Raises:
+        UserError: for an unknown recipe, unreadable YAML, or any key or value that does not fit.
+    """
+    path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        path = Path(recipe).expanduser()
+    if not path.is_file():
+        raise unknown_name("recipe", recipe, recipes())
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe {str(path)!r} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"the recipe {str(path)!r} holds {type(data).__name__}, expected keys and values")
+    for override in overrides:
+        _override(data, override)
+    return build(kind, data, where=f"recipe {recipe!r}")
+
+
+def build(kind: type[C], data: Mapping[str, Any], *, where: str) -> C:
+    """Validate; every problem in one message, a line each."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        problems = [_explain(kind, dict(problem)) for problem in error.errors()]
+        raise UserError("\n".join(f"{where}: {problem}" for problem in problems)) from error
+
+
+def dump(config: BaseModel) -> str:
+    """The resolved configuration as YAML; `load` reads it back to the same."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is no override: write key=value, e.g. training.learning_rate=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of {override!r} is not readable as YAML") from error
+    if isinstance(value, str):
+        try:  # YAML 1.1 takes 1e-4 for a string
+            value = float(value)
+        except ValueError:
+            pass
+    *parents, leaf = key.split(".")
+    here = data
+    for part in parents:
+        inner = here.get(part)
+        if inner is None:
+            inner = here[part] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"{override!r}: {part!r} is a value, not a section")
+        here = inner
+    here[leaf] = value
+
+
+def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
+    location = [part for part in problem["loc"] if not isinstance(part, int)]
+    key = ".".join(map(str, location))
+    if problem["type"] == "extra_forbidden":
+        known = _keys(kind, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        # The name may be right and only its section wrong.
+        elsewhere = [path for path in _all_keys(kind) if path.split(".")[-1] == location[-1]]
+        prefix = ".".join(map(str, location[:-1]))
+        if elsewhere:
+            hint = f" Did you mean {elsewhere[0]!r}?"
+        elif near:
+            hint = f" Did you mean {'.'.join(filter(None, [prefix, near[0]]))!r}?"
+        else:
+            hint = ""
+        return f"unknown key {key!r}.{hint} Known here: {', '.join(sorted(known))}"
+    if problem["type"] == "missing":
+        return f"the key {key!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys(kind: type[BaseModel], location: list[Any]) -> list[str]:
+    for part in location:
+        section = _section(kind, str(part))
+        if section is None:
+            return []
+        kind = section
+    return list(kind.model_fields)
+
+
+def _section(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
+    field = kind.model_fields.get(name)
+    if field is None:
+        return None
+    for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _all_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for name in kind.model_fields:
+        section = _section(kind, name)
+        found += _all_keys(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
+    return found

@@ -1,0 +1,163 @@
+"""The engine: six calls that a training loop needs of a model, wherever the model lives.
+
+`sample`, `score`, `forward_backward`, `step`, `sync_teacher`, `save`/`load`. One conformance suite
+(`tests/engines/conformance.py`) runs against every engine.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from skillsd.metrics import Mean
+    from skillsd.objective import TokenLogprobs
+
+Weights = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Continue `tokens`, the whole sequence so far, until a stop token or `max_tokens`.
+
+    Attributes:
+        seed: determines what is sampled, together with the weights and the tokens; nothing else that is being
+            decoded at the same time plays a part.
+        temperature: of the sampling distribution; 0 takes the most likely token.
+        session: name of the episode. An engine may keep its KV cache between the requests of one session;
+            each request's tokens must then extend the last one's tokens and sample.
+    """
+
+    tokens: tuple[int, ...]
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    session: str | None = None
+    weights: Weights = "student"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The sampled ids, the stop token included, with the log-prob of each under the *sampling* distribution."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stop_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Ids with the tokens marked whose log-probs are wanted. The first token has no history and can't be marked."""
+
+    tokens: tuple[int, ...]
+    mask: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.mask):
+            raise ValueError(f"{len(self.tokens)} tokens but {len(self.mask)} marks")
+        if self.mask and self.mask[0]:
+            raise ValueError("the first token can't be marked: nothing comes before it to predict it from")
+
+    @property
+    def marked(self) -> int:
+        return sum(self.mask)
+
+
+@dataclass(frozen=True)
+class TrainItem:
+    """One sequence of a training batch.
+
+    Attributes:
+        sequence: marked where the loss applies.
+        signals: what the loss needs beside the student's log-probs, a tensor ``[marked]`` or ``[marked, ...]`` each.
+    """
+
+    sequence: TokenSequence
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+LossFunction = Callable[["TokenLogprobs", Mapping[str, "Tensor"]], "tuple[Tensor, dict[str, Mean]]"]
+"""Log-probs ``[tokens]`` of the marked tokens of a micro-batch and their signals -> (summed loss, metrics)."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What an optimiser step did. Where ``applied`` is False something was not finite and nothing was updated."""
+
+    applied: bool
+    grad_norm: float
+
+
+class StaleTeacherError(RuntimeError):
+    """The teacher was to follow the student without a copy of its own, and the student has moved since."""
+
+
+class Engine(ABC):
+    """A causal language model that samples, scores and learns."""
+
+    tokenizer: Any
+    """The tokenizer of ``transformers`` that belongs to the weights, with its chat template."""
+
+    stop_tokens: frozenset[int]
+    """Ids that end a turn."""
+
+    max_length: int
+    """The most tokens a sequence may have."""
+
+    @abstractmethod
+    async def sample(self, request: SampleRequest) -> Sample:
+        """Sample a continuation. Many requests may be under way at once."""
+
+    @abstractmethod
+    def end_session(self, session: str) -> None:
+        """The episode is over: free what was kept for it. Unknown sessions are ignored."""
+
+    @abstractmethod
+    def score(
+        self,
+        sequences: Sequence[TokenSequence],
+        weights: Weights = "student",
+        *,
+        temperature: float = 1.0,
+        distribution: bool = False,
+    ) -> list[Tensor]:
+        """Log-probs of the marked tokens, in float32, on the CPU, one tensor per sequence.
+
+        Returns:
+            ``[marked]`` tensors; with `distribution` the whole ``[marked, vocabulary]``.
+
+        Raises:
+            StaleTeacherError: for the teacher, where it keeps no copy and the student moved since the last sync.
+        """
+
+    @abstractmethod
+    def forward_backward(
+        self,
+        batch: Sequence[TrainItem],
+        loss: LossFunction,
+        *,
+        temperature: float = 1.0,
+        distribution: bool = False,
+    ) -> dict[str, Mean]:
+        """Accumulate the gradient of `loss`, summed over micro-batches. The caller normalises by global counts."""
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> StepReport:
+        """Clip the gradient, check that all of it is finite, update, forget the gradient and all KV caches."""
+
+    @abstractmethod
+    def sync_teacher(self) -> None:
+        """From now on the teacher's weights are the student's of this moment."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write weights (safetensors, with tokenizer), optimiser, teacher and RNG state into an existing folder."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Take up what `save` wrote: training then goes on bit for bit."""

@@ -1,0 +1,235 @@
+"""Attention over packed tokens, plugged into the model classes of `transformers`.
+
+Every forward pass of the engine hands the model one row of *packed* tokens, ``[1, tokens]``: several sequences one
+after the other with no padding between, so that everything position-wise (projections, MLP, norms, lm_head) costs
+what the real tokens cost. Only attention has to know where one sequence ends; it asks the *plan* that travels with the
+call as a keyword argument. There are two plans:
+
+- `PackedPlan`: whole sequences, causal, differentiable (scoring and training);
+- `CachedPlan`: new tokens of many episodes over their kept keys and values (prefill and decode in one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+NAME = "skillsd_packed"
+
+
+class Plan(Protocol):
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Packed ``[tokens, heads, dim]`` (key and value may have fewer heads) -> ``[tokens, heads, dim]``."""
+        ...
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    plan: Plan | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What `transformers` calls in every layer: query, key, value are ``[1, heads, tokens, dim]``."""
+    if plan is None:
+        raise RuntimeError(f"{type(module).__name__} does not pass keyword arguments on to its attention function")
+    for name in ("softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise NotImplementedError(f"{type(module).__name__} needs attention with {name!r}")
+    if dropout:
+        raise NotImplementedError("attention dropout would make the trained log-probs differ from the sampled ones")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = plan.attend(
+        module.layer_idx,  # type: ignore[arg-type]
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scale,
+        sliding_window,
+    )
+    return out.unsqueeze(0), None
+
+
+# No mask function is registered under this name, so the model classes build no mask of their own.
+AttentionInterface.register(NAME, _attention)
+
+
+class _Spread(torch.autograd.Function):
+    """``[tokens, ...]`` -> zeros ``[size, ...]`` with each token at its own place; `_Collect` is its inverse.
+
+    The places are distinct, so each one's backward is the other's forward. Autograd's own index_select would
+    accumulate instead, several times slower on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, place: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(place)
+        return tokens.new_zeros(size, *tokens.shape[1:]).index_copy_(0, place, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (place,) = ctx.saved_tensors
+        return grads[0].index_select(0, place), None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, spread: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.size = spread.shape[0]
+        return spread.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (place,) = ctx.saved_tensors
+        grad = grads[0]
+        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, place, grad), None
+
+
+def _repeat_heads(states: Tensor, heads: int) -> Tensor:
+    """``[batch, kv_heads, length, dim]`` -> ``[batch, heads, length, dim]`` for grouped-query attention."""
+    repeats = heads // states.shape[1]
+    return states if repeats == 1 else states.repeat_interleave(repeats, dim=1)
+
+
+class PackedPlan:
+    """Whole sequences of the given lengths, packed one after the other."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.batch, self.longest = len(lengths), max(lengths)
+        sizes = torch.tensor(lengths)
+        row = torch.repeat_interleave(torch.arange(self.batch), sizes)
+        starts = torch.repeat_interleave(torch.cumsum(sizes, 0) - sizes, sizes)
+        position = torch.arange(len(row)) - starts
+        self.positions = position.unsqueeze(0).to(device)
+        # All of one length: packed and padded layouts coincide and nothing needs to be moved.
+        even = all(length == self.longest for length in lengths)
+        self.place = None if even else (row * self.longest + position).to(device)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        heads = query.shape[1]
+        q, k, v = (self._padded(states) for states in (query, key, value))
+        k, v = _repeat_heads(k, heads), _repeat_heads(v, heads)
+        if window is not None and self.longest > window:
+            ahead = torch.arange(self.longest, device=q.device)
+            distance = ahead.unsqueeze(1) - ahead.unsqueeze(0)
+            out = F.scaled_dot_product_attention(q, k, v, (distance >= 0) & (distance < window), scale=scale)
+        else:
+            # Padding stands behind each sequence's end, so causality alone hides it from every real query.
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        out = out.transpose(1, 2).reshape(self.batch * self.longest, heads, -1)
+        return out if self.place is None else _Collect.apply(out, self.place)
+
+    def _padded(self, states: Tensor) -> Tensor:
+        """``[tokens, heads, dim]`` -> ``[batch, heads, longest, dim]``."""
+        if self.place is not None:
+            states = _Spread.apply(states, self.place, self.batch * self.longest)
+        return states.reshape(self.batch, self.longest, *states.shape[1:]).transpose(1, 2)
+
+
+class KVPool:
+    """Preallocated keys and values of many episodes: per layer ``[rows, kv_heads, capacity, dim]``, a row each."""
+
+    GROWTH = 64  # tokens: capacity grows in such steps, at least by half
+
+    def __init__(self) -> None:
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self.rows = 0
+        self.capacity = 0
+
+    def reserve(self, rows: int, length: int) -> None:
+        """Make room for `rows` episodes of `length` tokens."""
+        if rows > self.rows:
+            self.rows = max(rows, self.rows + self.rows // 2)
+        if length > self.capacity:
+            self.capacity = max(-(-length // self.GROWTH) * self.GROWTH, self.capacity + self.capacity // 2)
+        for layers in (self.keys, self.values):
+            for layer, old in layers.items():
+                if old.shape[0] < self.rows or old.shape[2] < self.capacity:
+                    grown = old.new_zeros(self.rows, old.shape[1], self.capacity, old.shape[3])
+                    grown[: old.shape[0], :, : old.shape[2]] = old
+                    layers[layer] = grown
+
+    def write(self, layer: int, row: Tensor, position: Tensor, key: Tensor, value: Tensor) -> None:
+        """Put ``[tokens, kv_heads, dim]`` where the tokens belong."""
+        if layer not in self.keys:
+            shape = (self.rows, key.shape[1], self.capacity, key.shape[2])
+            self.keys[layer], self.values[layer] = key.new_zeros(shape), value.new_zeros(shape)
+        self.keys[layer][row, :, position] = key
+        self.values[layer][row, :, position] = value
+
+    def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """Copy the first `length` tokens of whole rows, all at once (so a swap is a move)."""
+        if not sources:
+            return
+        for layers in (self.keys, self.values):
+            for states in layers.values():
+                states[list(targets), :, :length] = states[list(sources), :, :length]
+
+    def bytes(self) -> int:
+        return sum(s.numel() * s.element_size() for layers in (self.keys, self.values) for s in layers.values())
+
+
+class CachedPlan:
+    """`counts[i]` new tokens of the episode in pool row `rows[i]`, which holds `starts[i]` tokens already."""
+
+    def __init__(
+        self, pool: KVPool, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device
+    ) -> None:
+        self.pool = pool
+        batch, most = len(rows), max(counts)
+        self.longest = max(start + count for start, count in zip(starts, counts, strict=True))
+        start, count = torch.tensor(starts), torch.tensor(counts)
+        if most == 1:
+            offset, self.place = torch.zeros_like(start), None
+            self.row, self.position = torch.tensor(rows), start
+            query_position = start.unsqueeze(1)
+        else:
+            index = torch.repeat_interleave(torch.arange(batch), count)
+            offset = torch.arange(len(index)) - torch.repeat_interleave(torch.cumsum(count, 0) - count, count)
+            self.place = (index * most + offset).to(device)
+            self.row, self.position = torch.tensor(rows)[index], start[index] + offset
+            query_position = start.unsqueeze(1) + torch.arange(most)
+        self.batch, self.most = batch, most
+        self.last = (torch.cumsum(count, 0) - 1).to(device)  # where each episode's last new token stands, packed
+        self.positions = self.position.unsqueeze(0).to(device)
+        self.row, self.position = self.row.to(device), self.position.to(device)
+        # Rows that stand in a block are read in place; others have to be gathered.
+        block = list(rows) == list(range(rows[0], rows[0] + batch))
+        self.rows: slice | Tensor = slice(rows[0], rows[0] + batch) if block else torch.tensor(rows).to(device)
+        distance = query_position.unsqueeze(2) - torch.arange(self.longest)
+        self.distance = distance.unsqueeze(1).to(device)  # [batch, 1, most, longest], of a key behind its query
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        self.pool.write(layer, self.row, self.position, key, value)
+        k = self.pool.keys[layer][self.rows, :, : self.longest]
+        v = self.pool.values[layer][self.rows, :, : self.longest]
+        heads, kv_heads, dim = query.shape[1], k.shape[1], query.shape[2]
+        if self.place is not None:
+            query = query.new_zeros(self.batch * self.most, heads, dim).index_copy_(0, self.place, query)
+        # Heads that share a key head become further queries of it: no copy of the keys for grouped-query attention.
+        repeats = heads // kv_heads
+        q = query.view(self.batch, self.most, kv_heads, repeats, dim).permute(0, 2, 3, 1, 4)
+        q = q.reshape(self.batch, kv_heads, repeats * self.most, dim)
+        visible = self.distance >= 0 if window is None else (self.distance >= 0) & (self.distance < window)
+        out = F.scaled_dot_product_attention(q, k, v, visible.repeat(1, 1, repeats, 1), scale=scale)
+        out = out.view(self.batch, kv_heads, repeats, self.most, dim).permute(0, 3, 1, 2, 4)
+        out = out.reshape(self.batch * self.most, heads, dim)
+        return out if self.place is None else out.index_select(0, self.place)

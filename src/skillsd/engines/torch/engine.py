@@ -1,0 +1,284 @@
+"""The six calls over a `transformers` causal LM in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skillsd.engines.base import (
+    Engine,
+    LossFunction,
+    Sample,
+    SampleRequest,
+    StaleTeacherError,
+    StepReport,
+    TokenSequence,
+    TrainItem,
+    Weights,
+)
+from skillsd.engines.torch.attention import CachedPlan, PackedPlan
+from skillsd.engines.torch.models import LoraOptions, add_lora, load_model, pick_device
+from skillsd.engines.torch.optimiser import MasterAdamW
+from skillsd.engines.torch.sampler import Sampler
+from skillsd.errors import UserError
+from skillsd.metrics import Mean, add_metrics
+from skillsd.objective import TokenLogprobs
+
+
+class TorchEngine(Engine):
+    """One process, one device.
+
+    Args:
+        model: a shipped model's name, a local folder or a hub name.
+        dtype: ``float32`` or ``bfloat16`` (then with float32 master weights in the optimiser).
+        device: ``auto``, ``cpu``, ``cuda`` ...
+        lora: train adapters instead of all weights.
+        teacher_follows: the teacher has no weights of its own: it is the student, as long as the student has not moved
+            since the last `sync_teacher`. Right (and free) where every iteration begins with a sync. If False, a
+            snapshot of the trainable weights is kept.
+        micro_batch_tokens: the most tokens in one forward pass of scoring or training (a longer sequence goes alone).
+        max_sessions: the most episodes whose keys and values are kept at once.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "float32",
+        device: str = "auto",
+        lora: LoraOptions | None = None,
+        teacher_follows: bool = True,
+        micro_batch_tokens: int = 8192,
+        max_sessions: int = 256,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        self.device = pick_device(device)
+        loaded, self.tokenizer = load_model(model, dtype=dtype, device=self.device)
+        self.stop_tokens = _stop_tokens(loaded, self.tokenizer)
+        self.max_length = int(getattr(loaded.config, "max_position_embeddings", 1 << 30))
+        self.lora = lora is not None
+        self.model: nn.Module = add_lora(loaded, lora) if lora else loaded
+        if gradient_checkpointing:
+            # Dropout is off in eval mode, but so is checkpointing: `transformers` looks at the training flag.
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            if lora:
+                self.model.enable_input_require_grads()  # type: ignore[operator]
+        self._checkpointing = gradient_checkpointing
+        self._trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self._optimiser = MasterAdamW(self._trainable.values(), betas=betas, weight_decay=weight_decay)
+        self._max_grad_norm = max_grad_norm
+        self._micro_batch_tokens = micro_batch_tokens
+        self._teacher_follows = teacher_follows
+        self._teacher: dict[str, Tensor] | None = None  # the snapshot; None where the teacher follows
+        self._student_moved = False  # since the last sync
+        self.samplers = {
+            "student": Sampler(self._decoder("student"), self.stop_tokens, self.device, max_sessions),
+            "teacher": Sampler(self._decoder("teacher"), self.stop_tokens, self.device, max_sessions),
+        }
+        self.sync_teacher()
+
+    # -- sampling -----------------------------------------------------------------------------------------------
+
+    async def sample(self, request: SampleRequest) -> Sample:
+        needed = len(request.tokens) + request.max_tokens
+        if needed > self.max_length:
+            raise ValueError(f"{needed} tokens are asked of a model that takes {self.max_length}")
+        if request.weights == "teacher":
+            self._check_teacher()
+            if self._teacher is None:  # the very same weights: share the student's decode batch
+                return await self.samplers["student"].sample(request)
+        return await self.samplers[request.weights].sample(request)
+
+    def end_session(self, session: str) -> None:
+        for sampler in self.samplers.values():
+            sampler.end_session(session)
+
+    def _decoder(self, weights: Weights) -> Any:
+        def forward(ids: Tensor, plan: CachedPlan, places: Tensor) -> Tensor:
+            return self._logits(ids, plan, places, weights)
+
+        return forward
+
+    # -- scoring and training -----------------------------------------------------------------------------------
+
+    def score(
+        self,
+        sequences: Sequence[TokenSequence],
+        weights: Weights = "student",
+        *,
+        temperature: float = 1.0,
+        distribution: bool = False,
+    ) -> list[Tensor]:
+        if weights == "teacher":
+            self._check_teacher()
+        results: list[Tensor] = [torch.empty(0)] * len(sequences)
+        with torch.inference_mode():
+            for part in self._micro_batches(sequences):
+                chosen, full = self._logprobs([sequences[i] for i in part], weights, temperature, distribution)
+                wanted = (full if distribution else chosen).cpu()  # type: ignore[union-attr]
+                for i, piece in zip(part, wanted.split([sequences[i].marked for i in part]), strict=True):
+                    results[i] = piece.clone()
+        return results
+
+    def forward_backward(
+        self,
+        batch: Sequence[TrainItem],
+        loss: LossFunction,
+        *,
+        temperature: float = 1.0,
+        distribution: bool = False,
+    ) -> dict[str, Mean]:
+        parts: list[dict[str, Mean]] = []
+        if self._checkpointing:
+            self.model.train()
+        for part in self._micro_batches([item.sequence for item in batch]):
+            items = [batch[i] for i in part]
+            chosen, full = self._logprobs([item.sequence for item in items], "student", temperature, distribution)
+            names = items[0].signals.keys()
+            signals = {name: torch.cat([item.signals[name] for item in items]).to(self.device) for name in names}
+            value, metrics = loss(TokenLogprobs(chosen, full), signals)
+            value.backward()
+            parts.append(metrics)
+        self.model.eval()
+        return add_metrics(parts)
+
+    def step(self, learning_rate: float) -> StepReport:
+        parameters = [p for p in self._trainable.values() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
+        # One non-finite entry makes the norm non-finite, so this one number answers for every gradient.
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            for sampler in self.samplers.values():
+                sampler.clear()
+            self._optimiser.step(learning_rate)
+            self._student_moved = True
+        self._optimiser.zero_grad()
+        return StepReport(applied=finite, grad_norm=norm.item())
+
+    def discard_gradient(self) -> None:
+        """Forget what `forward_backward` accumulated."""
+        self._optimiser.zero_grad()
+
+    # -- the teacher --------------------------------------------------------------------------------------------
+
+    def sync_teacher(self) -> None:
+        if not self._teacher_follows:
+            self.samplers["teacher"].clear()
+            self._teacher = {name: p.detach().clone() for name, p in self._trainable.items()}
+        self._student_moved = False
+
+    def _check_teacher(self) -> None:
+        if self._teacher is None and self._student_moved:
+            raise StaleTeacherError(
+                "the teacher follows the student and keeps no weights of its own; the student has been updated since "
+                "the last sync_teacher(). Sync first, or make the engine with teacher_follows=False"
+            )
+
+    # -- forward passes -----------------------------------------------------------------------------------------
+
+    def _micro_batches(self, sequences: Sequence[TokenSequence]) -> Iterator[list[int]]:
+        """Indices of sequences that go together: of like length, their tokens within the budget."""
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
+        part: list[int] = []
+        size = 0
+        for i in order:
+            length = len(sequences[i].tokens)
+            if part and size + length > self._micro_batch_tokens:
+                yield part
+                part, size = [], 0
+            if sequences[i].marked:
+                part.append(i)
+                size += length
+        if part:
+            yield part
+
+    def _logprobs(
+        self, sequences: Sequence[TokenSequence], weights: Weights, temperature: float, distribution: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of the marked tokens of all sequences, flat ``[marked]``, and ``[marked, vocabulary]``."""
+        ids = torch.tensor([t for s in sequences for t in s.tokens])
+        marked = torch.tensor([m for s in sequences for m in s.mask]).nonzero().squeeze(1)
+        targets = ids[marked].to(self.device)
+        plan = PackedPlan([len(s.tokens) for s in sequences], self.device)
+        # The token at place i is predicted from place i - 1: lm_head runs there and nowhere else.
+        logits = self._logits(ids.to(self.device), plan, (marked - 1).to(self.device), weights)
+        full = torch.log_softmax(logits.float() / temperature, dim=-1)
+        return full.gather(1, targets.unsqueeze(1)).squeeze(1), full if distribution else None
+
+    def _logits(self, ids: Tensor, plan: PackedPlan | CachedPlan, places: Tensor, weights: Weights) -> Tensor:
+        """Logits ``[places, vocabulary]`` of packed ids ``[tokens]`` at the given places."""
+        inputs: dict[str, Any] = {
+            "input_ids": ids.unsqueeze(0),
+            "position_ids": plan.positions,
+            "use_cache": False,
+            "logits_to_keep": places,
+            "plan": plan,
+        }
+        if weights == "teacher" and self._teacher is not None:
+            return torch.func.functional_call(self.model, self._teacher, (), inputs).logits[0]
+        return self.model(**inputs).logits[0]
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def save_weights(self, folder: Path) -> None:
+        """The student's weights and tokenizer in the ecosystem's format (under LoRA: the adapter)."""
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(folder)
+
+    def save(self, folder: Path) -> None:
+        self.save_weights(folder / "model")
+        rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        torch.save(
+            {
+                # Exact training weights beside the exported ones: an export may retie or rename.
+                "weights": {name: p.detach() for name, p in self._trainable.items()},
+                "optimiser": self._optimiser.state_dict(),
+                "teacher": self._teacher,
+                "student_moved": self._student_moved,
+                "rng": rng,
+            },
+            folder / "engine.pt",
+        )
+
+    def load(self, folder: Path) -> None:
+        path = folder / "engine.pt"
+        if not path.is_file():
+            raise UserError(f"no engine state in {str(folder)!r}: expected the file engine.pt of a checkpoint")
+        state: Mapping[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+        if state["weights"].keys() != self._trainable.keys():
+            raise UserError(f"the checkpoint {str(folder)!r} holds other weights than the recipe's model has")
+        with torch.no_grad():
+            for name, parameter in self._trainable.items():
+                parameter.copy_(state["weights"][name])
+            if self._teacher is not None and state["teacher"] is not None:
+                self._teacher = {name: t.clone() for name, t in state["teacher"].items()}
+        self._student_moved = state["student_moved"]
+        self._optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["rng"]["cpu"].cpu())
+        if self.device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
+        for sampler in self.samplers.values():
+            sampler.clear()
+
+
+def _stop_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
+    """Every id that ends a turn: the tokenizer's, and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ids = configured if isinstance(configured, list) else [configured]
+    stops = frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+    if not stops:
+        raise UserError(
+            f"the model has no end-of-turn token: set eos_token_id in its generation_config.json "
+            f"(found {json.dumps(configured)})"
+        )
+    return stops

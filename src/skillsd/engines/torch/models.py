@@ -1,0 +1,127 @@
+"""Loading a policy: a model folder, a hub name, or the tiny agent that this package ships."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from skillsd.engines.torch import attention
+from skillsd.errors import UserError
+
+SHIPPED = {"nano": Path(__file__).parents[2] / "assets" / "nano-base"}
+"""Models that come with the package, by name."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adapters (Hu et al., 2021) instead of full weights."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: str | list[str] = "all-linear"
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes the GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r} was asked for, but this machine (or this build of torch) has no CUDA")
+    return device
+
+
+def resolve(name: str) -> str:
+    """The folder of a shipped model; any other name as it is."""
+    return str(SHIPPED[name]) if name in SHIPPED else name
+
+
+def load_model(name: str, *, dtype: str, device: torch.device) -> tuple[nn.Module, Any]:
+    """The causal LM called `name` and its tokenizer.
+
+    Raises:
+        UserError: if there is no such model, it has no chat template, or its attention is of a kind that the
+            packed plans do not compute.
+    """
+    path = resolve(name)
+    looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
+    if looks_local and not (Path(path).expanduser() / "config.json").is_file():
+        raise UserError(
+            f"no model in {path!r}: expected a folder with config.json, weights and a tokenizer. "
+            f"Shipped models: {', '.join(SHIPPED)}"
+        )
+    hf_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(Path(path).expanduser() if looks_local else path)
+        model = AutoModelForCausalLM.from_pretrained(
+            Path(path).expanduser() if looks_local else path,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention.NAME,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"can't load the model {name!r}: {str(error).splitlines()[0]} Give a local folder, a hub name that this "
+            f"machine can reach, or one of the shipped models: {', '.join(SHIPPED)}"
+        ) from error
+    if tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer of {name!r} has no chat template: give an instruction-tuned model")
+    model.to(device).eval()
+    verify_attention(model, name)
+    return model, tokenizer
+
+
+def verify_attention(model: nn.Module, name: str) -> None:
+    """Compare the packed plan with the model's own eager attention on a few tokens, and refuse a model that differs.
+
+    So a model with attention that the plans do not know (biases by distance, sinks, soft caps) can't train wrongly.
+    """
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    ids = torch.arange(3, 15, device=device) % vocabulary
+    lengths = [7, 5]
+    plan = attention.PackedPlan(lengths, device)
+    with torch.inference_mode():
+        try:
+            packed = model(
+                input_ids=ids.unsqueeze(0), position_ids=plan.positions, use_cache=False, plan=plan
+            ).logits[0]
+        except (NotImplementedError, TypeError, RuntimeError) as error:
+            raise UserError(f"model {name!r} can't be run on packed sequences: {error}") from error
+        model.set_attn_implementation("eager")  # type: ignore[operator]
+        plain = [model(input_ids=part.unsqueeze(0), use_cache=False).logits[0] for part in ids.split(lengths)]
+        model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+    gap = (packed.float().log_softmax(-1) - torch.cat(plain).float().log_softmax(-1)).abs().max().item()
+    limit = 1e-3 if packed.dtype == torch.float32 else 0.25
+    if not gap < limit:
+        raise UserError(
+            f"model {name!r} gives other log-probs on packed sequences than with its own attention (by {gap:.3g}, at "
+            f"most {limit} expected): its kind of attention is not supported"
+        )
+
+
+def add_lora(model: nn.Module, options: LoraOptions) -> nn.Module:
+    """Wrap the model with trainable adapters; all other weights are frozen."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("model.lora needs the package peft: pip install 'skillsd[lora]'")
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = options.target_modules
+    try:
+        return get_peft_model(
+            model,  # type: ignore[arg-type]
+            LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=targets, task_type="CAUSAL_LM"),
+        )
+    except ValueError as error:
+        raise UserError(f"model.lora.target_modules={targets!r}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,274 @@
+"""Decoding many episodes at once: requests join and leave the batch at any step, keys and values stay between turns.
+
+The sampler works inside the event loop: one step of decoding, then whoever became ready runs, then the next step. With
+in-process environments a run is therefore deterministic: no threads, no clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from skillsd.engines.base import Sample, SampleRequest
+from skillsd.engines.torch.attention import CachedPlan, KVPool
+
+Forward = Callable[[Tensor, CachedPlan, Tensor], Tensor]
+"""(packed ids ``[tokens]``, plan, places ``[n]`` in the packed row) -> logits ``[n, vocabulary]`` there."""
+
+LONG = 64
+"""New tokens of one request from which on they are prefilled apart, lest one long prompt pad everyone's attention."""
+
+
+@dataclass
+class _Session:
+    """An episode's row in the pool. `cached` tokens have their keys and values there."""
+
+    name: str
+    row: int
+    tokens: list[int] = field(default_factory=list)
+    cached: int = 0
+    prompt_length: int = 0
+    used: int = 0  # clock of the last request, for eviction
+    request: SampleRequest | None = None
+    future: asyncio.Future[Sample] | None = None
+    sampled: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    rng: random.Random = field(default_factory=random.Random)
+
+
+class Sampler:
+    """The decode batch of one set of weights."""
+
+    def __init__(
+        self, forward: Forward, stop_tokens: frozenset[int], device: torch.device, max_sessions: int
+    ) -> None:
+        self._forward, self._stop, self._device = forward, stop_tokens, device
+        self._max_sessions = max_sessions
+        self._pool = KVPool()
+        self._sessions: dict[str, _Session] = {}
+        self._rows: list[_Session] = []  # row -> session; sessions always fill the first rows
+        self._queue: list[tuple[SampleRequest, asyncio.Future[Sample]]] = []
+        self._pump: asyncio.Task[None] | None = None
+        self._clock = 0
+        self.steps = 0  # decode steps so far, for the metrics
+
+    async def sample(self, request: SampleRequest) -> Sample:
+        future: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
+        self._queue.append((request, future))
+        if self._pump is None or self._pump.done():
+            self._pump = asyncio.ensure_future(self._run())
+        return await future
+
+    def end_session(self, name: str) -> None:
+        session = self._sessions.pop(name, None)
+        if session is None:
+            return
+        last = self._rows.pop()
+        if last is not session:  # the last row closes the gap
+            with torch.inference_mode():
+                self._pool.move([last.row], [session.row], last.cached)
+            last.row = session.row
+            self._rows[last.row] = last
+
+    def clear(self) -> None:
+        """Forget all keys and values: the weights have changed. Episodes under way are prefilled again."""
+        if any(session.request for session in self._rows):
+            raise RuntimeError("the weights were changed while something was being sampled with them")
+        self._sessions.clear()
+        self._rows.clear()
+
+    # -- the decode loop ----------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        await asyncio.sleep(0)  # let every episode that is about to start put its request in the queue
+        try:
+            while self._queue or any(session.request for session in self._rows):
+                with torch.inference_mode():
+                    self._admit()
+                    self._step()
+                await asyncio.sleep(0)
+        except BaseException as error:
+            # Nobody may wait for ever: whoever asked is told why the loop ended.
+            waiting = [future for _, future in self._queue] + [s.future for s in self._rows if s.future]
+            self._queue.clear()
+            self._rows.clear()
+            self._sessions.clear()
+            for future in waiting:
+                if not future.done():
+                    future.set_exception(RuntimeError(f"decoding failed: {error!r}"))
+            if not isinstance(error, Exception):
+                raise
+
+    def _admit(self) -> None:
+        """Give each waiting request a row, as far as there are rows, and prefill what is new."""
+        left: list[tuple[SampleRequest, asyncio.Future[Sample]]] = []
+        fresh: list[_Session] = []
+        for request, future in self._queue:
+            if future.cancelled():
+                continue
+            try:
+                session = self._open(request)
+            except ValueError as error:
+                future.set_exception(error)
+                continue
+            if session is None:
+                left.append((request, future))
+                continue
+            self._clock += 1
+            session.used, session.request, session.future = self._clock, request, future
+            session.sampled, session.logprobs = [], []
+            session.rng = random.Random(request.seed)
+            if not session.tokens:
+                session.prompt_length = len(request.tokens)
+                fresh.append(session)
+            session.tokens = list(request.tokens)
+        self._queue = left
+        active = [session for session in self._rows if session.request]
+        if active:
+            room = max(len(s.tokens) + s.request.max_tokens for s in active if s.request)
+            self._pool.reserve(len(self._rows), room)
+        if fresh:
+            self._share_prompts(fresh)
+        self._prefill([s for s in active if len(s.tokens) - s.cached > LONG])
+
+    def _open(self, request: SampleRequest) -> _Session | None:
+        """The request's session, a new one if need be; None if every row is taken by a request under way."""
+        if not request.tokens:
+            raise ValueError("a request needs at least one token to continue from")
+        name = request.session if request.session is not None else f"request {id(request)}"
+        session = self._sessions.get(name)
+        if session is not None:
+            if session.request is not None:
+                raise ValueError(f"session {name!r} has a request under way already")
+            kept = session.tokens
+            if tuple(kept) != request.tokens[: len(kept)]:
+                raise ValueError(
+                    f"session {name!r}: the request's tokens do not extend what the session holds "
+                    f"({len(kept)} tokens); a trajectory's prefix must never change"
+                )
+            return session
+        if len(self._rows) >= self._max_sessions:
+            idle = [session for session in self._rows if session.request is None]
+            if not idle:
+                return None
+            self.end_session(min(idle, key=lambda session: session.used).name)
+        session = _Session(name, len(self._rows))
+        self._sessions[name] = session
+        self._rows.append(session)
+        return session
+
+    def _share_prompts(self, fresh: list[_Session]) -> None:
+        """Prefill each distinct prompt once, all but its last token, and copy it to the rest of its group."""
+        known = {
+            tuple(s.tokens[: s.prompt_length]): s
+            for s in self._rows
+            if s.prompt_length and s.cached >= s.prompt_length - 1
+        }
+        first: dict[tuple[int, ...], _Session] = {}
+        copies: list[tuple[_Session, _Session]] = []
+        for session in fresh:
+            prompt = tuple(session.tokens)
+            source = known.get(prompt) or first.setdefault(prompt, session)
+            if source is not session:
+                copies.append((source, session))
+        self._prefill(list(first.values()))
+        for source, session in copies:
+            session.cached = session.prompt_length - 1
+            self._pool.move([source.row], [session.row], session.cached)
+
+    def _prefill(self, sessions: list[_Session]) -> None:
+        """Compute keys and values of everything but the last token."""
+        ready = [s for s in sessions if len(s.tokens) - s.cached > 1]
+        if ready:
+            counts = [len(s.tokens) - 1 - s.cached for s in ready]
+            self._feed(ready, counts, torch.empty(0, dtype=torch.long, device=self._device))
+
+    def _feed(self, sessions: list[_Session], counts: list[int], places: Tensor | None) -> Tensor:
+        """Run the next `counts` tokens of each session; logits ``[sessions, vocabulary]`` at their last ones."""
+        plan = CachedPlan(
+            self._pool, [s.row for s in sessions], [s.cached for s in sessions], counts, self._device
+        )
+        ids = [t for s, n in zip(sessions, counts, strict=True) for t in s.tokens[s.cached : s.cached + n]]
+        logits = self._forward(torch.tensor(ids, device=self._device), plan, plan.last if places is None else places)
+        for session, count in zip(sessions, counts, strict=True):
+            session.cached += count
+        return logits
+
+    def _compact(self, active: list[_Session]) -> None:
+        """Bring the active sessions to the front, so that attention reads their rows in place, without a copy."""
+        out = [s for s in self._rows[: len(active)] if s.request is None]
+        into = [s for s in active if s.row >= len(active)]
+        if not out:
+            return
+        length = max(s.cached for s in out + into)
+        a, b = [s.row for s in out], [s.row for s in into]
+        self._pool.move(a + b, b + a, length)
+        for idle, busy in zip(out, into, strict=True):
+            idle.row, busy.row = busy.row, idle.row
+            self._rows[idle.row], self._rows[busy.row] = idle, busy
+
+    def _step(self) -> None:
+        """One token for every request under way."""
+        for session in list(self._rows):  # whoever gave up waiting (a deadline) leaves the batch
+            if session.future is not None and session.future.cancelled():
+                self._finish(session)
+                self.end_session(session.name)
+        active = [session for session in self._rows if session.request]
+        if not active:
+            return
+        self._compact(active)
+        active.sort(key=lambda session: session.row)
+        logits = self._feed(active, [len(s.tokens) - s.cached for s in active], None)
+        self.steps += 1
+        temperatures = [s.request.temperature for s in active if s.request]
+        tokens, logprobs = choose(logits, temperatures, [s.rng.random() for s in active])
+        for session, token, logprob in zip(active, tokens, logprobs, strict=True):
+            assert session.request is not None
+            session.tokens.append(token)
+            session.sampled.append(token)
+            session.logprobs.append(logprob)
+            stopped = token in self._stop
+            if not stopped and len(session.sampled) < session.request.max_tokens:
+                continue
+            sample = Sample(tuple(session.sampled), tuple(session.logprobs), "stop" if stopped else "length")
+            future, unnamed = session.future, session.request.session is None
+            self._finish(session)
+            if unnamed:
+                self.end_session(session.name)
+            if future is not None and not future.done():
+                future.set_result(sample)
+
+    @staticmethod
+    def _finish(session: _Session) -> None:
+        session.request = session.future = None
+
+
+def choose(logits: Tensor, temperatures: list[float], uniforms: list[float]) -> tuple[list[int], list[float]]:
+    """Sample one token a row by inverting the cumulative distribution at the row's own uniform number.
+
+    A row's choice depends on its logits and its number alone, so an episode samples the same tokens whoever shares its
+    batch. Temperature 0 takes the most likely token; its log-prob is then reported at temperature 1.
+
+    Args:
+        logits: ``[rows, vocabulary]``.
+        temperatures: one a row.
+        uniforms: one a row, in [0, 1).
+
+    Returns:
+        The ids and their log-probs under the sampling distribution (computed in float32), one a row.
+    """
+    scale = torch.tensor([1.0 / t if t > 0 else 1.0 for t in temperatures], device=logits.device)
+    logprobs = torch.log_softmax(logits.float() * scale.unsqueeze(1), dim=-1)
+    # float64: over 150k tokens a float32 running sum would lose the small probabilities at its end.
+    cumulative = torch.cumsum(logprobs.double().exp(), dim=-1)
+    target = torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(1) * cumulative[:, -1:]
+    ids = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1)
+    if not all(t > 0 for t in temperatures):
+        greedy = torch.tensor([t <= 0 for t in temperatures], device=logits.device).unsqueeze(1)
+        ids = torch.where(greedy, logprobs.argmax(dim=-1, keepdim=True), ids)
+    return ids.squeeze(1).tolist(), logprobs.gather(1, ids).squeeze(1).tolist()

@@ -1,0 +1,105 @@
+"""Many episodes at once: groups of G per task, with fresh tries for what the infrastructure broke."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from skillsd.envs.base import TaskSet
+from skillsd.rollouts.episode import Actor, Budget, run_episode
+from skillsd.seeds import derive_seed
+from skillsd.types import Group, Outcome, Task, Trajectory
+
+
+@dataclass
+class Collected:
+    """What a collection brought.
+
+    Attributes:
+        groups: complete groups only, in the order of the tasks.
+        broken: episodes that the infrastructure ended, the retried ones too, by outcome.
+        dropped: tasks whose whole group was given up because one of its episodes failed every time.
+    """
+
+    groups: list[Group] = field(default_factory=list)
+    broken: dict[str, int] = field(default_factory=dict)
+    dropped: list[Task] = field(default_factory=list)
+
+
+async def collect(
+    actor: Actor,
+    task_set: TaskSet,
+    tasks: Sequence[Task],
+    budget: Budget,
+    *,
+    group_size: int,
+    seed: int,
+    retries: int = 2,
+    concurrency: int = 256,
+    contexts: Sequence[str] | None = None,
+    on_episode: Callable[[Trajectory], None] = lambda trajectory: None,
+) -> Collected:
+    """Play every task `group_size` times.
+
+    An episode with the outcome ``env_error`` or ``timeout`` is played again, in a fresh environment, up to `retries`
+    times. If it still has no reward, its whole group is dropped: an infrastructure failure never counts as reward 0,
+    and a group of fewer episodes would have other statistics.
+
+    Args:
+        seed: all episodes' seeds are derived from it by name, so that they do not depend on who runs when.
+        concurrency: the most episodes under way at once.
+        contexts: text added to the actor's first prompt, one for each task; none if not given.
+        on_episode: called for each episode that carries a reward, in the order in which they end.
+    """
+    collected = Collected()
+    slots = asyncio.Semaphore(concurrency)
+
+    async def play(task: Task, place: int, member: int) -> Trajectory | None:
+        # `place` tells two visits of one task in the same collection apart.
+        for attempt in range(retries + 1):
+            name = f"{seed}/{place}/{task.id}/{member}/{attempt}"
+            async with slots:
+                trajectory = await run_episode(
+                    actor,
+                    task_set.make(),
+                    task,
+                    budget,
+                    seed=derive_seed(seed, place, task.id, member, attempt),
+                    # The whole group plays the same episode of the environment: GRPO compares like with like.
+                    environment_seed=derive_seed(seed, place, task.id),
+                    session=name,
+                    context=contexts[place] if contexts else "",
+                )
+            if trajectory.outcome.has_reward:
+                on_episode(trajectory)
+                return trajectory
+            collected.broken[trajectory.outcome] = collected.broken.get(trajectory.outcome, 0) + 1
+        return None
+
+    try:
+        async with asyncio.TaskGroup() as running:
+            plays = [
+                [running.create_task(play(task, place, member)) for member in range(group_size)]
+                for place, task in enumerate(tasks)
+            ]
+    except ExceptionGroup as failures:
+        # The engine failed, for all episodes alike (environments can't raise out of an episode): one of them tells it.
+        raise failures.exceptions[0] from None
+    for task, members in zip(tasks, plays, strict=True):
+        trajectories = [member.result() for member in members]
+        complete = [trajectory for trajectory in trajectories if trajectory is not None]
+        if len(complete) == group_size:
+            collected.groups.append(Group(task, tuple(complete)))
+        else:
+            collected.dropped.append(task)
+    return collected
+
+
+def outcome_counts(groups: Sequence[Group]) -> dict[Outcome, int]:
+    """How the episodes ended."""
+    counts = dict.fromkeys(Outcome, 0)
+    for group in groups:
+        for trajectory in group.trajectories:
+            counts[trajectory.outcome] += 1
+    return counts

@@ -1,0 +1,120 @@
+"""Held-out evaluation: play a split, count, say how sure one can be. Never touches the bank or the weights."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from scipy import stats
+
+from skillsd.envs.base import TaskSet
+from skillsd.rollouts.collect import collect
+from skillsd.rollouts.episode import Actor, Budget
+from skillsd.types import Task, Trajectory
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one evaluation.
+
+    Attributes:
+        accuracy: share of episodes with full success (pass@1).
+        interval: 95 % interval of the accuracy over *tasks*: the panel's sampling error, not the training's.
+        completion: mean score, the share of sub-goals reached.
+        completion_interval: 95 % interval of the completion over tasks.
+        tasks, episodes: how many were played; episodes that the infrastructure broke are not among them.
+        mean_turns: turns an episode took.
+        fingerprint: identifies the panel; figures with different ones are not comparable.
+    """
+
+    accuracy: float
+    interval: tuple[float, float]
+    completion: float
+    completion_interval: tuple[float, float]
+    tasks: int
+    episodes: int
+    mean_turns: float
+    seconds: float
+    split: str
+    fingerprint: str
+    temperature: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def mean_interval(values: Sequence[float], *, bounds: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
+    """95 % interval of the mean of `values` in [0, 1].
+
+    For 0/1 values Wilson's interval, which keeps its coverage near the ends; otherwise Student's t.
+    """
+    n = len(values)
+    if n == 0:
+        return (math.nan, math.nan)
+    if all(value in (0.0, 1.0) for value in values):
+        wilson = stats.binomtest(round(sum(values)), n).proportion_ci(method="wilson")
+        return (float(wilson.low), float(wilson.high))
+    mean = sum(values) / n
+    if n == 1:
+        return bounds
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    reach = float(stats.t.ppf(0.975, n - 1)) * spread
+    return (max(bounds[0], mean - reach), min(bounds[1], mean + reach))
+
+
+async def evaluate(
+    actor: Actor,
+    task_set: TaskSet,
+    split: str,
+    budget: Budget,
+    *,
+    seed: int,
+    samples: int = 1,
+    limit: int | None = None,
+    concurrency: int = 256,
+    context: Callable[[Task], str] | None = None,
+    on_episode: Callable[[Trajectory], None] = lambda trajectory: None,
+) -> Evaluation:
+    """Play every task of `split` `samples` times with the actor as it is (temperature 0: greedily).
+
+    Args:
+        context: text to add to each task's first prompt, for studies of what a skill is worth; none by default: the
+            student is tested under the plain prompt.
+    """
+    tasks = list(task_set.tasks(split))[:limit]
+    begin = time.perf_counter()
+    collected = await collect(
+        actor,
+        task_set,
+        tasks,
+        budget,
+        group_size=samples,
+        seed=seed,
+        concurrency=concurrency,
+        contexts=[context(task) for task in tasks] if context else None,
+        on_episode=on_episode,
+    )
+    # Episodes of one task are not independent: the task's mean is the unit of the interval.
+    successes = [sum(t.success for t in g.trajectories) / samples for g in collected.groups]
+    scores = [sum(g.rewards) / samples for g in collected.groups]
+    turns = [len(t.turns) for g in collected.groups for t in g.trajectories]
+    return Evaluation(
+        accuracy=_mean(successes),
+        interval=mean_interval(successes),
+        completion=_mean(scores),
+        completion_interval=mean_interval(scores),
+        tasks=len(collected.groups),
+        episodes=len(turns),
+        mean_turns=_mean(turns),
+        seconds=time.perf_counter() - begin,
+        split=split,
+        fingerprint=task_set.fingerprint(split) + (f":{limit}" if limit else ""),
+        temperature=actor.temperature,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,79 @@
+"""A new tiny model with a tokenizer of its own, for an environment whose every word can be known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from skillsd.config import ArchitectureSection
+from skillsd.errors import UserError
+
+PAD = "<|pad|>"
+
+CHAT_TEMPLATE = "{% for message in messages %}{{ ' ' + message['content'] | trim }}{% endfor %}"
+"""Messages one after the other, a blank before each. Who speaks is told by the words: only the agent says a move."""
+
+
+def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A lossless byte-level BPE in which every word that occurs twice in `texts` becomes one token."""
+    tokenizer = Tokenizer(models.BPE())
+    # A word takes the blank before it along, as in GPT-2, so that a turn of three words is three tokens.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?\S+|\s"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        min_frequency=2,
+        special_tokens=[PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, clean_up_tokenization_spaces=False)
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(
+    folder: Path, architecture: ArchitectureSection, texts: Iterable[str], replies: Iterable[str], seed: int
+) -> None:
+    """Write an untrained model and its tokenizer into `folder`.
+
+    Args:
+        texts: what the tokenizer learns its words from.
+        replies: all that the agent ever says, each a single word; such a word ends the turn by itself, so a turn costs
+            one sampled token and no end-of-turn token.
+    """
+    tokenizer = make_tokenizer(texts, architecture.vocabulary)
+    stops: list[int] = []
+    for reply in replies:
+        ids = tokenizer.encode(f" {reply}", add_special_tokens=False)
+        if len(ids) != 1:
+            raise UserError(f"the reply {reply!r} is {len(ids)} tokens in the new tokenizer, expected a single one")
+        stops += ids
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=architecture.hidden_size,
+        intermediate_size=architecture.intermediate_size,
+        num_hidden_layers=architecture.layers,
+        num_attention_heads=architecture.heads,
+        num_key_value_heads=architecture.heads,
+        max_position_embeddings=architecture.max_length,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=stops,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
