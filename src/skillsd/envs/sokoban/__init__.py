@@ -1,4 +1,4 @@
-"""Sokoban: rules, solver, seeded levels, the environment, its rule-based summariser and its demonstrations."""
+"""Sokoban: rules, solver, seeded levels, environment, rule-based summariser, demonstrations."""
 
 from skillsd.envs.sokoban.environment import Sokoban
 

@@ -1,7 +1,7 @@
 """Who plays in demonstrations: an expert, a reckless pusher, and one who follows the plan of a skill.
 
-An actor is asked for a move in a state and may remember what it intends; when the state is not the one that its
-last move should have led to (noise), it thinks again.
+An actor is asked for a move in a state and may remember what it intends; when the state is not the one that
+its last move should have led to (noise), it thinks again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RecklessPusher:
     It never thinks of deadlocks. When nothing can be pushed any more, it wanders.
 
     Args:
-        refused: a push (player's cell, move) that it never makes: somebody warned it.
+        refused: a player's cell and a move that it never makes there, not even to walk: somebody warned it.
     """
 
     def __init__(self, level: Level, rng: random.Random, refused: tuple[int, int] | None = None) -> None:
@@ -54,7 +54,7 @@ class RecklessPusher:
         if not self._intended or state != self._expected:
             self._intended = self._choose(state)
         if not self._intended:
-            move = wander(self._level, state, self._rng)
+            move = wander(self._level, state, self._rng, self._refused)
         else:
             move = self._intended.pop()
         self._expected = self._level.play(state, move)
@@ -63,7 +63,7 @@ class RecklessPusher:
     def _choose(self, state: State) -> list[int]:
         player, boxes = state
         neighbours = self._level.neighbours
-        came = reachable(self._level, state)
+        came = reachable(self._level, state, self._refused)
         pushes = []
         for box in boxes:
             for move in range(4):
@@ -92,23 +92,24 @@ class Follower:
         return self._otherwise.move(state) if planned is None else planned
 
 
-def reachable(level: Level, state: State) -> dict[int, int]:
+def reachable(level: Level, state: State, refused: tuple[int, int] | None = None) -> dict[int, int]:
     """The cells to which the player can walk without pushing, and the last move of a shortest way there.
 
-    The player's own cell has the value -1.
+    The player's own cell has the value -1. No way takes the `refused` move from the refused cell.
     """
     player, boxes = state
     came = {player: -1}
     frontier = [player]
     for cell in frontier:
         for move, following in enumerate(level.neighbours[cell]):
-            if following >= 0 and following not in came and following not in boxes:
-                came[following] = move
-                frontier.append(following)
+            if following < 0 or following in came or following in boxes or (cell, move) == refused:
+                continue
+            came[following] = move
+            frontier.append(following)
     return came
 
 
-def wander(level: Level, state: State, rng: random.Random) -> int:
-    """A random move that is not blocked; any move if all are."""
-    free = [move for move in range(4) if level.play(state, move) is not None]
+def wander(level: Level, state: State, rng: random.Random, refused: tuple[int, int] | None = None) -> int:
+    """A random move that is not blocked (nor refused); any move if there is none."""
+    free = [m for m in range(4) if level.play(state, m) is not None and (state[0], m) != refused]
     return pick(rng, free or [0, 1, 2, 3])

@@ -1,7 +1,8 @@
 """The rules of Sokoban: an immutable level, its states, what a move does, and which states are surely lost.
 
 Cells are ints, ``row * width + column``, 0-based over the whole room with its border. A state is
-``(player, boxes)`` with the boxes sorted, so equal positions are equal tuples. A move is an index into `MOVES`.
+``(player, boxes)`` with the boxes sorted, so equal positions are equal tuples. A move is an index into
+`MOVES`.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Level:
 
     @classmethod
     def from_rows(cls, rows: Sequence[str]) -> Level:
-        """Read standard ASCII (XSB) rows: ``#`` wall, ``.`` target, ``$`` box, ``*`` box on target, ``@`` player,
-        ``+`` player on target; space, ``-`` or ``_`` is floor. Short rows are padded with floor.
+        """Read standard ASCII (XSB) rows: ``#`` wall, ``.`` target, ``$`` box, ``*`` box on target, ``@``
+        player, ``+`` player on target; space, ``-`` or ``_`` is floor. Short rows are padded with floor.
 
         Raises:
             UserError: for an unknown symbol, not exactly one player, or not as many boxes (>= 1) as targets.
@@ -60,7 +61,9 @@ class Level:
         if len(players) != 1:
             raise UserError(f"level has {len(players)} players (@ or +); expected exactly 1")
         if not boxes or len(boxes) != len(targets):
-            raise UserError(f"level has {len(boxes)} boxes and {len(targets)} targets; expected as many, at least 1")
+            raise UserError(
+                f"level has {len(boxes)} boxes and {len(targets)} targets; expected as many, at least 1"
+            )
         return cls(height, width, tuple(cells["#"]), targets, boxes, players[0])
 
     @property
@@ -130,23 +133,24 @@ class Level:
     def push_distance(self) -> dict[int, int]:
         """Fewest pushes that bring a lone box from a cell to any target, wherever the player stands.
 
-        Found by pulling boxes away from the targets; a cell that is absent is a dead square: a box there can never
-        reach a target, whatever the other boxes do.
+        Found by pulling boxes away from the targets; a cell that is absent is a dead square: a box there can
+        never reach a target, whatever the other boxes do.
         """
         distance = dict.fromkeys(self.targets, 0)
         frontier = list(self.targets)
         for box in frontier:
             for move in range(4):
-                back = self.neighbours[box][move]  # the box came from here, pushed in the opposite direction ...
+                # The box came from `back`, pushed the opposite way by a player who stood behind it.
+                back = self.neighbours[box][move]
                 if back < 0 or back in distance:
                     continue
-                if self.neighbours[back][move] >= 0:  # ... by a player standing behind it
+                if self.neighbours[back][move] >= 0:
                     distance[back] = distance[box] + 1
                     frontier.append(back)
         return distance
 
     def play(self, state: State, move: int) -> State | None:
-        """The state after a move, or None if it is blocked. The boxes differ exactly if the move was a push."""
+        """The state after a move, or None if it is blocked. Only a push changes the boxes."""
         player, boxes = state
         ahead = self.neighbours[player][move]
         if ahead < 0:
@@ -169,7 +173,7 @@ class Level:
         return sum(box in self.targets for box in state[1])
 
     def is_dead(self, state: State) -> bool:
-        """True only if the state can't be solved any more (sound); some lost states are not recognised (incomplete).
+        """Whether the state is surely lost. Sound, but not complete: some lost states are not recognised.
 
         Two checks: a box on a dead square, and a box off target that is frozen by walls and other boxes.
         """
@@ -197,10 +201,10 @@ class Level:
     def _blocked(
         self, box: int, axis: tuple[int, int], boxes: frozenset[int], stood: frozenset[int]
     ) -> set[int] | None:
-        """Whether `box` can never move along `axis` usefully: the boxes that block it, or None if it may move.
+        """The boxes that keep `box` from ever moving usefully along `axis`; None if it may move.
 
-        `stood` are the boxes already assumed to be immovable on the way here: they count as walls, which ends the
-        recursion and is right because they all are frozen together or none is.
+        `stood` are the boxes already assumed to be immovable on the way here: they count as walls, which
+        ends the recursion and is right because they all are frozen together or none is.
         """
         one, other = self.neighbours[box][axis[0]], self.neighbours[box][axis[1]]
         if one < 0 or other < 0 or one in stood or other in stood:

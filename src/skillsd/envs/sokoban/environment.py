@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from skillsd.envs.base import Environment, Step, TaskSet
-from skillsd.envs.sokoban import language, levels
+from skillsd.envs.sokoban import language
 from skillsd.envs.sokoban.board import MOVES, Level
 from skillsd.envs.sokoban.presets import PRESETS, STYLES, Preset
 from skillsd.envs.sokoban.solver import solve
+from skillsd.envs.sokoban.summarise import summariser
 from skillsd.errors import UserError, unknown_name
-from skillsd.types import Message, Task
+from skillsd.types import TRAIN_SPLIT, Demonstration, Message, Skill, Task, Trajectory
 
 
 class Game:
-    """One episode: a level, its state, and the moves spent. The rules (budget, style) come from the preset."""
+    """One episode: a level, its state, and the moves spent, under the rules (budget, style) of a preset."""
 
     def __init__(self, level: Level, rules: Preset) -> None:
         self.level = level
@@ -32,13 +33,14 @@ class Game:
     def prompt(self) -> tuple[Message, ...]:
         """The first messages of the episode."""
         rules = self.rules
-        return (Message("user", language.prompt(self.level, rules.style, rules.max_steps, rules.max_actions_per_turn)),)
+        text = language.prompt(self.level, rules.style, rules.max_steps, rules.max_actions_per_turn)
+        return (Message("user", text),)
 
     def step(self, action: str) -> Step:
         """Take an agent's text. After the end of the episode nothing moves any more.
 
-        ``info`` holds ``moves`` (words of the moves carried out, blocked ones included), ``board`` (ASCII rows
-        afterwards), ``boxes_moved`` (pushes), ``invalid`` and ``deadlock`` (the state is surely lost).
+        ``info`` holds ``moves`` (words of the moves carried out, blocked ones included), ``board`` (ASCII
+        rows afterwards), ``boxes_moved`` (pushes), ``invalid`` and ``deadlock`` (the state is surely lost).
         """
         level, rules = self.level, self.rules
         parsed = language.parse(action)
@@ -173,15 +175,36 @@ class Sokoban(TaskSet):
         if split not in self.splits:
             raise unknown_name(f"split of Sokoban {self.preset}", split, self.splits)
         if split not in self._tasks:
-            entries = levels.panel(self.preset)[split]
+            # Imported late, or `python -m skillsd.envs.sokoban.levels` would run a second copy of itself.
+            from skillsd.envs.sokoban.levels import panel
+
+            entries = panel(self.preset)[split]
             self._tasks[split] = tuple(task_of(entry.level, split, entry.moves) for entry in entries)
         return self._tasks[split]
 
     def make(self) -> Environment:
         return SokobanEnvironment(self.rules)
 
+    def summariser(self) -> Callable[[Trajectory], Skill | None]:
+        """Rules that word what an episode teaches; they know no better plan than the one that was played."""
+        return summariser(self.rules.style)
+
     def oracle(self, task: Task) -> str | None:
         """An optimal plan, worded like a skill's golden workflow; None if the level can't be solved."""
         level = level_of(task)
         moves = solve(level)
         return None if moves is None else language.plan(level, level.start, moves, self.rules.style)
+
+    def demonstrations(self, split: str, *, seed: int, **options: Any) -> Iterator[Demonstration]:
+        """Episodes on fresh levels that are in no panel: careless play, expert play, and skills followed.
+
+        The options (shares, noise) are those of `skillsd.envs.sokoban.demonstrations.Options`.
+
+        Raises:
+            UserError: for any split but ``train``, an unknown option or a bad value.
+        """
+        from skillsd.envs.sokoban.demonstrations import demonstrate  # late, for the same reason
+
+        if split != TRAIN_SPLIT:
+            raise UserError(f"demonstrations are for the split {TRAIN_SPLIT!r} only; got {split!r}")
+        return demonstrate(self.preset, self.rules, seed, **options)

@@ -1,7 +1,8 @@
 """How levels, states and answers are put into words, and how an agent's text is read.
 
-Three styles. ``terse`` is for tiny models: a turn is a handful of tokens, and the walls and targets stand in the
-prompt only. ``objects`` and ``grid`` are for language models: plain English, the state as a list or as a picture.
+Three styles. ``terse`` is for tiny models: a turn is a handful of tokens, and the walls and targets stand in
+the prompt only. ``objects`` and ``grid`` are for language models: plain English, the state as a list or as a
+picture.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ _CLOSING = re.compile("</action>|</answer>")
 def parse(text: str) -> list[int] | None:
     """The moves in an agent's text, as indices into `MOVES`; None if it can't be read.
 
-    Only the last ``<action>`` or ``<answer>`` tag counts, or the whole text if there is none; a tag need not be
-    closed (generation often stops at the closing one). Case does not matter; moves are separated by commas, ``||``
-    or white space. A single unknown word makes the whole text invalid: guessing what was meant would teach sloppiness.
+    Only the last ``<action>`` or ``<answer>`` tag counts, or the whole text if there is none; a tag need not
+    be closed (generation often stops at the closing one). Case does not matter; moves are separated by
+    commas, ``||`` or white space. A single unknown word makes the whole text invalid: guessing what was
+    meant would teach sloppiness.
     """
     lowered = text.lower()
     start = max(lowered.rfind(tag) for tag in _OPENING)
@@ -90,22 +92,22 @@ def prompt(level: Level, style: Style, max_steps: int, max_actions: int) -> str:
             f"Answer with 1 to {max_actions} moves (Up, Down, Left, Right), separated by commas, like this: "
             "<action>Up, Right</action>."
         )
-    boxes = "the box onto the target" if len(level.boxes) == 1 else f"all {len(level.boxes)} boxes onto the targets"
+    boxes = "the box onto the target" if len(level.boxes) == 1 else "every box onto a target"
     rules = (
         f"You are solving a Sokoban puzzle: push {boxes} within {max_steps} moves.\n"
-        "Each move takes you one cell Up, Down, Left or Right. Walking into a box pushes it one cell further, if the "
-        "cell behind it is free; a box can't be pushed into a wall or another box, and never pulled. So a box in a "
-        "corner is stuck for good. A blocked move changes nothing, but it counts.\n"
+        "Each move takes you one cell Up, Down, Left or Right. Walking into a box pushes it one cell further, "
+        "if the cell behind it is free; a box can't be pushed into a wall or another box, and never pulled. "
+        "So a box in a corner is stuck for good. A blocked move changes nothing, but it counts.\n"
         f"{how} Everything outside the tag is ignored."
     )
     if style == "grid":
-        legend = "# wall, _ floor, . target, $ box, * box on a target, @ you, + you on a target."
+        legend = "# wall, _ floor, . target, $ box, * box on a target, @ you, + you on a target"
         return f"{rules}\n\nThe room ({legend})\n{picture(level, level.start)}"
     walls_list = ", ".join(level.names[cell] for cell in inner_walls(level)) or "none"
     return (
-        f"{rules}\n\nCells are named by row and column: r1c2 is row 1, column 2. Up leads to a smaller row, Left to "
-        f"a smaller column. The room has {level.height - 2} rows and {level.width - 2} columns inside its outer "
-        f"walls: r1c1 to r{level.height - 2}c{level.width - 2}.\n"
+        f"{rules}\n\nCells are named by row and column: r1c2 is row 1, column 2. Up leads to a smaller row, "
+        f"Left to a smaller column. The room has {level.height - 2} rows and {level.width - 2} columns inside "
+        f"its outer walls: r1c1 to r{level.height - 2}c{level.width - 2}.\n"
         f"Inner walls: {walls_list}\n"
         f"Targets: {', '.join(level.names[cell] for cell in level.targets)}\n"
         f"{_objects(level, level.start)}"
@@ -124,15 +126,19 @@ def observe(level: Level, state: State, answer: Answer, style: Style, max_action
     lines = []
     if answer.invalid:
         lines.append(
-            "That was not understood, so nothing moved; it still cost a move. Answer with Up, Down, Left or Right, "
-            "like this: <action>Up</action>."
+            "That was not understood, so nothing moved; it still cost a move. "
+            "Answer with Up, Down, Left or Right, like this: <action>Up</action>."
         )
     if answer.dropped:
-        lines.append(f"Only the first {max_actions} of your {max_actions + answer.dropped} moves were considered.")
+        lines.append(
+            f"Only the first {max_actions} of your {max_actions + answer.dropped} moves were considered."
+        )
     if answer.blocked:
         lines.append(f"Blocked, nothing moved: {', '.join(MOVES[move] for move in answer.blocked)}.")
     lines.append(picture(level, state) if style == "grid" else _objects(level, state))
-    lines.append(f"Boxes on targets: {level.on_target(state)}/{len(level.boxes)}. Moves left: {answer.steps_left}.")
+    lines.append(
+        f"Boxes on targets: {level.on_target(state)}/{len(level.boxes)}. Moves left: {answer.steps_left}."
+    )
     if solved:
         lines.append("Solved!")
     elif answer.steps_left <= 0:
@@ -147,11 +153,16 @@ def _objects(level: Level, state: State) -> str:
     return f"Boxes: {listed}\nYou: {level.names[player]}{here}"
 
 
-def plan(level: Level, state: State, moves: Sequence[int], style: Style) -> str:
-    """A way of playing from `state`, as a skill or an oracle tells it: where the player stands, what to press.
+def say(move: int, style: Style) -> str:
+    """An agent's text that makes one move."""
+    return MOVES[move] if style == "terse" else f"<action>{MOVES[move]}</action>"
 
-    ``@r2c2 Right @r2c3 Up`` for the terse style. In prose the walks between pushes are named by where they lead, and
-    every push by the box, the direction and the number of cells.
+
+def plan(level: Level, state: State, moves: Sequence[int], style: Style) -> str:
+    """A way of playing from `state`, in the words of a skill or an oracle.
+
+    ``@r2c2 Right @r2c3 Up`` for the terse style. In prose the walks between pushes are named by where they
+    lead, and every push by the box, the direction and the number of cells.
     """
     if style == "terse":
         words = []

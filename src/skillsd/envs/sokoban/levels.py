@@ -1,11 +1,12 @@
 """Levels from explicit seeds, and the panels: the fixed sets of levels that ship with the package.
 
-A level is found by playing backwards: in a random room, all states from which it can be solved are reached from the
-solved ones by walking back and pulling, and the start is drawn among those at an allowed distance. So the difficulty,
-the length of the optimal solution, is exact and comes for free.
+A level is found by playing backwards: in a random room, all states from which it can be solved are reached
+from the solved ones by walking back and pulling, and the start is drawn among those at an allowed distance.
+So the difficulty, the length of the optimal solution, is exact and comes for free.
 
 The same seed gives the same level in every process and every Python version: all randomness is `random()` and
-`getrandbits()` of `random.Random(int)`, whose streams Python guarantees, and no order of a set or a hash is used.
+`getrandbits()` of `random.Random(int)`, whose streams Python guarantees, and no order of a set or a hash is
+used.
 
 Rebuild the panels with ``python -m skillsd.envs.sokoban.levels build [--preset NAME]``.
 """
@@ -18,7 +19,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -107,7 +108,7 @@ def _largest_region(floor: list[int], width: int) -> list[int]:
 
 
 def draw(name: str, split: str, count: int, taken: set[str]) -> list[Entry]:
-    """`count` new levels of a split, easy to hard, whose ids are not in `taken`; their ids are added to it."""
+    """`count` new levels of a split, easy to hard. Levels in `taken` are skipped, and the new ones added."""
     entries: list[Entry] = []
     for seed in seeds(name, split):
         if len(entries) == count:
@@ -149,7 +150,7 @@ def to_json(splits: dict[str, list[Entry]]) -> str:
     return "{\n" + ",\n".join(blocks) + "\n}\n"
 
 
-@lru_cache(maxsize=None)
+@cache
 def panel(name: str) -> dict[str, tuple[Entry, ...]]:
     """The stored panel of a preset: its levels by split. Raises UserError for an unknown preset."""
     if name not in PRESETS:

@@ -84,8 +84,9 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             splits={"train": 96, "tune": 128, "test": 64, "test512": 512},
             style="grid",
             max_actions_per_turn=1,
-            # The paper gives room, boxes, steps and the sizes of train and test. Not given, ours: the lengths, the
-            # pushes, the walls, the wording, one move per turn. test512 is ours too: 64 levels are +-6 points.
+            # The paper gives room, boxes, steps and the sizes of train and test. Not given, ours: the
+            # lengths, the pushes, the walls, the wording, one move per turn. test512 is ours too: 64 levels
+            # are +-6 points.
             source="arXiv 2604.10674, section on Sokoban; no code is public",
         ),
         "ragen": Preset(
@@ -100,10 +101,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             splits={"train": 96, "tune": 64, "test": 128},
             style="grid",
             max_actions_per_turn=5,
-            # SimpleSokoban: dim 6x6, num_boxes 1, max_actions_per_traj 10 (config/envs.yaml), max_actions_per_turn 5
-            # (config/base.yaml; its max_turn 5 has no counterpart here). RAGEN does not limit the solution's length;
-            # we keep it within the budget of moves, or a level could not be solved at all.
-            source="RAGEN-AI/RAGEN config/envs.yaml (SimpleSokoban) and config/base.yaml; our own level generator",
+            # SimpleSokoban: dim 6x6, num_boxes 1, max_actions_per_traj 10 (config/envs.yaml),
+            # max_actions_per_turn 5 (config/base.yaml; its max_turn 5 has no counterpart here). RAGEN does
+            # not limit the solution's length; we keep it within the budget of moves, or a level could not be
+            # solved at all.
+            source="RAGEN-AI/RAGEN config/envs.yaml (SimpleSokoban) and config/base.yaml; our levels",
         ),
         "verl-agent": Preset(
             height=6,
@@ -118,8 +120,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             style="grid",
             max_actions_per_turn=1,
             # env.max_steps=15 (the script); dim_room [6, 6], num_boxes 1 (the environment's defaults there).
-            source="verl-agent examples/gigpo_trainer/run_sokoban.sh; our own level generator",
+            source="verl-agent examples/gigpo_trainer/run_sokoban.sh; our levels",
         ),
     }
 )
-"""The presets by name. The order matters: panels are drawn in it, each avoiding the levels of those before."""
+"""The presets by name. Panels are drawn in this order, each avoiding the levels of those before."""
