@@ -1,0 +1,388 @@
+"""The skill bank B(x): every training task's own skills and how the rollouts under each of them fared.
+
+One SQLite file, and every call is one transaction: a process that is killed leaves the bank as it was before
+the call or after it, never between. The file keeps SQLite's rollback journal rather than WAL: it then stays a
+single file that may be copied, and works on network file systems. A commit costs about 1 ms on a local disk;
+`SkillBank.batch` makes one commit of many calls.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from skillsd.errors import UserError
+from skillsd.skills import ucb
+from skillsd.types import TRAIN_SPLIT, Outcome, Skill, Task
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x534B5344  # "SKSD" in the file's header tells a skill bank from other SQLite files
+
+_SCHEMA = """
+CREATE TABLE skills (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice: it is the creation sequence number too
+    env TEXT NOT NULL,
+    task TEXT NOT NULL,
+    success_analysis TEXT NOT NULL,
+    mistake_analysis TEXT NOT NULL,
+    golden_workflow TEXT NOT NULL,
+    source TEXT NOT NULL,
+    iteration INTEGER NOT NULL,
+    source_reward REAL NOT NULL,
+    source_outcome TEXT NOT NULL,
+    picks INTEGER NOT NULL DEFAULT 0,
+    credited INTEGER NOT NULL DEFAULT 0,
+    reward_sum REAL NOT NULL DEFAULT 0,
+    UNIQUE (env, task, success_analysis, mistake_analysis, golden_workflow)
+)
+"""
+_COLUMNS = (
+    "id, env, task, success_analysis, mistake_analysis, golden_workflow, source, iteration, source_reward, "
+    "source_outcome, picks, credited, reward_sum"
+)
+_INSTEAD = "Give another path, or move that file away."
+
+
+class HeldOutTaskError(RuntimeError):
+    """A task of an evaluation split reached the skill bank: the caller's bug, evaluation never touches it."""
+
+
+@dataclass(frozen=True)
+class StoredSkill:
+    """A skill e with its origin and its record.
+
+    Attributes:
+        id: grows with creation, and is never used twice.
+        env, task_id: the task x whose bank it is in.
+        source: the trajectory that it was written from, e.g. ``iteration-12/<task>/3``.
+        iteration, source_reward, source_outcome: of that trajectory.
+        picks: n(e), how often it was picked.
+        credited: number of rollouts that were trained while it was the teacher's skill.
+        reward_sum: the sum of their rewards.
+    """
+
+    id: int
+    env: str
+    task_id: str
+    skill: Skill
+    source: str
+    iteration: int
+    source_reward: float
+    source_outcome: Outcome
+    picks: int
+    credited: int
+    reward_sum: float
+
+    @property
+    def mean_reward(self) -> float:
+        """Mean reward of the rollouts trained under this skill (METHOD.md, step 3).
+
+        Until there is one (its first group is under way, or was dropped) the source trajectory's reward
+        stands in; the paper is silent there.
+        """
+        return self.reward_sum / self.credited if self.credited else self.source_reward
+
+
+class SkillBank:
+    """The skills of all training tasks of a run. To be used from one thread.
+
+    Args:
+        path: the database file, made if there is none; ``":memory:"`` for a bank that lives in memory only.
+        policy: how `pick` chooses, see `skillsd.skills.ucb.policy`; UCB unless given.
+        forbidden: ids of the tasks of the evaluation splits. They are refused whatever split a task claims.
+        max_per_task: where a new skill would exceed it, the task's skill with the lowest mean reward goes.
+            Skills that were never picked are not thrown away untried, so a bank may exceed it by those.
+
+    Raises:
+        UserError: if the file is not a skill bank of this version, or holds a forbidden task's skills.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        policy: ucb.Policy = ucb.pick,
+        forbidden: Iterable[str] = (),
+        max_per_task: int | None = None,
+    ) -> None:
+        if max_per_task is not None and max_per_task < 1:
+            raise UserError(f"max_per_task is {max_per_task}; expected 1 or more, or none for no limit")
+        self.path = str(path)
+        self._policy = policy
+        self._forbidden = frozenset(forbidden)
+        self._max_per_task = max_per_task
+        self._in_batch = False
+        if self.path != ":memory:":
+            _check_header(Path(self.path))
+        self._db = _connect(self.path)
+        try:
+            _prepare(self._db, self.path)
+            self._check_held_out(self._db, self.path)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def add(
+        self, task: Task, skill: Skill, *, source: str, iteration: int, reward: float, outcome: Outcome
+    ) -> int:
+        """Store a skill of `task` and return its id; a text that the task already has keeps its own.
+
+        Raises:
+            HeldOutTaskError: for a task that is not a training task.
+            ValueError: for an empty skill, or a reward that is not finite.
+        """
+        self.guard(task)
+        if skill.is_empty:
+            raise ValueError(f"an empty skill of task {task.id!r} (source {source!r}) cannot be stored")
+        if not math.isfinite(reward):
+            raise ValueError(f"the reward of {source!r} is {reward}; expected a finite number")
+        key = (task.env, task.id, skill.success_analysis, skill.mistake_analysis, skill.golden_workflow)
+        with self.batch():
+            known = self._db.execute(
+                "SELECT id FROM skills WHERE env = ? AND task = ? AND success_analysis = ? "
+                "AND mistake_analysis = ? AND golden_workflow = ?",
+                key,
+            ).fetchone()
+            if known is not None:
+                return int(known[0])
+            self._make_room(task)
+            row = self._db.execute(
+                "INSERT INTO skills (env, task, success_analysis, mistake_analysis, golden_workflow, source, "
+                "iteration, source_reward, source_outcome) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
+                (*key, source, iteration, reward, Outcome(outcome).value),
+            ).fetchone()
+            return int(row[0])
+
+    def pick(self, task: Task, *, c: float) -> StoredSkill | None:
+        """S(x): the skill that the teacher of `task` gets now, recorded as a pick (n(e) += 1).
+
+        None if the task has no skill yet, or the policy wants none. The returned record includes this pick.
+
+        Raises:
+            HeldOutTaskError: for a task that is not a training task.
+        """
+        with self.batch():
+            chosen = self.peek(task, c=c)
+            if chosen is None:
+                return None
+            self._db.execute("UPDATE skills SET picks = picks + 1 WHERE id = ?", (chosen.id,))
+            return self._select("WHERE id = ?", chosen.id)[0]
+
+    def peek(self, task: Task, *, c: float) -> StoredSkill | None:
+        """What `pick` would return, with nothing recorded."""
+        self.guard(task)
+        if not (math.isfinite(c) and c >= 0):
+            raise ValueError(f"UCB's c is {c}; expected a finite number >= 0")
+        arms = self._of(task)
+        index = self._policy(arms, c) if arms else None
+        return None if index is None else arms[index]
+
+    def credit(self, skill_id: int, rewards: Sequence[float]) -> bool:
+        """Add the rewards of rollouts that were trained while this was the teacher's skill.
+
+        Returns False if the skill has made room for a newer one since its pick: there is nobody to credit.
+
+        Raises:
+            HeldOutTaskError: if the skill is a forbidden task's.
+            KeyError: for an id that was never given.
+            ValueError: for rewards that are not finite; nothing is recorded then.
+        """
+        if not all(math.isfinite(reward) for reward in rewards):
+            raise ValueError(f"rewards for skill {skill_id} are {list(rewards)}; expected finite numbers")
+        with self.batch():
+            found = self._select("WHERE id = ?", skill_id)
+            if not found:
+                if 1 <= skill_id <= self.created:
+                    return False
+                raise KeyError(f"no skill has had the id {skill_id}; {self.created} were ever stored")
+            self.guard(Task(found[0].task_id, found[0].env, TRAIN_SPLIT))
+            self._db.execute(
+                "UPDATE skills SET credited = credited + ?, reward_sum = reward_sum + ? WHERE id = ?",
+                (len(rewards), math.fsum(rewards), skill_id),
+            )
+            return True
+
+    def skills(self, task_id: str | None = None) -> list[StoredSkill]:
+        """The stored skills of one task or of all, oldest first."""
+        return self._select() if task_id is None else self._select("WHERE task = ?", task_id)
+
+    def counts(self) -> dict[str, int]:
+        """For the metrics: tasks with a skill, skills, skills ever picked, picks, credited rollouts."""
+        row = self._db.execute(
+            "SELECT COUNT(DISTINCT env || char(31) || task), COUNT(*), TOTAL(picks > 0), TOTAL(picks), "
+            "TOTAL(credited) FROM skills"
+        ).fetchone()
+        return dict(zip(("tasks", "skills", "picked", "picks", "credited"), map(int, row), strict=True))
+
+    @property
+    def created(self) -> int:
+        """How many skills were ever stored; those that made room for others count too."""
+        row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'skills'").fetchone()
+        return int(row[0]) if row else 0
+
+    def __len__(self) -> int:
+        return int(self._db.execute("SELECT COUNT(*) FROM skills").fetchone()[0])
+
+    def guard(self, task: Task) -> None:
+        """Raise HeldOutTaskError unless `task` is a training task: the split guard of every call."""
+        if task.split != TRAIN_SPLIT:
+            raise HeldOutTaskError(
+                f"task {task.id!r} of {task.env!r} is of split {task.split!r}; the skill bank takes "
+                f"{TRAIN_SPLIT!r} tasks only. Evaluation must run without the bank."
+            )
+        if task.id in self._forbidden:
+            raise HeldOutTaskError(
+                f"task {task.id!r} of {task.env!r} says split {TRAIN_SPLIT!r} but is in an evaluation split: "
+                "the splits overlap. Remove it from one of them."
+            )
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """One transaction of the calls inside: all are kept, or none if an exception leaves the block."""
+        if self._in_batch:
+            yield
+            return
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            raise UserError(
+                f"cannot write to the skill bank {self.path}: {error}. Stop the other process that uses it, "
+                "or give this run another folder."
+            ) from error
+        self._in_batch = True
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+        finally:
+            self._in_batch = False
+
+    def snapshot(self, path: str | Path) -> None:
+        """Copy the bank into the file `path`: written aside, fsynced, renamed: it is whole or not there."""
+        if self._in_batch:
+            raise RuntimeError("a batch may yet be rolled back: end it before the snapshot")
+        target = Path(path)
+        aside = target.with_name(target.name + ".partial")
+        aside.unlink(missing_ok=True)
+        with closing(_connect(str(aside))) as copy:
+            self._db.backup(copy)
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        aside.replace(target)
+
+    def restore(self, path: str | Path) -> None:
+        """Replace the bank's whole content by that of a snapshot; on an error the bank stays as it was.
+
+        Raises:
+            UserError: if `path` is not a snapshot of a bank of this version, or holds a forbidden task's
+            skills.
+        """
+        if self._in_batch:
+            raise RuntimeError("a batch may yet be rolled back: end it before the restore")
+        if not Path(path).is_file():
+            raise UserError(f"no skill bank at {path}; expected a file that a checkpoint's snapshot wrote")
+        with closing(_connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)) as snapshot:
+            _check(snapshot, str(path))
+            self._check_held_out(snapshot, str(path))
+            snapshot.backup(self._db)
+
+    def close(self) -> None:
+        """Close the file. Closing twice is harmless."""
+        self._db.close()
+
+    def __enter__(self) -> SkillBank:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _of(self, task: Task) -> list[StoredSkill]:
+        return self._select("WHERE env = ? AND task = ?", task.env, task.id)
+
+    def _select(self, where: str = "", *values: object) -> list[StoredSkill]:
+        rows = self._db.execute(f"SELECT {_COLUMNS} FROM skills {where} ORDER BY id", values)
+        return [
+            StoredSkill(
+                row[0], row[1], row[2], Skill(*row[3:6]), row[6], row[7], row[8], Outcome(row[9]), *row[10:]
+            )
+            for row in rows
+        ]
+
+    def _make_room(self, task: Task) -> None:
+        if self._max_per_task is None:
+            return
+        stored = self._of(task)
+        # No exploration bonus here: what is known decides who leaves. Equals: the oldest.
+        tried = sorted((s for s in stored if s.picks), key=lambda s: (s.mean_reward, s.id))
+        surplus = max(0, len(stored) + 1 - self._max_per_task)
+        for leaving in tried[:surplus]:
+            self._db.execute("DELETE FROM skills WHERE id = ?", (leaving.id,))
+
+    def _check_held_out(self, db: sqlite3.Connection, path: str) -> None:
+        stored = {task for (task,) in db.execute("SELECT DISTINCT task FROM skills")}
+        if leaked := sorted(stored & self._forbidden):
+            raise UserError(
+                f"the skill bank {path} holds skills of {len(leaked)} evaluation tasks, e.g. {leaked[0]!r}. "
+                "What trains on it cannot be evaluated honestly: give a bank made from these training tasks."
+            )
+
+
+def _check_header(path: Path) -> None:
+    """Raise UserError for a file that SQLite did not write. It would write over a very short one."""
+    if not path.exists():
+        return
+    try:
+        with path.open("rb") as file:
+            header = file.read(16)
+    except OSError as error:
+        raise UserError(f"cannot open the skill bank {path}: {error}. {_INSTEAD}") from error
+    if header not in (b"", b"SQLite format 3\0"):
+        raise UserError(f"{path} is not a database, so not a skill bank. {_INSTEAD}")
+
+
+def _connect(path: str, *, uri: bool = False) -> sqlite3.Connection:
+    try:
+        return sqlite3.connect(path, isolation_level=None, uri=uri)  # our own BEGIN, see `batch`
+    except sqlite3.OperationalError as error:
+        raise UserError(f"cannot open the skill bank {path}: {error}. Does its folder exist?") from error
+
+
+def _prepare(db: sqlite3.Connection, path: str) -> None:
+    """Make the tables of a new bank, or check an old one."""
+    try:
+        if db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0:
+            db.execute("BEGIN IMMEDIATE")
+            db.execute(_SCHEMA)
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            db.execute("COMMIT")
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"cannot use {path} as a skill bank: {error}. {_INSTEAD}") from error
+    _check(db, path)
+
+
+def _check(db: sqlite3.Connection, path: str) -> None:
+    """Raise UserError unless `db` is a skill bank of this version."""
+    try:
+        application = db.execute("PRAGMA application_id").fetchone()[0]
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        state = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{path} is not a skill bank: {error}. {_INSTEAD}") from error
+    if application != APPLICATION_ID:
+        raise UserError(f"{path} is an SQLite file, but not a skill bank. {_INSTEAD}")
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"the skill bank {path} has schema version {version}, this skillsd reads {SCHEMA_VERSION}. "
+            "Use the skillsd that wrote it, or start with a new bank."
+        )
+    if state != "ok":
+        raise UserError(f"the skill bank {path} is damaged: {state}. Restore it from a checkpoint.")

@@ -1,0 +1,87 @@
+"""Which skill of a task's bank the teacher gets: UCB (METHOD.md, step 3), or a simpler one to compare.
+
+Pure functions of the skills' statistics. The paper gives neither UCB's c nor the order among skills that were
+never picked; both choices are ours and are said where they are made.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from skillsd.errors import unknown_name
+from skillsd.seeds import derive_seed
+
+
+class Arm(Protocol):
+    """What a policy may look at: a `skillsd.skills.bank.StoredSkill`, or anything of its shape."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def picks(self) -> int: ...
+    @property
+    def mean_reward(self) -> float: ...
+
+
+Policy = Callable[[Sequence[Arm], float], int | None]
+"""(a task's skills, oldest first; UCB's c) -> index of the one to use, or None for no skill this time."""
+
+
+def ucb_score(mean_reward: float, picks: int, total_picks: int, c: float) -> float:
+    """score(e) = mean_reward(e) + c * sqrt(ln N / n(e)), with n = `picks` >= 1 and N = `total_picks` >= n."""
+    if not 1 <= picks <= total_picks:
+        raise ValueError(f"expected 1 <= picks <= total_picks, got picks={picks}, total_picks={total_picks}")
+    return mean_reward + c * math.sqrt(math.log(total_picks) / picks)
+
+
+def pick(arms: Sequence[Arm], c: float) -> int:
+    """Index of the arm to use: one never picked if there is any, otherwise the highest `ucb_score`.
+
+    N is the sum of the arms' picks. Ties, those among arms never picked too, go to the newest (the last in
+    `arms`): it was written from the most recent policy's behaviour, while oldest-first would have the teacher
+    work through a backlog of the base model's lessons, as every visit adds up to G skills and picks one.
+
+    Raises:
+        ValueError: if there are no arms.
+    """
+    if not arms:
+        raise ValueError("pick needs at least one arm")
+    total = sum(arm.picks for arm in arms)
+
+    def rank(index: int) -> tuple[float, int]:
+        arm = arms[index]
+        score = ucb_score(arm.mean_reward, arm.picks, total, c) if arm.picks else math.inf
+        return score, index
+
+    return max(range(len(arms)), key=rank)
+
+
+def last(arms: Sequence[Arm], c: float) -> int:
+    """The newest skill, whatever its record."""
+    return len(arms) - 1
+
+
+def random_policy(seed: int) -> Policy:
+    """A skill at random. The draw depends on `seed` and the arms alone, so a resumed run draws the same."""
+
+    def choose(arms: Sequence[Arm], c: float) -> int:
+        # Ids are never used twice and a pick changes the sum: no two picks of a bank share a state.
+        state = (arms[-1].id, sum(arm.picks for arm in arms))
+        return random.Random(derive_seed(seed, "skill-policy", *state)).randrange(len(arms))
+
+    return choose
+
+
+def policy(name: str, *, seed: int = 0) -> Policy:
+    """The policy called `name`: ``ucb``, ``random`` (which alone uses `seed`) or ``last``.
+
+    Raises:
+        UserError: for a name that does not exist.
+    """
+    policies: dict[str, Policy] = {"ucb": pick, "random": random_policy(seed), "last": last}
+    if name not in policies:
+        raise unknown_name("skill policy", name, policies)
+    return policies[name]

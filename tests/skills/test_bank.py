@@ -1,0 +1,448 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from skillsd.errors import UserError
+from skillsd.skills import ucb
+from skillsd.skills.bank import HeldOutTaskError, SkillBank
+from skillsd.types import Outcome, Skill, Task
+
+
+@pytest.fixture
+def bank() -> Iterator[SkillBank]:
+    with SkillBank(":memory:") as bank:
+        yield bank
+
+
+def put(bank: SkillBank, task: Task, text: str = "a", reward: float = 1.0) -> int:
+    return bank.add(
+        task,
+        Skill("", "", text),
+        source=f"iteration-3/{task.id}/0",
+        iteration=3,
+        reward=reward,
+        outcome=Outcome.SOLVED,
+    )
+
+
+def test_what_is_stored_comes_back(bank: SkillBank, task: Task) -> None:
+    skill = Skill("müde\n\tΩ", 'it\'s "quoted" \x00 {x}', "'; DROP TABLE skills; --")
+    id = bank.add(task, skill, source="iteration-3/t/1", iteration=3, reward=0.5, outcome=Outcome.FAILED)
+    (stored,) = bank.skills(task.id)
+    assert dataclasses.asdict(stored) == {
+        "id": id, "env": "maze", "task_id": "level-1", "skill": dataclasses.asdict(skill),
+        "source": "iteration-3/t/1", "iteration": 3, "source_reward": 0.5, "source_outcome": Outcome.FAILED,
+        "picks": 0, "credited": 0, "reward_sum": 0.0,
+    }  # fmt: skip
+    assert bank.skills("another") == []
+
+
+def test_the_first_visit_has_no_skill(bank: SkillBank, task: Task) -> None:
+    assert bank.pick(task, c=1.0) is None
+    assert bank.counts() == {"tasks": 0, "skills": 0, "picked": 0, "picks": 0, "credited": 0}
+
+
+def test_a_pick_is_recorded_and_a_peek_is_not(bank: SkillBank, task: Task) -> None:
+    put(bank, task)
+    assert bank.peek(task, c=1.0) == bank.skills()[0]
+    picked = bank.pick(task, c=1.0)
+    assert picked is not None
+    assert picked.picks == 1
+    assert bank.skills() == [picked]
+
+
+def test_ucb_over_a_bank_by_hand(bank: SkillBank, task: Task) -> None:
+    poor, good = put(bank, task, "poor"), put(bank, task, "good")
+
+    def visit(rewards: list[float]) -> int:
+        picked = bank.pick(task, c=0.5)
+        assert picked is not None
+        bank.credit(picked.id, rewards)
+        return picked.id
+
+    assert visit([0.5, 1.0]) == good  # both unpicked: the newest
+    assert visit([0.0, 0.5]) == poor  # the only one unpicked
+    # N = 2, n = 1 each: the means .75 and .25 decide. N = 3: .75 + .5 sqrt(ln 3 / 2) = 1.121 against
+    # .25 + .5 sqrt(ln 3) = .774. So on until the bonus of the poor one, picked once, has grown enough.
+    visits = [visit([0.75, 0.75]) for _ in range(12)]
+    assert visits[:2] == [good, good]
+    first_return = visits.index(poor)
+    total = first_return + 2
+    bonus = [0.75 + 0.5 * math.sqrt(math.log(total) / (total - 1)), 0.25 + 0.5 * math.sqrt(math.log(total))]
+    assert bonus[0] < bonus[1]
+    total -= 1
+    bonus = [0.75 + 0.5 * math.sqrt(math.log(total) / (total - 1)), 0.25 + 0.5 * math.sqrt(math.log(total))]
+    assert bonus[0] > bonus[1]
+
+
+def test_the_mean_is_over_credited_rollouts(bank: SkillBank, task: Task) -> None:
+    id = put(bank, task, reward=1.0)
+    assert bank.skills()[0].mean_reward == 1.0  # nothing credited yet: the source's reward
+    bank.credit(id, [0.0, 0.5])
+    bank.credit(id, [0.25])
+    bank.credit(id, [])
+    (stored,) = bank.skills()
+    assert (stored.mean_reward, stored.credited) == (0.25, 3)
+
+
+def test_tasks_have_banks_of_their_own(bank: SkillBank, task: Task) -> None:
+    other = dataclasses.replace(task, id="level-2")
+    namesake = dataclasses.replace(task, env="sokoban")
+    ids = {put(bank, t) for t in (task, other, namesake)}
+    assert len(ids) == 3
+    for t in (task, other, namesake):
+        picked = bank.pick(t, c=1.0)
+        assert picked is not None
+        assert (picked.env, picked.task_id) == (t.env, t.id)
+    assert bank.counts()["tasks"] == 3
+
+
+def test_a_text_is_stored_once_a_task(bank: SkillBank, task: Task) -> None:
+    id = put(bank, task, reward=1.0)
+    bank.pick(task, c=1.0)
+    assert put(bank, task, reward=0.0) == id
+    assert len(bank) == bank.created == 1
+    assert (bank.skills()[0].source_reward, bank.skills()[0].picks) == (1.0, 1)
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_what_would_poison_a_mean_is_refused(bank: SkillBank, task: Task, reward: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        put(bank, task, reward=reward)
+    id = put(bank, task)
+    with pytest.raises(ValueError, match="finite"):
+        bank.credit(id, [0.5, reward])
+    assert bank.skills()[0].credited == 0
+    with pytest.raises(ValueError, match="c is"):
+        bank.pick(task, c=reward)
+
+
+def test_an_empty_skill_is_refused(bank: SkillBank, task: Task) -> None:
+    with pytest.raises(ValueError, match="empty skill"):
+        put(bank, task, "")
+
+
+def test_credit_to_nobody(bank: SkillBank) -> None:
+    with pytest.raises(KeyError, match="no skill has had the id 1"):
+        bank.credit(1, [1.0])
+
+
+class TestSplitGuard:
+    @pytest.mark.parametrize("split", ["test", "tune", "Train", ""])
+    def test_only_training_tasks_touch_the_bank(self, bank: SkillBank, task: Task, split: str) -> None:
+        put(bank, task)
+        before = bank.skills()
+        held_out = dataclasses.replace(task, split=split)
+        for touch in (put, lambda b, t: b.pick(t, c=1.0), lambda b, t: b.peek(t, c=1.0)):
+            with pytest.raises(HeldOutTaskError, match="level-1"):
+                touch(bank, held_out)
+        assert bank.skills() == before
+
+    def test_a_forbidden_task_is_refused_whatever_it_claims(self, task: Task) -> None:
+        with SkillBank(":memory:", forbidden=[task.id]) as bank:
+            for touch in (put, lambda b, t: b.pick(t, c=1.0)):
+                with pytest.raises(HeldOutTaskError, match="splits overlap"):
+                    touch(bank, task)
+            assert len(bank) == 0
+
+    def test_credit_is_guarded_too(self, bank: SkillBank, task: Task) -> None:
+        id = put(bank, task)
+        bank._forbidden = frozenset([task.id])  # no public way leads here: opening such a bank is refused
+        with pytest.raises(HeldOutTaskError):
+            bank.credit(id, [1.0])
+        assert bank.skills()[0].credited == 0
+
+    def test_a_bank_made_from_evaluation_tasks_is_not_taken_up(self, tmp_path: Path, task: Task) -> None:
+        with SkillBank(tmp_path / "skills.sqlite") as bank:
+            put(bank, task)
+        with pytest.raises(UserError, match=r"evaluation tasks, e\.g\. 'level-1'"):
+            SkillBank(tmp_path / "skills.sqlite", forbidden=[task.id])
+        with SkillBank(":memory:", forbidden=[task.id]) as bank:
+            with pytest.raises(UserError, match="evaluation tasks"):
+                bank.restore(tmp_path / "skills.sqlite")
+            assert len(bank) == 0
+
+
+class TestCap:
+    def test_the_worst_of_the_tried_makes_room(self, task: Task) -> None:
+        with SkillBank(":memory:", max_per_task=2) as bank:
+            a, b = put(bank, task, "a"), put(bank, task, "b")
+            for id, reward in ((b, 0.1), (a, 0.9)):
+                picked = bank.pick(task, c=1.0)
+                assert picked is not None
+                assert picked.id == id
+                bank.credit(id, [reward])
+            c = put(bank, task, "c")
+            assert [stored.id for stored in bank.skills()] == [a, c]
+            assert bank.credit(b, [1.0]) is False
+            assert put(bank, task, "b") not in (a, b, c)  # an id is never used twice
+            assert bank.created == 4
+
+    def test_an_untried_skill_never_does(self, task: Task) -> None:
+        with SkillBank(":memory:", max_per_task=1) as bank:
+            for text in "abc":
+                put(bank, task, text)
+            assert len(bank) == 3
+            bank.pick(task, c=1.0)
+            put(bank, task, "d")
+            assert [stored.skill.golden_workflow for stored in bank.skills()] == ["a", "b", "d"]
+
+    def test_other_tasks_are_left_alone(self, task: Task) -> None:
+        with SkillBank(":memory:", max_per_task=1) as bank:
+            put(bank, task)
+            bank.pick(task, c=1.0)
+            put(bank, dataclasses.replace(task, id="level-2"))
+            assert len(bank) == 2
+
+    def test_a_cap_of_none_at_all_is_a_mistake(self) -> None:
+        with pytest.raises(UserError, match="max_per_task is 0"):
+            SkillBank(":memory:", max_per_task=0)
+
+
+def test_a_policy_decides(task: Task) -> None:
+    with SkillBank(":memory:", policy=ucb.policy("last")) as bank:
+        put(bank, task, "a")
+        last = put(bank, task, "b")
+        for _ in range(3):
+            picked = bank.pick(task, c=1.0)
+            assert picked is not None
+            assert picked.id == last
+    with SkillBank(":memory:", policy=lambda arms, c: None) as bank:
+        put(bank, task)
+        assert bank.pick(task, c=1.0) is None
+        assert bank.counts()["picks"] == 0
+
+
+def test_random_picks_go_on_after_a_restore_as_without(tmp_path: Path, task: Task) -> None:
+    def picks(bank: SkillBank, times: int) -> list[int]:
+        return [picked.id for _ in range(times) if (picked := bank.pick(task, c=1.0))]
+
+    with SkillBank(":memory:", policy=ucb.policy("random", seed=5)) as bank:
+        for text in "abcdef":
+            put(bank, task, text)
+        picks(bank, 7)
+        bank.snapshot(tmp_path / "snapshot")
+        expected = picks(bank, 20)
+    with SkillBank(":memory:", policy=ucb.policy("random", seed=5)) as bank:
+        bank.restore(tmp_path / "snapshot")
+        assert picks(bank, 20) == expected
+
+
+class TestFile:
+    def test_a_bank_is_one_file_and_opens_again(self, tmp_path: Path, task: Task) -> None:
+        path = tmp_path / "skills.sqlite"
+        with SkillBank(path) as bank:
+            put(bank, task)
+            bank.pick(task, c=1.0)
+            expected = bank.skills()
+        assert os.listdir(tmp_path) == ["skills.sqlite"]
+        with SkillBank(path) as bank:
+            assert bank.skills() == expected
+
+    def test_a_viewer_may_look_on(self, tmp_path: Path, task: Task) -> None:
+        path = tmp_path / "skills.sqlite"
+        with SkillBank(path) as bank, SkillBank(path) as viewer:
+            put(bank, task)
+            assert len(viewer) == 1
+
+    def test_two_writers_are_told(self, tmp_path: Path, task: Task) -> None:
+        path = tmp_path / "skills.sqlite"
+        with SkillBank(path) as bank, SkillBank(path) as other:
+            other._db.execute("PRAGMA busy_timeout = 10")
+            with bank.batch():
+                with pytest.raises(UserError, match="other process"):
+                    put(other, task)
+                put(bank, task)
+            put(other, task)
+
+    def test_a_batch_is_kept_whole_or_not_at_all(self, bank: SkillBank, task: Task) -> None:
+        def half_way() -> None:
+            with bank.batch():
+                put(bank, task, "a")
+                raise RuntimeError("half way")
+
+        with pytest.raises(RuntimeError, match="half way"):
+            half_way()
+        assert len(bank) == 0
+        with bank.batch():
+            put(bank, task, "a")
+            bank.pick(task, c=1.0)
+        assert bank.counts()["picks"] == 1
+
+    @pytest.mark.parametrize("content", [b"not a database, but long enough to look like one" * 50, b"x"])
+    def test_another_file_is_refused_and_left_alone(self, tmp_path: Path, content: bytes) -> None:
+        path = tmp_path / "notes.txt"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"notes\.txt.*not a database"):
+            SkillBank(path)
+        assert path.read_bytes() == content
+
+    def test_another_database_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "other.sqlite"
+        db = sqlite3.connect(path)
+        db.execute("CREATE TABLE skills (id)")
+        db.commit()
+        db.close()
+        with pytest.raises(UserError, match="not a skill bank"):
+            SkillBank(path)
+
+    def test_another_version_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "skills.sqlite"
+        SkillBank(path).close()
+        db = sqlite3.connect(path)
+        db.execute("PRAGMA user_version = 99")
+        db.close()
+        with pytest.raises(UserError, match="schema version 99, this skillsd reads 1"):
+            SkillBank(path)
+
+    def test_a_damaged_file_is_refused(self, tmp_path: Path, task: Task) -> None:
+        path = tmp_path / "skills.sqlite"
+        with SkillBank(path) as bank, bank.batch():
+            for i in range(300):
+                put(bank, task, f"{i} " * 30)
+        content = bytearray(path.read_bytes())
+        content[4096 * 3 : 4096 * 6] = os.urandom(4096 * 3)
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"damaged|malformed"):
+            SkillBank(path)
+
+    def test_a_folder_is_no_bank(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="cannot open the skill bank"):
+            SkillBank(tmp_path)
+
+    def test_no_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="Does its folder exist"):
+            SkillBank(tmp_path / "nowhere" / "skills.sqlite")
+
+    def test_another_thread_is_refused(self, bank: SkillBank) -> None:
+        caught: list[Exception] = []
+
+        def use() -> None:
+            try:
+                len(bank)
+            except sqlite3.ProgrammingError as error:
+                caught.append(error)
+
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+        assert caught
+
+
+class TestSnapshot:
+    def test_restore_brings_everything_back(self, tmp_path: Path, task: Task) -> None:
+        with SkillBank(tmp_path / "live.sqlite", max_per_task=1) as bank:
+            put(bank, task, "a")
+            bank.pick(task, c=1.0)
+            put(bank, task, "b")
+            expected = bank.skills()
+            bank.snapshot(tmp_path / "snapshot.sqlite")
+            put(bank, task, "c")
+            bank.pick(task, c=1.0)
+            bank.restore(tmp_path / "snapshot.sqlite")
+            assert bank.skills() == expected
+            assert bank.created == 2
+            assert put(bank, task, "d") == 3  # the sequence is part of it
+        assert sorted(os.listdir(tmp_path)) == ["live.sqlite", "snapshot.sqlite"]
+
+    def test_a_snapshot_replaces_an_older_one(self, tmp_path: Path, bank: SkillBank, task: Task) -> None:
+        path = tmp_path / "100% näive #1?.sqlite"
+        (tmp_path / (path.name + ".partial")).write_text("left by a killed process")
+        bank.snapshot(path)
+        put(bank, task)
+        bank.snapshot(path)
+        with SkillBank(":memory:") as other:
+            other.restore(path)
+            assert other.skills() == bank.skills()
+
+    def test_what_is_no_snapshot_changes_nothing(self, tmp_path: Path, bank: SkillBank, task: Task) -> None:
+        put(bank, task)
+        (tmp_path / "rubbish").write_text("rubbish" * 100)
+        (tmp_path / "empty").touch()
+        for name, message in [
+            ("rubbish", "not a database"),
+            ("empty", "not a skill"),
+            ("none", "no skill bank at"),
+        ]:
+            with pytest.raises(UserError, match=message):
+                bank.restore(tmp_path / name)
+        assert len(bank) == 1
+        assert not (tmp_path / "none").exists()
+
+    def test_not_inside_a_batch(self, tmp_path: Path, bank: SkillBank) -> None:
+        with bank.batch():
+            with pytest.raises(RuntimeError, match="end it before"):
+                bank.snapshot(tmp_path / "s")
+            with pytest.raises(RuntimeError, match="end it before"):
+                bank.restore(tmp_path / "s")
+
+
+WRITER = """
+import os, signal, sys
+from skillsd.skills.bank import SkillBank
+from skillsd.types import Outcome, Skill, Task
+task = Task("t", "maze", "train")
+def add(bank, text):
+    bank.add(task, Skill("", "", text), source="s", iteration=0, reward=1.0, outcome=Outcome.SOLVED)
+with SkillBank(sys.argv[1]) as bank:
+    for i in range(int(sys.argv[2])):
+        with bank.batch():  # a unit: three skills, one pick and its credit
+            for j in range(3):
+                add(bank, f"{i} {j} " + "x" * 5000)
+            bank.credit(bank.pick(task, c=1.0).id, [1.0])
+        print(i, flush=True)
+    with bank.batch():
+        for i in range(600):  # more than SQLite's page cache holds: the file itself is half written
+            add(bank, f"lost {i} " + "x" * 5000)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def written_by(path: Path, units: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WRITER, str(path), str(units)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def check_whole_units(path: Path, reported: list[int], task: Task) -> None:
+    with SkillBank(path) as bank:
+        counts = bank.counts()
+        assert counts["skills"] == 3 * counts["picks"] == 3 * counts["credited"]
+        assert counts["picks"] >= reported[-1] + 1  # what was reported is there
+        put(bank, task)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.003, 0.011])
+def test_a_writer_killed_anywhere_leaves_whole_units(tmp_path: Path, delay: float, task: Task) -> None:
+    path = tmp_path / "skills.sqlite"
+    with written_by(path, 10**9) as writer:
+        assert writer.stdout is not None
+        reported = [int(writer.stdout.readline()) for _ in range(10)]
+        time.sleep(delay)
+        writer.send_signal(signal.SIGKILL)
+        reported += [int(line) for line in writer.stdout.read().split()]
+    check_whole_units(path, reported, task)
+
+
+def test_a_writer_killed_inside_a_batch_leaves_nothing_of_it(tmp_path: Path, task: Task) -> None:
+    path = tmp_path / "skills.sqlite"
+    with written_by(path, 2) as writer:
+        assert writer.stdout is not None
+        reported = [int(line) for line in writer.stdout.read().split()]
+    assert writer.returncode == -signal.SIGKILL
+    assert path.stat().st_size > 1_000_000  # the fault is there: the lost skills had reached the file
+    assert (tmp_path / "skills.sqlite-journal").exists()
+    check_whole_units(path, reported, task)
+    with SkillBank(path) as bank:
+        assert not any("lost" in stored.skill.golden_workflow for stored in bank.skills())

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skillsd.errors import UserError
+from skillsd.skills import ucb
+
+
+@dataclass(frozen=True)
+class Arm:
+    id: int
+    picks: int
+    mean_reward: float
+
+
+def arms_of(*records: tuple[int, float]) -> list[Arm]:
+    return [Arm(i + 1, picks, mean) for i, (picks, mean) in enumerate(records)]
+
+
+records = st.tuples(st.integers(0, 50), st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0]))
+banks = st.lists(records, min_size=1, max_size=8).map(lambda drawn: arms_of(*drawn))
+tried_banks = banks.map(lambda arms: [Arm(arm.id, arm.picks + 1, arm.mean_reward) for arm in arms])
+
+
+def test_scores_by_hand() -> None:
+    assert ucb.ucb_score(0.5, 1, 1, 1.0) == 0.5  # ln 1 = 0
+    assert ucb.ucb_score(0.5, 4, 8, 0.0) == 0.5
+    # 0.25 + 1 * sqrt(ln 8 / 2) = 0.25 + sqrt(1.0397207708)
+    assert ucb.ucb_score(0.25, 2, 8, 1.0) == pytest.approx(0.25 + 1.0196669, abs=1e-6)
+    assert ucb.ucb_score(0.25, 2, 8, 2.0) == pytest.approx(0.25 + 2.0393338, abs=1e-6)
+
+
+@pytest.mark.parametrize(("picks", "total"), [(0, 3), (4, 3), (-1, 1)])
+def test_a_score_of_impossible_counts_is_refused(picks: int, total: int) -> None:
+    with pytest.raises(ValueError, match="1 <= picks <= total_picks"):
+        ucb.ucb_score(0.5, picks, total, 1.0)
+
+
+def test_picks_by_hand() -> None:
+    # N = 10. c = 0.5: 0.6 + 0.5 sqrt(2.302585 / 9) = 0.853 against 0.2 + 0.5 sqrt(2.302585 / 1) = 0.959
+    arms = arms_of((9, 0.6), (1, 0.2))
+    assert ucb.pick(arms, 0.5) == 1
+    assert ucb.pick(arms, 0.1) == 0  # 0.651 against 0.352
+
+
+def test_the_newest_of_the_unpicked_goes_first() -> None:
+    assert ucb.pick(arms_of((0, 0.0), (0, 1.0), (0, 0.0), (3, 1.0)), 1.0) == 2
+
+
+def test_no_arms() -> None:
+    with pytest.raises(ValueError, match="at least one arm"):
+        ucb.pick([], 1.0)
+
+
+@given(banks, st.floats(0, 10))
+def test_an_unpicked_arm_goes_first(arms: list[Arm], c: float) -> None:
+    chosen = arms[ucb.pick(arms, c)]
+    assert chosen.picks == 0 or all(arm.picks for arm in arms)
+
+
+@given(tried_banks)
+def test_without_exploration_it_is_greedy(arms: list[Arm]) -> None:
+    assert arms[ucb.pick(arms, 0.0)].mean_reward == max(arm.mean_reward for arm in arms)
+
+
+@given(tried_banks.flatmap(lambda arms: st.tuples(st.just(arms), st.permutations(arms))), st.floats(0, 10))
+def test_the_order_of_arms_decides_ties_only(both: tuple[list[Arm], list[Arm]], c: float) -> None:
+    arms, shuffled = both
+    one, other = arms[ucb.pick(arms, c)], shuffled[ucb.pick(shuffled, c)]
+    total = sum(arm.picks for arm in arms)
+    assert ucb.ucb_score(one.mean_reward, one.picks, total, c) == ucb.ucb_score(
+        other.mean_reward, other.picks, total, c
+    )
+
+
+@given(tried_banks, st.floats(0, 10))
+def test_the_choice_has_the_highest_score(arms: list[Arm], c: float) -> None:
+    total = sum(arm.picks for arm in arms)
+    scores = [arm.mean_reward + c * math.sqrt(math.log(total) / arm.picks) for arm in arms]
+    assert scores[ucb.pick(arms, c)] == pytest.approx(max(scores))
+
+
+@given(banks, st.integers())
+def test_random_depends_on_its_seed_and_the_arms_alone(arms: list[Arm], seed: int) -> None:
+    first = ucb.policy("random", seed=seed)(arms, 1.0)
+    assert first == ucb.policy("random", seed=seed)(arms, 1.0)
+    assert first is not None
+    assert 0 <= first < len(arms)
+
+
+def test_random_tries_everything_and_seeds_differ() -> None:
+    def draws(seed: int) -> list[int | None]:
+        return [
+            ucb.policy("random", seed=seed)(arms_of((n, 0.0), (0, 1.0), (0, 0.5)), 1.0) for n in range(60)
+        ]
+
+    assert set(draws(0)) == {0, 1, 2}
+    assert min(draws(0).count(i) for i in range(3)) >= 10
+    assert draws(0) != draws(1)
+
+
+def test_last_takes_the_newest() -> None:
+    assert ucb.policy("last")(arms_of((0, 1.0), (5, 0.0)), 1.0) == 1
+
+
+def test_an_unknown_policy_is_told_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"'ubc'.*Did you mean 'ucb'"):
+        ucb.policy("ubc")
