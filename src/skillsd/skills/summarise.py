@@ -1,0 +1,116 @@
+"""From a finished trajectory to a skill: e = Analyze(trajectory, x) (METHOD.md, step 2), and what is refused.
+
+Skills reach a language model only through `Summariser`. Whoever wrote a skill, `check_skill` reads it before
+the bank does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from skillsd.types import Skill, Trajectory
+
+MAX_COPIED_TURNS = 2
+"""So many consecutive turns may be quoted, action and observation; one more is a copy of the trajectory."""
+MAX_COPIED_WORDS = 40
+"""A run of so many words of the first prompt makes a skill a copy of it."""
+MIN_PROMPT_WORDS = 8
+"""Messages shorter than this may be quoted whole: "Play Sokoban." is not a copy."""
+
+
+class Summariser(Protocol):
+    """Writes the skill of a finished trajectory, success or failure; None where there is nothing to learn."""
+
+    async def summarise(self, trajectory: Trajectory) -> Skill | None: ...
+
+
+class RuleSummariser:
+    """An environment's rule-based summariser (`skillsd.envs.base.TaskSet.summariser`) as a `Summariser`.
+
+    `fn` runs in the event loop, so that runs with it are deterministic; it has to be quick, and no timeout
+    can interrupt it.
+    """
+
+    def __init__(self, fn: Callable[[Trajectory], Skill | None]) -> None:
+        self._fn = fn
+
+    async def summarise(self, trajectory: Trajectory) -> Skill | None:
+        return self._fn(trajectory)
+
+
+class SkillSchema(BaseModel):
+    """A skill as a language model has to write it: three strings. Its JSON schema constrains the model."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", str_strip_whitespace=True, title="Skill")
+
+    success_analysis: str = Field(description="What worked, which actions or tools were right. May be empty.")
+    mistake_analysis: str = Field(
+        description="Where it went wrong: wrong assumptions, unchecked parameters, moves that cannot be "
+        "undone. May be empty."
+    )
+    golden_workflow: str = Field(description="The steps to follow next time, in order. May be empty.")
+
+    def to_skill(self) -> Skill:
+        return Skill(self.success_analysis, self.mistake_analysis, self.golden_workflow)
+
+
+def check_skill(
+    skill: object, trajectory: Trajectory, *, max_chars: int, max_copied_turns: int = MAX_COPIED_TURNS
+) -> str | None:
+    """Why `skill` may not enter the bank as the lesson of `trajectory`, or None if it may.
+
+    The reasons are few and fixed, to be counted: ``malformed`` (not a Skill, a field that is no string or no
+    Unicode text), ``empty``, ``too_long`` (a field of more than `max_chars` characters), ``copies_prompt``
+    and ``copies_trajectory`` (a skill is "never the trajectory itself": it quotes more than
+    `max_copied_turns` consecutive turns, action and observation). Copies are found whatever their white space
+    and role labels.
+    """
+    if not isinstance(skill, Skill):
+        return "malformed"
+    fields = (skill.success_analysis, skill.mistake_analysis, skill.golden_workflow)
+    try:
+        SkillSchema(success_analysis=fields[0], mistake_analysis=fields[1], golden_workflow=fields[2])
+        "".join(fields).encode()  # a lone surrogate cannot be stored
+    except (ValidationError, UnicodeEncodeError):
+        return "malformed"
+    if not any(field.strip() for field in fields):
+        return "empty"
+    if any(len(field) > max_chars for field in fields):
+        return "too_long"
+    text = _bare("\n".join(fields))
+    if any(_copies_message(text, message.content) for message in trajectory.prompt):
+        return "copies_prompt"
+    if _copies_turns(text, trajectory, max_copied_turns + 1):
+        return "copies_trajectory"
+    return None
+
+
+_ROLES = r"(?:turn|step)\s*\d+|system|user|assistant|agent|environment|action|observation"
+_LABEL = re.compile(rf"\b(?:{_ROLES})\s*:", re.IGNORECASE)
+
+
+def _bare(text: str) -> str:
+    """`text` as words between single spaces, with a space at each end and without role labels."""
+    return f" {' '.join(_LABEL.sub(' ', text).split())} "
+
+
+def _copies_message(text: str, content: str) -> bool:
+    words = _bare(content).split()
+    if len(words) < MIN_PROMPT_WORDS:
+        return False
+    run = min(len(words), MAX_COPIED_WORDS)
+    return any(f" {' '.join(words[i : i + run])} " in text for i in range(len(words) - run + 1))
+
+
+def _copies_turns(text: str, trajectory: Trajectory, run: int) -> bool:
+    # Without observations a run of turns is a list of actions, and a workflow may well be one.
+    windows = (trajectory.turns[i : i + run] for i in range(len(trajectory.turns) - run + 1))
+    return any(
+        _bare("\n".join(f"{turn.action}\n{turn.observation}" for turn in window)) in text
+        for window in windows
+        if all(turn.observation.strip() for turn in window)
+    )

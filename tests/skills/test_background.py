@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from skillsd.records import trajectory_to_json
+from skillsd.skills.background import BackgroundSummaries
+from skillsd.skills.bank import HeldOutTaskError, SkillBank
+from skillsd.skills.summarise import RuleSummariser, Summariser
+from skillsd.types import Outcome, Skill, Trajectory
+
+Make = Callable[..., Trajectory]
+
+
+class Async:
+    """A summariser made of an async function."""
+
+    def __init__(self, fn: Callable[[Trajectory], Awaitable[Any]]) -> None:
+        self.summarise: Any = fn
+
+
+def by_seed(trajectory: Trajectory) -> Skill:
+    return Skill("", "", f"lesson {trajectory.seed}")
+
+
+def background(bank: SkillBank, summariser: Summariser, **options: Any) -> BackgroundSummaries:
+    return BackgroundSummaries(
+        summariser, bank, **{"max_chars": 1000, "concurrency": 4, "timeout": 5.0, **options}
+    )
+
+
+@pytest.fixture
+def bank() -> Iterator[SkillBank]:
+    with SkillBank(":memory:") as bank:
+        yield bank
+
+
+def lessons(bank: SkillBank) -> list[str]:
+    return [stored.skill.golden_workflow for stored in bank.skills()]
+
+
+def test_from_trajectory_to_bank(bank: SkillBank, trajectory_with: Make) -> None:
+    async def main() -> None:
+        work = background(bank, RuleSummariser(by_seed))
+        failed = trajectory_with(seed=1, outcome=Outcome.FAILED, score=0.25, success=False)
+        work.submit(failed, source="iteration-4/level-1/0", iteration=4)
+        assert work.stats() == {"submitted": 1, "pending": 1}
+        assert await work.drain()
+        assert work.collect() == 1
+        assert work.collect() == 0
+        assert work.stats() == {"submitted": 1, "added": 1, "duplicate": 0, "pending": 0}
+
+    asyncio.run(main())
+    (stored,) = bank.skills()
+    assert (stored.source, stored.iteration) == ("iteration-4/level-1/0", 4)
+    assert (stored.source_reward, stored.source_outcome) == (0.25, Outcome.FAILED)
+    assert stored.skill == Skill("", "", "lesson 1")
+
+
+def test_the_bank_is_written_in_the_order_of_submission(bank: SkillBank, trajectory_with: Make) -> None:
+    async def slowest_first(trajectory: Trajectory) -> Skill:
+        await asyncio.sleep(0.02 * (5 - trajectory.seed))
+        return by_seed(trajectory)
+
+    async def main() -> None:
+        work = background(bank, Async(slowest_first), concurrency=8)
+        for seed in range(5):
+            work.submit(trajectory_with(seed=seed), source="s", iteration=0)
+        assert await work.drain(timeout=5)
+        assert work.collect() == 5
+
+    asyncio.run(main())
+    assert lessons(bank) == [f"lesson {seed}" for seed in range(5)]
+
+
+def test_submit_and_collect_do_not_wait(bank: SkillBank, trajectory_with: Make) -> None:
+    async def main() -> None:
+        gate = asyncio.Event()
+
+        async def gated(trajectory: Trajectory) -> Skill:
+            if trajectory.seed == 0:
+                await gate.wait()
+            return by_seed(trajectory)
+
+        work = background(bank, Async(gated))
+        for seed in range(3):
+            work.submit(trajectory_with(seed=seed), source="s", iteration=0)
+        assert await work.drain(timeout=0.05) is False
+        assert work.collect() == 2  # what is there is taken, the first comes later
+        gate.set()
+        assert await work.drain(timeout=5) is True
+        assert work.collect() == 1
+
+    asyncio.run(main())
+    assert lessons(bank) == ["lesson 1", "lesson 2", "lesson 0"]
+
+
+def test_no_more_at_once_than_asked(bank: SkillBank, trajectory_with: Make) -> None:
+    now = most = 0
+
+    async def counted(trajectory: Trajectory) -> Skill:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.01)
+        now -= 1
+        return by_seed(trajectory)
+
+    async def main() -> None:
+        work = background(bank, Async(counted), concurrency=2)
+        for seed in range(7):
+            work.submit(trajectory_with(seed=seed), source="s", iteration=0)
+        await work.drain()
+        assert work.collect() == 7
+
+    asyncio.run(main())
+    assert most == 2
+
+
+async def raises(trajectory: Trajectory) -> Skill:
+    raise RuntimeError("the server is on fire")
+
+
+async def cancels_itself(trajectory: Trajectory) -> Skill:
+    raise asyncio.CancelledError
+
+
+async def hangs(trajectory: Trajectory) -> Skill:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def hangs_on(trajectory: Trajectory) -> Skill:
+    """Swallows its cancellation, as a badly written client does, and raises much later."""
+    try:
+        await asyncio.sleep(30)
+    except asyncio.CancelledError:
+        await asyncio.sleep(0.3)
+    raise RuntimeError("too late to matter")
+
+
+async def rubbish(trajectory: Trajectory) -> str:
+    return "Sure! Here is the skill:"
+
+
+async def empty(trajectory: Trajectory) -> Skill:
+    return Skill(" ", "", "")
+
+
+async def endless(trajectory: Trajectory) -> Skill:
+    return Skill("", "", "and then " * 1000)
+
+
+async def copy(trajectory: Trajectory) -> Skill:
+    return Skill("", "", "\n".join(f"{turn.action}\n{turn.observation}" for turn in trajectory.turns))
+
+
+async def nothing(trajectory: Trajectory) -> None:
+    return None
+
+
+def no_coroutine(trajectory: Trajectory) -> Skill:
+    return Skill("", "", "x")
+
+
+def raises_at_once(trajectory: Trajectory) -> Skill:
+    raise KeyError("task")
+
+
+@pytest.mark.parametrize(
+    ("fault", "counted_as"),
+    [
+        (raises, "failed"),
+        (cancels_itself, "failed"),
+        (hangs, "timeout"),
+        (hangs_on, "timeout"),
+        (rubbish, "rejected_malformed"),
+        (empty, "rejected_empty"),
+        (endless, "rejected_too_long"),
+        (copy, "rejected_copies_trajectory"),
+        (nothing, "no_skill"),
+        (no_coroutine, "failed"),
+        (raises_at_once, "failed"),
+    ],
+)
+def test_a_fault_is_counted_and_stops_nothing(
+    bank: SkillBank, trajectory_with: Make, fault: Any, counted_as: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def one_fault(trajectory: Trajectory) -> Any:
+        return by_seed(trajectory) if trajectory.seed else await fault(trajectory)
+
+    async def main() -> None:
+        # One slot: were it not given back, the healthy ones behind would wait for ever.
+        work = background(bank, Async(one_fault), concurrency=1, timeout=0.1)
+        for seed in range(3):
+            work.submit(trajectory_with(seed=seed), source="s", iteration=0)
+        assert await work.drain(timeout=3)
+        assert work.collect() == 2
+        stats = work.stats()
+        assert stats.pop(counted_as) == 1
+        assert stats == {"submitted": 3, "added": 2, "duplicate": 0, "pending": 0}
+        assert work.pending() == []
+        if fault is hangs_on:
+            await asyncio.sleep(0.4)  # its late exception is nobody's business
+
+    asyncio.run(main())
+    assert lessons(bank) == ["lesson 1", "lesson 2"]
+    assert "never retrieved" not in caplog.text
+
+
+def test_a_duplicate_is_not_new(bank: SkillBank, trajectory: Trajectory) -> None:
+    async def main() -> None:
+        work = background(bank, RuleSummariser(by_seed))
+        for _ in range(3):
+            work.submit(trajectory, source="s", iteration=0)
+        await work.drain()
+        assert work.collect() == 1
+        assert work.stats()["duplicate"] == 2
+
+    asyncio.run(main())
+
+
+def test_a_held_out_task_is_never_summarised(bank: SkillBank, trajectory_with: Make) -> None:
+    seen: list[Trajectory] = []
+
+    async def main() -> None:
+        work = background(bank, RuleSummariser(seen.append))
+        task = dataclasses.replace(trajectory_with().task, split="test")
+        record = {"source": "s", "iteration": 0, "skill": None}
+        with pytest.raises(HeldOutTaskError, match="'test'"):
+            work.submit(trajectory_with(task=task), source="s", iteration=0)
+        work.submit(trajectory_with(outcome=Outcome.TIMEOUT), source="s", iteration=0)
+        assert work.stats()["skipped_no_reward"] == 1
+        with pytest.raises(HeldOutTaskError):
+            work.resume([{**record, "trajectory": trajectory_to_json(trajectory_with(task=task))}])
+        assert await work.drain()
+        assert work.stats()["pending"] == 0
+
+    asyncio.run(main())
+    assert not seen
+
+
+def test_a_bank_that_cannot_be_written_loses_nothing(
+    bank: SkillBank, trajectory_with: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        work = background(bank, RuleSummariser(by_seed))
+        for seed in range(3):
+            work.submit(trajectory_with(seed=seed), source="s", iteration=0)
+        await work.drain()
+        add, calls = bank.add, 0
+
+        def disk_full(*args: Any, **kwargs: Any) -> int:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                raise OSError("disk full")
+            return add(*args, **kwargs)
+
+        monkeypatch.setattr(bank, "add", disk_full)
+        with pytest.raises(OSError, match="disk full"):
+            work.collect()
+        assert len(bank) == 0
+        assert work.collect() == 3
+
+    asyncio.run(main())
+    assert lessons(bank) == ["lesson 0", "lesson 1", "lesson 2"]
+
+
+def test_a_killed_run_takes_up_what_was_pending(trajectory_with: Make) -> None:
+    calls: list[int] = []
+
+    async def first_run() -> str:
+        async def second_hangs(trajectory: Trajectory) -> Skill:
+            if trajectory.seed == 1:
+                await asyncio.Event().wait()
+            return by_seed(trajectory)
+
+        with SkillBank(":memory:") as bank:
+            work = background(bank, Async(second_hangs))
+            for seed in range(3):
+                work.submit(trajectory_with(seed=seed), source=f"s{seed}", iteration=seed)
+            await work.drain(timeout=0.05)
+            return json.dumps(work.pending())
+
+    async def second_run(records: str, bank: SkillBank) -> None:
+        async def counted(trajectory: Trajectory) -> Skill:
+            calls.append(trajectory.seed)
+            return by_seed(trajectory)
+
+        work = background(bank, Async(counted))
+        work.resume(json.loads(records))
+        assert json.dumps(work.pending()) == records
+        await work.drain()
+        assert work.collect() == 3
+
+    records = asyncio.run(first_run())
+    with SkillBank(":memory:") as bank:
+        asyncio.run(second_run(records, bank))
+        assert lessons(bank) == ["lesson 0", "lesson 1", "lesson 2"]
+        assert [(stored.source, stored.iteration) for stored in bank.skills()] == [
+            ("s0", 0),
+            ("s1", 1),
+            ("s2", 2),
+        ]
+    assert calls == [1]  # the finished ones were not paid for twice
+
+
+@pytest.mark.parametrize("record", [{}, {"trajectory": 3}, {"trajectory": {"format": 1}}])
+def test_a_record_of_something_else_is_refused(bank: SkillBank, record: dict[str, Any]) -> None:
+    async def main() -> None:
+        with pytest.raises(ValueError, match="not a"):
+            background(bank, RuleSummariser(by_seed)).resume([record])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("option", [{"concurrency": 0}, {"max_chars": 0}, {"timeout": 0}])
+def test_settings_that_cannot_work_are_refused(bank: SkillBank, option: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        background(bank, RuleSummariser(by_seed), **option)

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+
+import pytest
+from pydantic import ValidationError
+
+from skillsd.skills.summarise import RuleSummariser, SkillSchema, check_skill
+from skillsd.types import Message, Skill, Trajectory, Turn
+
+
+def check(steps: str, trajectory: Trajectory, max_chars: int = 1000) -> str | None:
+    return check_skill(Skill("", "", steps), trajectory, max_chars=max_chars)
+
+
+def quote(trajectory: Trajectory, turns: int, layout: str = "{0}\n{1}") -> str:
+    return "\n".join(layout.format(turn.action, turn.observation) for turn in trajectory.turns[1 : 1 + turns])
+
+
+def test_a_rule_is_a_summariser(trajectory: Trajectory, skill: Skill) -> None:
+    assert asyncio.run(RuleSummariser(lambda t: skill).summarise(trajectory)) == skill
+    assert asyncio.run(RuleSummariser(lambda t: None).summarise(trajectory)) is None
+
+
+def test_a_good_skill_passes(trajectory: Trajectory, skill: Skill) -> None:
+    assert check_skill(skill, trajectory, max_chars=1000) is None
+    assert check("red, green, red, blue. You went through the red door.", trajectory) is None
+
+
+@pytest.mark.parametrize(
+    "rubbish",
+    [
+        "a string",
+        {"golden_workflow": "x"},
+        Skill(None, "", "x"),  # type: ignore[arg-type]
+        Skill("", ["x"], ""),  # type: ignore[arg-type]
+        Skill("", "", "\ud800"),
+    ],
+)
+def test_malformed(trajectory: Trajectory, rubbish: object) -> None:
+    assert check_skill(rubbish, trajectory, max_chars=1000) == "malformed"
+
+
+def test_empty(trajectory: Trajectory) -> None:
+    assert check_skill(Skill("", "", ""), trajectory, max_chars=1000) == "empty"
+    assert check_skill(Skill(" ", "\n", "\t"), trajectory, max_chars=1000) == "empty"
+
+
+def test_too_long_is_a_fields_length(trajectory: Trajectory) -> None:
+    assert check("x" * 50, trajectory, max_chars=50) is None
+    assert check("x" * 51, trajectory, max_chars=50) == "too_long"
+    assert check_skill(Skill("x" * 50, "y" * 50, "z" * 50), trajectory, max_chars=50) is None
+
+
+class TestCopies:
+    def test_of_the_prompt(self, trajectory: Trajectory) -> None:
+        prompt = trajectory.prompt[-1].content
+        assert check(f"The task: {prompt} So go red.", trajectory) == "copies_prompt"
+        assert check(prompt.replace(" ", "\n  "), trajectory) == "copies_prompt"
+        assert check("You are in a maze of four rooms. Go red.", trajectory) is None  # a part of it
+        assert check("Be brief.", trajectory) is None  # a message too short to matter
+
+    def test_of_a_long_stretch_of_a_long_prompt(self, trajectory_with: Callable[..., Trajectory]) -> None:
+        words = [f"word{i}" for i in range(200)]
+        trajectory = trajectory_with(prompt=(Message("user", " ".join(words)),))
+        assert check(" ".join(words[100:139]), trajectory) is None
+        assert check(" ".join(words[100:140]), trajectory) == "copies_prompt"
+
+    @pytest.mark.parametrize(
+        "layout",
+        [
+            "{0}\n{1}",
+            "{0}   {1}",
+            "Assistant: {0}\nUser: {1}",
+            "Turn 3: Action: {0} Observation: {1}",
+        ],
+    )
+    def test_of_turns(self, trajectory: Trajectory, layout: str) -> None:
+        assert check("First: " + quote(trajectory, 2, layout), trajectory) is None
+        assert check("First " + quote(trajectory, 3, layout), trajectory) == "copies_trajectory"
+
+    def test_of_turns_spread_over_the_fields(self, trajectory: Trajectory) -> None:
+        skill = Skill(quote(trajectory, 1), *quote(trajectory, 3).split("\n", 2)[2].split("\n", 1))
+        assert check_skill(skill, trajectory, max_chars=1000) == "copies_trajectory"
+
+    def test_a_list_of_actions_is_a_workflow(self, trajectory_with: Callable[..., Trajectory]) -> None:
+        turns = tuple(Turn("Up", "", i, i + 1) for i in range(9))
+        assert check("Up " * 9, trajectory_with(turns=turns)) is None
+
+    def test_part_of_a_word_is_no_copy(self, trajectory_with: Callable[..., Trajectory]) -> None:
+        turns = tuple(Turn("a", "b", i, i + 1) for i in range(4))
+        assert check("xa b a b a bx", trajectory_with(turns=turns)) is None
+        assert check("x a b a b a b x", trajectory_with(turns=turns)) == "copies_trajectory"
+
+
+class TestSchema:
+    def test_a_skill_survives(self, skill: Skill) -> None:
+        text = json.dumps({field: getattr(skill, field) for field in skill.__dataclass_fields__})
+        assert SkillSchema.model_validate_json(text).to_skill() == skill
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            '{"success_analysis": "", "mistake_analysis": ""}',
+            '{"success_analysis": "", "mistake_analysis": "", "golden_workflow": 3}',
+            '{"success_analysis": "", "mistake_analysis": "", "golden_workflow": null}',
+            '{"success_analysis": "", "mistake_analysis": "", "golden_workflow": "", "score": "1"}',
+            "[]",
+            "the skill is",
+        ],
+    )
+    def test_all_else_is_refused(self, text: str) -> None:
+        with pytest.raises(ValidationError):
+            SkillSchema.model_validate_json(text)
+
+    def test_the_json_schema_is_strict(self) -> None:
+        schema = SkillSchema.model_json_schema()
+        assert schema["additionalProperties"] is False
+        assert sorted(schema["required"]) == ["golden_workflow", "mistake_analysis", "success_analysis"]
+        assert {field["type"] for field in schema["properties"].values()} == {"string"}
