@@ -148,7 +148,11 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, learning_rate: float) -> StepReport:
-        """Clip the gradient, check that all of it is finite, update, forget the gradient and all KV caches."""
+        """Clip the gradient, update, forget the gradient and all KV caches.
+
+        If the gradient, or a loss that it came from, is not finite, nothing is updated (`StepReport.applied` is False)
+        and the gradient is forgotten.
+        """
 
     @abstractmethod
     def sync_teacher(self) -> None:

@@ -149,6 +149,10 @@ class BackgroundSummaries:
         """
         return {**self._stats, "pending": len(self._jobs)}
 
+    def restore_stats(self, stats: Mapping[str, int]) -> None:
+        """Go on counting where `stats` of a checkpoint stopped."""
+        self._stats = Counter({name: count for name, count in stats.items() if name != "pending"})
+
     def _start(self, job: _Job) -> None:
         number = self._submitted
         self._submitted += 1

@@ -79,6 +79,7 @@ class TorchEngine(Engine):
         self._teacher_follows = teacher_follows
         self._teacher: dict[str, Tensor] | None = None  # the snapshot; None where the teacher follows
         self._student_moved = False  # since the last sync
+        self._loss_is_finite = True  # of everything accumulated since the last step
         self.samplers = {
             "student": Sampler(self._decoder("student"), self.stop_tokens, self.device, max_sessions),
             "teacher": Sampler(self._decoder("teacher"), self.stop_tokens, self.device, max_sessions),
@@ -145,6 +146,8 @@ class TorchEngine(Engine):
             names = items[0].signals.keys()
             signals = {name: torch.cat([item.signals[name] for item in items]).to(self.device) for name in names}
             value, metrics = loss(TokenLogprobs(chosen, full), signals)
+            # A loss can be infinite while its gradient is not: `step` has to refuse that too.
+            self._loss_is_finite &= bool(torch.isfinite(value.detach()))
             value.backward()
             parts.append(metrics)
         self.model.eval()
@@ -154,7 +157,8 @@ class TorchEngine(Engine):
         parameters = [p for p in self._trainable.values() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
         # One non-finite entry makes the norm non-finite, so this one number answers for every gradient.
-        finite = bool(torch.isfinite(norm))
+        finite = self._loss_is_finite and bool(torch.isfinite(norm))
+        self._loss_is_finite = True
         if finite:
             for sampler in self.samplers.values():
                 sampler.clear()
@@ -162,10 +166,6 @@ class TorchEngine(Engine):
             self._student_moved = True
         self._optimiser.zero_grad()
         return StepReport(applied=finite, grad_norm=norm.item())
-
-    def discard_gradient(self) -> None:
-        """Forget what `forward_backward` accumulated."""
-        self._optimiser.zero_grad()
 
     # -- the teacher --------------------------------------------------------------------------------------------
 

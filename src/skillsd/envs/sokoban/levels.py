@@ -76,8 +76,9 @@ def _random_room(preset: Preset, rng: random.Random) -> Level | None:
     height, width = preset.height, preset.width
     inside = [r * width + c for r in range(1, height - 1) for c in range(1, width - 1)]
     walls = {cell for cell in range(height * width) if cell not in inside}
-    for _ in range(int(rng.random() * (preset.max_walls + 1))):
-        walls.add(pick(rng, inside))  # the same cell may be drawn twice: then there is a wall less
+    spare = list(inside)
+    for _ in range(preset.min_walls + int(rng.random() * (preset.max_walls - preset.min_walls + 1))):
+        walls.add(spare.pop(int(rng.random() * len(spare))))
     floor = _largest_region([cell for cell in inside if cell not in walls], width)
     if len(floor) < 2 * preset.boxes + 1:
         return None

@@ -21,7 +21,8 @@ class Preset:
         max_steps: moves in an episode, blocked and invalid ones included.
         shortest, longest: range of the optimal solution's length in moves.
         min_pushes: levels whose optimal solution pushes less often are refused.
-        max_walls: a room has 0 to this many walls inside its border.
+        min_walls, max_walls: a room has this many walls inside its border, all numbers equally likely. Empty
+            rooms are left out: there are so few different levels in them that the panels would use them up.
         splits: number of levels by split; the order is the order in which they are drawn.
         style: how states and answers are worded, see `skillsd.envs.sokoban.language`.
         max_actions_per_turn: moves that one answer may hold.
@@ -35,6 +36,7 @@ class Preset:
     shortest: int
     longest: int
     min_pushes: int
+    min_walls: int
     max_walls: int
     splits: Mapping[str, int]
     style: Style
@@ -51,7 +53,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             max_steps=20,
             shortest=6,
             longest=14,
-            min_pushes=2,  # 2 pushes and at most 4 walls: a reckless pusher then solves about 13 %
+            min_pushes=2,
+            min_walls=2,
             max_walls=4,
             splits={"train": 96, "tune": 256, "test": 512},
             style="terse",
@@ -66,6 +69,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             shortest=10,
             longest=16,
             min_pushes=2,
+            min_walls=2,
             max_walls=4,
             splits={"train": 384, "tune": 256, "test": 512},
             style="terse",
@@ -80,6 +84,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             shortest=6,
             longest=30,
             min_pushes=4,
+            min_walls=2,
             max_walls=4,
             splits={"train": 96, "tune": 128, "test": 64, "test512": 512},
             style="grid",
@@ -97,6 +102,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             shortest=2,
             longest=10,
             min_pushes=1,
+            min_walls=2,
             max_walls=6,
             splits={"train": 96, "tune": 64, "test": 128},
             style="grid",
@@ -115,6 +121,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             shortest=2,
             longest=15,
             min_pushes=1,
+            min_walls=2,
             max_walls=6,
             splits={"train": 96, "tune": 64, "test": 128},
             style="grid",

@@ -1,0 +1,79 @@
+"""What a person sees while something long runs: a bar with the time left in a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LOG_SECONDS = 10.0
+"""Without a terminal, a line at most this often."""
+
+
+class Bars:
+    """Bars of several jobs. `update` may be called as often as one likes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, object] = {}
+        self._begun: dict[str, tuple[float, float]] = {}  # name -> (time, amount) of the first update
+        self._said: dict[str, float] = {}
+
+    def update(self, name: str, done: float, total: float, note: str = "") -> None:
+        """`name` is at `done` of `total`; `note` says how it goes."""
+        now = time.monotonic()
+        begun, start = self._begun.setdefault(name, (now, done))
+        if self._console.is_terminal:
+            if name not in self._tasks:
+                self._tasks[name] = self._progress.add_task(name, total=total, note=note)
+            self._progress.update(self._tasks[name], completed=done, total=total, note=note)  # type: ignore[arg-type]
+            return
+        if done < total and now - self._said.get(name, -LOG_SECONDS) < LOG_SECONDS:
+            return
+        self._said[name] = now
+        rate = (done - start) / (now - begun) if now > begun else 0.0
+        left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
+        self._console.print(f"{name}: {done:g}/{total:g} {note}{left}", highlight=False)
+
+    def print(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False)
+
+    @contextmanager
+    def shown(self) -> Iterator[Bars]:
+        with self._progress:
+            yield self
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def training_note(record: Mapping[str, object]) -> str:
+    """One line on an iteration's record."""
+    accuracy, seconds = record.get("rollout/accuracy"), record.get("time/iteration")
+    parts = []
+    if isinstance(accuracy, float):
+        parts.append(f"train accuracy {accuracy:.0%}")
+    if isinstance(seconds, float):
+        parts.append(f"{seconds:.1f} s/it")
+    return ", ".join(parts)

@@ -1,0 +1,90 @@
+"""Checkpoints: a folder that is there whole or not at all. Written aside, fsynced, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from skillsd.errors import UserError
+from skillsd.training.run import Run
+
+_NAME = re.compile(r"step-(\d+)")
+
+
+def save(run: Run) -> Path:
+    """Write ``checkpoints/step-N``: weights, optimiser, RNG, curriculum, bank with its UCB counts, pending summaries."""
+    parent = run.folder / "checkpoints"
+    parent.mkdir(exist_ok=True)
+    target = parent / f"step-{run.iteration}"
+    aside = parent / f".step-{run.iteration}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    run.engine.save(aside)
+    run.bank.snapshot(aside / "skills.sqlite")
+    state = {
+        "iteration": run.iteration,
+        "totals": run.totals,
+        "curriculum": run.curriculum.state(),
+        "pending_summaries": run.summaries.pending() if run.summaries else [],
+        "summary_stats": run.summaries.stats() if run.summaries else {},
+    }
+    (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    _sync(aside)
+    if target.exists():  # the same step again, after a resume: what is there is as good
+        shutil.rmtree(aside)
+        return target
+    aside.rename(target)
+    _sync_folder(parent)
+    for old in sorted(parent.glob("step-*"), key=_step)[: -run.config.checkpoint.keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint of a run's folder."""
+    found = [path for path in (folder / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
+    return max(found, key=_step, default=None)
+
+
+def load(run: Run, path: Path) -> None:
+    """Take up a checkpoint: training then goes on bit for bit.
+
+    Must be called within the event loop, as pending summaries are started again.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{str(path)!r} is not a checkpoint of a run: {error}") from error
+    run.engine.load(path)
+    run.bank.restore(path / "skills.sqlite")
+    run.curriculum.restore(state["curriculum"])
+    if run.summaries:
+        run.summaries.restore_stats(state["summary_stats"])
+        run.summaries.resume(state["pending_summaries"])
+    run.iteration = state["iteration"]
+    run.totals = state["totals"]
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    return int(match.group(1)) if match else -1
+
+
+def _sync(folder: Path) -> None:
+    """Have everything in `folder` on the disk before its name says that it is complete."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            with open(os.path.join(root, name), "rb") as file:
+                os.fsync(file.fileno())
+        _sync_folder(Path(root))
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,203 @@
+"""A run: everything that one training owns, put together from its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from skillsd.config import RunConfig
+from skillsd.engines.base import Engine
+from skillsd.envs import registry
+from skillsd.envs.base import TaskSet
+from skillsd.errors import UserError
+from skillsd.methods import Method, method
+from skillsd.objective import Objective, scheduled
+from skillsd.rollouts.episode import Actor, Budget
+from skillsd.rollouts.tokens import ChatRenderer
+from skillsd.seeds import derive_seed
+from skillsd.skills import ucb
+from skillsd.skills.background import BackgroundSummaries
+from skillsd.skills.bank import SkillBank
+from skillsd.skills.context import load_template
+from skillsd.skills.summarise import RuleSummariser, Summariser
+from skillsd.training.curriculum import Curriculum
+from skillsd.types import TRAIN_SPLIT
+
+
+@dataclass
+class Run:
+    """The parts of a run and how far it is."""
+
+    config: RunConfig
+    method: Method
+    folder: Path
+    engine: Engine
+    renderer: ChatRenderer
+    task_set: TaskSet
+    curriculum: Curriculum
+    template: str
+    bank: SkillBank
+    summaries: BackgroundSummaries | None
+    """None where the method has no use for skills."""
+    iteration: int = 0
+    """Finished iterations."""
+    totals: dict[str, float] = field(default_factory=lambda: {"episodes": 0, "sampled_tokens": 0, "seconds": 0.0})
+
+    @property
+    def budget(self) -> Budget:
+        options = self.config.rollout
+        return Budget(
+            turns=self.task_set.max_turns,
+            turn_tokens=options.turn_tokens,
+            trajectory_tokens=options.trajectory_tokens,
+            step_seconds=options.step_seconds,
+        )
+
+    @property
+    def actor(self) -> Actor:
+        """The student as it samples for training."""
+        return Actor(self.engine, self.renderer, self.config.rollout.temperature)
+
+    def objective(self) -> Objective:
+        """The method's weights, the recipe's where it gives them, lambda as scheduled for this iteration."""
+        options, row = self.config.objective, self.method
+        lambda_sdl = row.lambda_sdl if options.lambda_sdl is None else options.lambda_sdl
+        progress = self.iteration / max(1, self.config.training.iterations)
+        return Objective(
+            reward_weight=row.reward_weight if options.reward_weight is None else options.reward_weight,
+            lambda_sdl=0.0 if row.teacher == "none" else scheduled(lambda_sdl, options.lambda_schedule, progress),
+            estimator=options.estimator,
+            clip_low=options.clip_low,
+            clip_high=options.clip_high,
+            distil_clamp=options.distil_clamp,
+        )
+
+    def learning_rate(self) -> float:
+        options = self.config.training
+        if self.iteration < options.warmup_iterations:
+            return options.learning_rate * (self.iteration + 1) / options.warmup_iterations
+        return options.learning_rate
+
+    def evaluation_splits(self) -> list[str]:
+        return [split for split in self.task_set.splits if split != TRAIN_SPLIT]
+
+    def close(self) -> None:
+        self.bank.close()
+
+
+def make_engine(config: RunConfig) -> Engine:
+    """The embedded engine as the recipe wants it."""
+    import torch
+
+    from skillsd.engines.torch.engine import TorchEngine
+    from skillsd.engines.torch.models import LoraOptions
+
+    if config.model.threads:
+        torch.set_num_threads(config.model.threads)
+    lora = config.model.lora
+    row, options = method(config.method), config.training
+    # A teacher that takes the student's weights at the start of every iteration needs no weights of its own.
+    follows = row.teacher == "none" or (row.teacher == "synchronised" and config.teacher.sync_every == 1)
+    torch.manual_seed(derive_seed(config.seed, "torch"))
+    return TorchEngine(
+        config.model.name,
+        dtype=config.model.dtype,
+        device=config.model.device,
+        lora=LoraOptions(lora.rank, lora.alpha, lora.target_modules) if lora else None,
+        teacher_follows=follows,
+        micro_batch_tokens=options.micro_batch_tokens,
+        max_sessions=config.rollout.concurrency,
+        betas=(options.beta1, options.beta2),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+    )
+
+
+def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task_set: TaskSet | None = None) -> Run:
+    """Put a run together; its bank lives in `folder`, which must exist.
+
+    Args:
+        engine, task_set: other than the recipe's (tests, embedding in other programs).
+
+    Raises:
+        UserError: for anything in the recipe that does not fit together.
+    """
+    row = method(config.method)
+    task_set = task_set or registry.load(config.environment.name, config.environment.options)
+    held_out = [task.id for split in task_set.splits if split != TRAIN_SPLIT for task in task_set.tasks(split)]
+    if config.evaluation.split == TRAIN_SPLIT:
+        raise UserError(f"evaluation.split is {TRAIN_SPLIT!r}; give a held-out one: {', '.join(task_set.splits)}")
+    task_set.tasks(config.evaluation.split)  # an unknown split is told now, not after the first iterations
+    curriculum = Curriculum(
+        task_set.tasks(TRAIN_SPLIT),
+        config.curriculum,
+        per_iteration=config.rollout.tasks_per_iteration,
+        iterations=config.training.iterations,
+        seed=config.seed,
+    )
+    template = load_template(config.skills.template)
+    uses_skills = row.context == "skill" or row.student_prompt == "skill"
+    summariser = _summariser(config, task_set) if uses_skills else None
+    engine = engine or make_engine(config)
+    if config.rollout.trajectory_tokens > engine.max_length:
+        raise UserError(
+            f"rollout.trajectory_tokens is {config.rollout.trajectory_tokens}, but the model takes sequences of at "
+            f"most {engine.max_length} tokens"
+        )
+    bank = SkillBank(
+        folder / "skills.sqlite",
+        policy=ucb.policy(config.skills.pick, seed=derive_seed(config.seed, "bank")),
+        forbidden=held_out,
+    )
+    summaries = summariser and BackgroundSummaries(
+        summariser,
+        bank,
+        max_chars=config.skills.max_chars,
+        concurrency=config.skills.concurrency,
+        timeout=config.skills.timeout_seconds,
+    )
+    run = Run(
+        config=config,
+        method=row,
+        folder=folder,
+        engine=engine,
+        renderer=ChatRenderer(engine.tokenizer, engine.stop_tokens),
+        task_set=task_set,
+        curriculum=curriculum,
+        template=template,
+        bank=bank,
+        summaries=summaries,
+    )
+    run.objective()  # an unknown estimator is told now
+    return run
+
+
+def _summariser(config: RunConfig, task_set: TaskSet) -> Summariser:
+    rules = task_set.summariser()
+    if rules is None:
+        raise UserError(
+            f"skills.summariser is 'rules', but the environment {config.environment.name!r} brings no rule-based "
+            "summariser"
+        )
+    return RuleSummariser(rules)
+
+
+def comparable(config: RunConfig) -> RunConfig:
+    """The configuration without what may change when a run is taken up again."""
+    defaults = RunConfig(name=config.name)
+    training = config.training.model_copy(update={"iterations": defaults.training.iterations})
+    return config.model_copy(
+        update={
+            "training": training,
+            "evaluation": defaults.evaluation,
+            "checkpoint": defaults.checkpoint,
+            "log": defaults.log,
+        }
+    )
+
+
+def actor_at(run: Run, temperature: float) -> Actor:
+    """The student at another temperature (0: greedy)."""
+    return dataclasses.replace(run.actor, temperature=temperature)
