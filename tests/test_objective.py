@@ -386,11 +386,13 @@ def test_the_loss_is_the_weighted_sum_of_the_two_terms():
     assert teacher.abs().max() > 0
 
 
-def test_with_every_token_taught_the_distillation_is_the_papers_mean_over_action_tokens():
-    batch = Batch.of(6)
+@pytest.mark.parametrize("taught", [[True] * 6, [True, False, False, True, True, False]])
+def test_the_distillation_is_the_papers_mean_over_the_action_tokens_that_have_a_teacher(taught):
+    batch = Batch.of(6, taught)
     theta = batch.theta.clone().requires_grad_()
     logprobs = log_policy(theta).gather(1, batch.chosen).squeeze(1)
-    paper = naive_iw_k3(logprobs, batch.signals["old_logprobs"], batch.signals["teacher_logprobs"]).mean()
+    terms = naive_iw_k3(logprobs, batch.signals["old_logprobs"], batch.signals["teacher_logprobs"])
+    paper = terms[taught].mean()
     paper.backward()
     _, gradient, metrics = batch.run(Objective(reward_weight=0.0, lambda_sdl=1.0))
     close(gradient, theta.grad)
