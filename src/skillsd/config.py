@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from skillsd.errors import UserError, unknown_name
+from skillsd.methods import METHODS
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -72,8 +73,8 @@ class ObjectiveSection(_Section):
     lambda_sdl: float | None = Field(None, ge=0)
     """Weight of the distillation; None takes the method's (the paper's 0.001). A method without a teacher ignores it."""
     lambda_schedule: Literal["constant", "linear_decay", "cosine"] = "constant"
-    estimator: str = "iw_k3"
-    """How the divergence is estimated; ``iw_k3`` is the paper's."""
+    estimator: Literal["iw_k3", "iw_k1", "k1", "k2", "k3", "reverse_kl", "forward_kl"] = "iw_k3"
+    """How the divergence is estimated (`skillsd.objective.ESTIMATORS`); ``iw_k3`` is the paper's."""
     clip_low: float = Field(0.2, ge=0)
     """Not given in the paper; 0.2 is the field's habit."""
     clip_high: float = Field(0.2, ge=0)
@@ -173,6 +174,13 @@ class RunConfig(_Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+
+    @field_validator("method")
+    @classmethod
+    def _is_a_method(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(str(unknown_name("method", name, METHODS)))
+        return name
 
     @field_validator("name")
     @classmethod

@@ -1,0 +1,3 @@
+from skillsd.cli import main
+
+main()

@@ -1,0 +1,332 @@
+"""The command line. Every mistake of the user's gets one clear line; no traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+from skillsd import __version__
+from skillsd import config as configs
+from skillsd.errors import UserError, unknown_name
+
+app = typer.Typer(
+    help="Skill-SD: skill-conditioned self-distillation for multi-turn LLM agents (arXiv 2604.10674).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+skills_app = typer.Typer(help="Look into a skill bank.", no_args_is_help=True)
+envs_app = typer.Typer(help="Environments: list them, play them.", no_args_is_help=True)
+app.add_typer(skills_app, name="skills")
+app.add_typer(envs_app, name="envs")
+
+console = Console()
+errors = Console(stderr=True)
+
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP007, UP045 (typer reads this at run time)
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the recipe's, e.g. training.learning_rate=1e-4"),
+]
+
+
+def main() -> None:
+    """The entry point `skillsd`."""
+    # No hub is asked for a model that is here: loading must not wait for a network that may not be there.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("stopped")
+        sys.exit(130)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (`skillsd recipes`) or the path of a YAML file.")],
+    overrides: Overrides = None,
+    out: Annotated[Optional[Path], typer.Option(help="The run's folder [runs/NAME-METHOD-seedN].")] = None,  # noqa: UP045
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
+) -> None:
+    """Train a policy."""
+    from skillsd.report.progress import Bars, training_note
+    from skillsd.report.tables import percent
+    from skillsd.training.session import default_folder, run_training
+
+    config = configs.load(configs.RunConfig, recipe, overrides or ())
+    folder = out or default_folder(config)
+    console.print(f"{config.name}: {config.method}, seed {config.seed} -> {folder}/", highlight=False)
+    bars = Bars(console)
+
+    def on_record(kind: str, record: Mapping[str, Any]) -> None:
+        if kind == "iteration":
+            bars.update("training", record["iteration"], config.training.iterations, training_note(record))
+        else:
+            accuracy = percent(record["eval/accuracy"], record["eval/interval"])
+            completion = percent(record["eval/completion"])
+            bars.print(
+                f"  after {record['episodes']:,.0f} episodes: accuracy {accuracy}, completion {completion} "
+                f"on {record['eval/tasks']} tasks ({record['eval/split']})"
+            )
+
+    with bars.shown():
+        finished = run_training(
+            config, folder, resume=resume, on_record=on_record, on_note=lambda text: bars.print(f"  note: {text}")
+        )
+    if finished:
+        console.print(f"done: {folder}/  (skillsd eval {folder} --split test; skillsd skills list {folder})")
+    else:
+        again = " ".join(["skillsd train", recipe, *(overrides or ()), "--out", str(folder), "--resume"])
+        console.print(f"stopped and saved. To go on: {again}", soft_wrap=True)
+        sys.exit(130)
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A run's folder, a model folder, or a model's name.")],
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="Panel to play.")] = "test",
+    recipe: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Recipe with the environment and budgets, for a model that is not a run's."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Sampled episodes per task.")] = 1,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Only the first so many tasks.")] = None,  # noqa: UP045
+    json_out: Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")] = None,  # noqa: UP045
+) -> None:
+    """Score a checkpoint, or any model, on a panel: sampled and greedily, with 95 % intervals."""
+    from skillsd.report.progress import duration
+    from skillsd.report.tables import percent, table
+    from skillsd.training.scoring import is_run, load_trained, load_untrained, score
+
+    if is_run(target):
+        if recipe or overrides:
+            raise UserError("a run brings its own recipe: leave out --recipe and KEY=VALUE")
+        engine, config = load_trained(target)
+    else:
+        if recipe is None:
+            raise UserError(f"{target!r} is not a run's folder; for a model, --recipe says which environment to play")
+        config = configs.load(configs.RunConfig, recipe, overrides or ())
+        engine = load_untrained(target, config)
+    temperatures = (config.rollout.temperature, 0.0)
+    results = score(engine, config, split, samples=samples, limit=limit, temperatures=temperatures)
+    rows = [
+        [
+            "greedy" if result.temperature == 0 else f"sampled at {result.temperature:g}",
+            percent(result.accuracy, result.interval),
+            percent(result.completion, result.completion_interval),
+            f"{result.episodes:,}",
+            f"{result.mean_turns:.1f}",
+            duration(result.seconds),
+        ]
+        for result in results
+    ]
+    columns = ["", "accuracy [95 %]", "completion [95 %]", "episodes", "turns", "took"]
+    caption = f"Intervals over {results[0].tasks} tasks; panel {results[0].fingerprint}"
+    console.print(table(f"{target} on {config.environment.name}, split {split}", columns, rows, caption))
+    if json_out:
+        json_out.write_text(json.dumps([result.as_dict() for result in results], indent=2), encoding="utf-8")
+
+
+@app.command()
+def sft(
+    recipe: Annotated[str, typer.Argument(help="A warm-start recipe: a name or the path of a YAML file.")],
+    overrides: Overrides = None,
+    out: Annotated[Optional[Path], typer.Option(help="The new model's folder [models/NAME].")] = None,  # noqa: UP045
+) -> None:
+    """Warm start: supervised training on an environment's demonstrations, with and without a skill in the prompt."""
+    from skillsd.report.progress import Bars
+    from skillsd.report.tables import percent, table
+    from skillsd.training.warm_start import run_sft
+
+    config = configs.load(configs.SftConfig, recipe, overrides or ())
+    folder = out or Path("models") / config.name
+    bars = Bars(console)
+    with bars.shown():
+        figures = run_sft(config, folder, lambda p: bars.update("warm start", p.step, p.steps, f"loss {p.loss:.3f}"))
+    rows = [[row["prompt"], percent(row["sampled"], row["interval"]), percent(row["greedy"])] for row in figures]
+    title = f"{folder} on {config.environment.name}, split tune"
+    console.print(table(title, ["prompt", "sampled [95 %]", "greedy"], rows))
+    console.print("Worth training only if a good skill helps much and another task's does not.")
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds per method.")] = 1,
+) -> None:
+    """Train the tiny agent on Sokoban with GRPO and with Skill-SD, and compare: minutes on two CPU cores."""
+    from skillsd.demo import run_demo
+
+    run_demo(out, range(seeds), overrides or (), console)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    for name in configs.recipes():
+        first = (configs.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        console.print(f"{name:16} {first.lstrip('# ')}", highlight=False)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Optional[str], typer.Argument(help="Also check this recipe.")] = None,  # noqa: UP045
+    overrides: Overrides = None,
+) -> None:
+    """What is installed, which device there is, and what would fit."""
+    from skillsd.doctor import examine
+
+    examine(console, configs.load(configs.RunConfig, recipe, overrides or ()) if recipe else None)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    console.print(__version__, highlight=False)
+
+
+# -- skills ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _bank(target: Path) -> Iterator[Any]:
+    from skillsd.skills.bank import SkillBank
+
+    path = target / "skills.sqlite" if target.is_dir() else target
+    if not path.is_file():
+        raise UserError(f"no skill bank in {str(target)!r}: give a run's folder or the file skills.sqlite of one")
+    with SkillBank(path) as bank:
+        yield bank
+
+
+Target = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a skill bank's file.")]
+
+
+@skills_app.command("list")
+def skills_list(
+    target: Target,
+    task: Annotated[Optional[str], typer.Option(help="Only this task's.")] = None,  # noqa: UP045
+    limit: Annotated[int, typer.Option(min=1, help="The most lines.")] = 50,
+) -> None:
+    """A line per skill, those that taught the best rewards first."""
+    from skillsd.report.tables import table
+
+    with _bank(target) as bank:
+        stored = bank.skills(task)
+    if not stored:
+        raise UserError(f"no skills{f' of task {task!r}' if task else ''} in {str(target)!r}")
+    stored.sort(key=lambda s: (-(s.credited > 0), -s.mean_reward, s.id))
+    rows = [
+        [
+            str(s.id),
+            s.task_id,
+            s.source_outcome.value,
+            f"{s.source_reward:.2f}",
+            str(s.picks),
+            f"{s.mean_reward:.2f}" if s.credited else "-",
+            _short(s.skill.golden_workflow or s.skill.mistake_analysis or s.skill.success_analysis),
+        ]
+        for s in stored[:limit]
+    ]
+    columns = ["id", "task", "written from", "its reward", "picked", "mean reward taught", "says"]
+    more = f"{len(stored) - limit} more: --limit" if len(stored) > limit else ""
+    console.print(table(f"{len(stored)} skills", columns, rows, more))
+
+
+@skills_app.command("show")
+def skills_show(target: Target, skill: Annotated[int, typer.Argument(help="Its id in `skills list`.")]) -> None:
+    """One skill in full, with where it came from and how it did."""
+    with _bank(target) as bank:
+        found = next((s for s in bank.skills() if s.id == skill), None)
+        known = [str(s.id) for s in bank.skills()]
+    if found is None:
+        raise UserError(f"no skill {skill} in {str(target)!r}; ids go from {known[0]} to {known[-1]}" if known else
+                        f"the bank {str(target)!r} is empty")  # fmt: skip
+    console.print(json.dumps(_as_json(found), indent=2, ensure_ascii=False), markup=False)
+
+
+@skills_app.command("export")
+def skills_export(
+    target: Target,
+    to: Annotated[Optional[Path], typer.Argument(help="A .jsonl file; standard output if not given.")] = None,  # noqa: UP045
+) -> None:
+    """All skills as JSON lines."""
+    with _bank(target) as bank:
+        lines = "".join(json.dumps(_as_json(s), ensure_ascii=False) + "\n" for s in bank.skills())
+    if to is None:
+        sys.stdout.write(lines)
+    else:
+        to.write_text(lines, encoding="utf-8")
+        console.print(f"{lines.count(chr(10))} skills -> {to}")
+
+
+def _as_json(stored: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(stored), "source_outcome": stored.source_outcome.value, "mean_reward": stored.mean_reward}
+
+
+def _short(text: str, width: int = 48) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+# -- environments ---------------------------------------------------------------------------------------------------
+
+
+@envs_app.command("list")
+def envs_list() -> None:
+    """Registered environments with their splits."""
+    from skillsd.envs import registry
+
+    for name in registry.names():
+        try:
+            task_set = registry.load(name)
+            splits = ", ".join(f"{split} {len(task_set.tasks(split))}" for split in task_set.splits)
+        except UserError as error:
+            splits = str(error)
+        console.print(f"{name:16} {splits}", highlight=False)
+
+
+@envs_app.command("play")
+def envs_play(
+    name: Annotated[str, typer.Argument(help="An environment (`skillsd envs list`).")],
+    options: Annotated[
+        Optional[list[str]],  # noqa: UP007, UP045
+        typer.Argument(metavar="[OPTION=VALUE]...", help="Options of the environment, e.g. preset=paper"),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which tasks.")] = "train",
+    task: Annotated[str, typer.Option(help="A task's number in the split, or its id.")] = "0",
+) -> None:
+    """Play a task yourself."""
+    import yaml
+
+    from skillsd.envs import registry
+    from skillsd.envs.play import play
+
+    given: dict[str, Any] = {}
+    for option in options or ():
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"{option!r} is no option: write option=value, e.g. preset=paper")
+        given[key] = yaml.safe_load(value)
+    if name not in registry.names() and ":" not in name:
+        raise unknown_name("environment", name, registry.names())
+    play(registry.load(name, given), split, int(task) if task.isdigit() else task)
+
+
+if __name__ == "__main__":
+    main()

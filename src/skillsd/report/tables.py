@@ -1,0 +1,23 @@
+"""Figures as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+
+def percent(value: float, interval: Sequence[float] | None = None) -> str:
+    """``51.2 % [46.9, 55.5]``."""
+    text = f"{100 * value:.1f} %"
+    return f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else text
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> Table:
+    """A plain table; the first column is text, the others are figures."""
+    made = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left")
+    for place, column in enumerate(columns):
+        made.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
+    return made

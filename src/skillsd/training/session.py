@@ -1,0 +1,127 @@
+"""Start or take up a run in its folder, so that Ctrl-C, a crash or a full disk costs at most what is after the last
+checkpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from skillsd import config as configs
+from skillsd.config import RunConfig
+from skillsd.errors import UserError
+from skillsd.report import manifest
+from skillsd.report.writer import RunWriter
+from skillsd.training import checkpoint
+from skillsd.training.loop import train
+from skillsd.training.run import Run, build, comparable
+
+CONFIG = "config.yaml"
+
+
+def default_folder(config: RunConfig) -> Path:
+    """Where a run lives unless told otherwise."""
+    return Path("runs") / f"{config.name}-{config.method}-seed{config.seed}"
+
+
+def run_training(
+    config: RunConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    on_record: Callable[[str, Mapping[str, Any]], None] = lambda kind, record: None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> bool:
+    """Train in `folder`; True if the last iteration is done, False if Ctrl-C asked for an earlier end.
+
+    Raises:
+        UserError: if the folder holds a run already and `resume` is not given, or holds a different one.
+    """
+    start = _prepare(config, folder, resume)
+    run = build(config, folder)
+    writer: RunWriter | None = None
+    try:
+        writer = RunWriter(
+            folder,
+            config.log,
+            name=f"{config.name}-{config.method}-seed{config.seed}",
+            resumed_at=_iteration_of(start),
+            on_record=on_record,
+            on_note=on_note,
+        )
+        if start is None:
+            (folder / CONFIG).write_text(configs.dump(config), encoding="utf-8")
+            manifest.write(folder, config, run.task_set)
+        with _stop_on_interrupt(on_note) as stopping:
+            return asyncio.run(_train(run, writer, start, stopping))
+    finally:
+        if writer is not None:
+            writer.close()
+        run.close()
+
+
+async def _train(run: Run, writer: RunWriter, start: Path | None, stopping: Callable[[], bool]) -> bool:
+    if start is not None:
+        checkpoint.load(run, start)
+    return await train(run, writer, stopping)
+
+
+def _prepare(config: RunConfig, folder: Path, resume: bool) -> Path | None:
+    """Check the folder; the checkpoint to go on from, if any."""
+    if not (folder / CONFIG).exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{str(folder)!r} holds other things than a run; give another folder with --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        return None
+    if not resume:
+        raise UserError(f"{str(folder)!r} holds a run already: go on with --resume, or give another folder with --out")
+    before = configs.load(RunConfig, str(folder / CONFIG))
+    differences = _differences(comparable(before).model_dump(), comparable(config).model_dump())
+    if differences:
+        raise UserError(f"{str(folder)!r} holds a run with other settings: " + "; ".join(differences))
+    start = checkpoint.latest(folder)
+    if start is None:  # it ended before its first checkpoint: begin again
+        (folder / "skills.sqlite").unlink(missing_ok=True)
+        (folder / CONFIG).unlink()
+    return start
+
+
+def _iteration_of(start: Path | None) -> int | None:
+    return int(start.name.removeprefix("step-")) if start else None
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key in before.keys() | now.keys():
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} was {a!r}, now {b!r}")
+    return sorted(found)
+
+
+@contextmanager
+def _stop_on_interrupt(note: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C asks for a stop after this iteration; the second one stops at once."""
+    asked = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        note("stopping after this iteration (Ctrl-C again: at once, back to the last checkpoint)")
+
+    try:
+        previous = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not in the main thread: whoever runs us handles signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,101 @@
+"""`skillsd sft`: the warm start, and whether what it made is worth reinforcement learning."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from skillsd import config as configs
+from skillsd.config import SftConfig
+from skillsd.engines.base import Engine
+from skillsd.envs import registry
+from skillsd.envs.base import TaskSet
+from skillsd.errors import UserError
+from skillsd.report.manifest import commit, processor, versions
+from skillsd.rollouts.episode import Actor, Budget
+from skillsd.rollouts.tokens import ChatRenderer
+from skillsd.seeds import derive_seed
+from skillsd.skills.context import load_template, render_skill
+from skillsd.training import sft
+from skillsd.training.evaluate import evaluate
+from skillsd.types import Skill, Task
+
+
+def run_sft(config: SftConfig, folder: Path, on_step: Callable[[sft.SftProgress], None]) -> list[dict[str, Any]]:
+    """Train into `folder`, measure on the ``tune`` split, and leave the recipe and the figures beside the weights."""
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{str(folder)!r} is not empty: give another folder with --out")
+    task_set = registry.load(config.environment.name, config.environment.options)
+    folder.mkdir(parents=True, exist_ok=True)
+    begin, cpu = time.perf_counter(), time.process_time()
+    losses: list[float] = []
+
+    def record(progress: sft.SftProgress) -> None:
+        losses.append(progress.loss)
+        on_step(progress)
+
+    engine = sft.train(config, task_set, folder, record)
+    spent = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
+    figures = skill_following(engine, task_set, "tune", config.warm_start.template, seed=config.seed)
+    report = {
+        "figures": figures,
+        "split": "tune",
+        "fingerprint": task_set.fingerprint("tune"),
+        "parameters": sum(p.numel() for p in engine.model.parameters()),
+        "last_loss": sum(losses[-50:]) / len(losses[-50:]),
+        **spent,
+        "processor": processor(),
+        "commit": commit(),
+        "versions": versions(),
+    }
+    (folder / "warm_start.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(configs.dump(config), encoding="utf-8")
+    return figures
+
+
+def skill_following(
+    engine: Engine, task_set: TaskSet, split: str, template: str, *, seed: int, samples: int = 2
+) -> list[dict[str, Any]]:
+    """Success under the plain prompt, with a golden skill (the oracle's workflow), and with another task's skill.
+
+    What a skill-conditioned teacher can teach is the gap between the first two; the third tells reading from luck.
+    Returns a row for each prompt, or only the plain one where the environment has no oracle.
+    """
+    tasks = list(task_set.tasks(split))
+    words = load_template(template)
+    oracles = {task.id: task_set.oracle(task) for task in tasks}
+    half = len(tasks) // 2
+    others = {task.id: other for task, other in zip(tasks, tasks[half:] + tasks[:half], strict=True)}
+
+    def golden(task: Task) -> str:
+        return render_skill(Skill("", "", oracles[task.id] or ""), words)
+
+    prompts: list[tuple[str, Callable[[Task], str] | None]] = [("plain", None)]
+    if all(oracles.values()):
+        prompts += [("golden skill", golden), ("another task's skill", lambda task: golden(others[task.id]))]
+    budget = Budget(turns=task_set.max_turns, turn_tokens=64, trajectory_tokens=engine.max_length)
+    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens)
+    rows = []
+    for name, context in prompts:
+        sampled, greedy = (
+            asyncio.run(
+                evaluate(
+                    Actor(engine, renderer, temperature),
+                    task_set,
+                    split,
+                    budget,
+                    seed=derive_seed(seed, "skill following"),
+                    samples=samples if temperature else 1,
+                    context=context,
+                )
+            )
+            for temperature in (1.0, 0.0)
+        )
+        rows.append(
+            {"prompt": name, "sampled": sampled.accuracy, "interval": sampled.interval, "greedy": greedy.accuracy}
+        )
+    return rows
