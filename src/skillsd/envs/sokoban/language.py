@@ -95,7 +95,7 @@ def prompt(level: Level, style: Style, max_steps: int, max_actions: int) -> str:
     boxes = "the box onto the target" if len(level.boxes) == 1 else "every box onto a target"
     rules = (
         f"You are solving a Sokoban puzzle: push {boxes} within {max_steps} moves.\n"
-        "Each move takes you one cell Up, Down, Left or Right. Walking into a box pushes it one cell further, "
+        "Each move takes you one cell Up, Down, Left or Right. Walking into a box pushes it one cell further "
         "if the cell behind it is free; a box can't be pushed into a wall or another box, and never pulled. "
         "So a box in a corner is stuck for good. A blocked move changes nothing, but it counts.\n"
         f"{how} Everything outside the tag is ignored."
@@ -106,8 +106,8 @@ def prompt(level: Level, style: Style, max_steps: int, max_actions: int) -> str:
     walls_list = ", ".join(level.names[cell] for cell in inner_walls(level)) or "none"
     return (
         f"{rules}\n\nCells are named by row and column: r1c2 is row 1, column 2. Up leads to a smaller row, "
-        f"Left to a smaller column. The room has {level.height - 2} rows and {level.width - 2} columns inside "
-        f"its outer walls: r1c1 to r{level.height - 2}c{level.width - 2}.\n"
+        f"Left to a smaller column. The room has {level.height - 2} rows and {level.width - 2} columns "
+        f"inside its outer walls: r1c1 to r{level.height - 2}c{level.width - 2}.\n"
         f"Inner walls: {walls_list}\n"
         f"Targets: {', '.join(level.names[cell] for cell in level.targets)}\n"
         f"{_objects(level, level.start)}"

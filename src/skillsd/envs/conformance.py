@@ -1,0 +1,188 @@
+"""Does an environment keep the promises of `skillsd.envs.base`? For anyone who writes one.
+
+Put ``assert_conforms(MyTaskSet())`` into a test. Each problem says what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from skillsd.envs.base import Environment, Step, TaskSet
+from skillsd.errors import UserError
+from skillsd.types import TRAIN_SPLIT, Message, Task
+
+BAD_ACTIONS = ("", "   \n", "word " * 20_000, "\N{SNOWMAN}\u202e\x00", "<action>", "no such action at all")
+"""Texts that a model does produce, and that must be answered in words."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A broken promise.
+
+    Attributes:
+        check: short name of the check, the same in every version.
+        message: what was expected, and what was found.
+    """
+
+    check: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"[{self.check}] {self.message}"
+
+
+def check(
+    task_set: TaskSet,
+    *,
+    split: str | None = None,
+    episodes: int = 3,
+    seed: int = 0,
+    actions: Sequence[str] = (),
+) -> list[Problem]:
+    """Every promise that is found broken; an empty list if all are kept.
+
+    Args:
+        split: where the tasks to play come from; ``train`` by default.
+        episodes: tasks to play.
+        seed: of the episodes, and of the choice of actions.
+        actions: texts that make sense in this environment; without them only nonsense is played, and most of
+            the environment stays unseen. The actions of ``task_set.shortcuts``, if any, are used too.
+    """
+    checker = _Checker(task_set)
+    checker.check_tasks()
+    if checker.problems:
+        return list(checker.problems)  # episodes need tasks that can be trusted
+    tasks = list(task_set.tasks(split or TRAIN_SPLIT))[:episodes]
+    shortcuts: dict[str, str] = dict(getattr(task_set, "shortcuts", {}))
+    useful = [*actions, *shortcuts.values()] or ["no such action"]
+    asyncio.run(checker.check_episodes(tasks, seed, useful))
+    return list(checker.problems)
+
+
+def assert_conforms(task_set: TaskSet, **options: Any) -> None:
+    """Raise AssertionError with every broken promise. The options are those of `check`."""
+    problems = check(task_set, **options)
+    if problems:
+        listed = "\n".join(f"- {problem}" for problem in problems)
+        raise AssertionError(f"{type(task_set).__name__} breaks {len(problems)} promises:\n{listed}")
+
+
+class _Checker:
+    """Collects problems. The keys of a dict keep their order, and the same problem is told once."""
+
+    def __init__(self, task_set: TaskSet) -> None:
+        self._task_set = task_set
+        self.problems: dict[Problem, None] = {}
+
+    def _expect(self, holds: bool, name: str, expected: str, found: object) -> None:
+        if not holds:
+            self.problems[Problem(name, f"expected {expected}; found {found!s:.200}")] = None
+
+    def check_tasks(self) -> None:
+        """What can be seen without playing."""
+        turns, splits = self._task_set.max_turns, self._task_set.splits
+        self._expect(isinstance(turns, int) and turns > 0, "max_turns", "a positive int", repr(turns))
+        self._expect(TRAIN_SPLIT in splits, "splits", f"{TRAIN_SPLIT!r} among the splits", splits)
+        self._check_unknown_split()
+        owner: dict[str, str] = {}
+        for split in splits:
+            tasks = list(self._task_set.tasks(split))
+            ids = [task.id for task in tasks]
+            shared = sorted(set(ids) & owner.keys())
+            again = list(self._task_set.tasks(split))
+            self._expect(bool(tasks), "tasks", f"tasks in split {split!r}", "none")
+            self._expect(len(set(ids)) == len(ids), "unique_ids", f"unique ids in split {split!r}", "repeats")
+            self._expect(again == tasks, "stable_tasks", f"the same {split!r} tasks at every call", "others")
+            self._expect(not shared, "disjoint", "no task in two splits", f"{shared[:3]} in {split!r} too")
+            owner.update(dict.fromkeys(ids, split))
+            for task in tasks:
+                self._expect(task.split == split, "task_split", f"task.split {split!r}", repr(task.split))
+                self._expect(_is_json(task.payload), "payload", "a JSON-able payload", repr(task.payload))
+
+    def _check_unknown_split(self) -> None:
+        found = "no error"
+        try:
+            self._task_set.tasks("no such split")
+        except UserError:
+            return
+        except Exception as error:
+            found = repr(error)
+        self._expect(False, "unknown_split", "UserError for an unknown split", found)
+
+    async def check_episodes(self, tasks: list[Task], seed: int, useful: list[str]) -> None:
+        """Play each task twice in fresh environments, twice in one that is kept, and with nonsense."""
+        make = self._task_set.make
+        kept = make()
+        for number, task in enumerate(tasks):
+            rng = random.Random(seed + number)
+            script = [useful[int(rng.random() * len(useful))] for _ in range(self._task_set.max_turns)]
+            first = await self._attempt("episode", make(), task, seed, script)
+            second = await self._attempt("episode", make(), task, seed, script)
+            self._expect(
+                first == second,
+                "deterministic",
+                "the same episode for the same task, seed and actions",
+                "another",
+            )
+            # Stop early, then start again: nothing may be left over.
+            await self._attempt("reset_again", kept, task, seed, script[:2])
+            third = await self._attempt("reset_again", kept, task, seed, script)
+            self._expect(
+                first == third, "reset_again", "a fresh start from reset()", "traces of what went before"
+            )
+            for bad in BAD_ACTIONS:
+                await self._attempt("bad_action", make(), task, seed, [bad])
+        try:
+            await kept.close()
+            await kept.close()
+        except Exception as error:
+            self._expect(False, "close", "close() to be harmless twice", repr(error))
+
+    async def _attempt(
+        self, name: str, environment: Environment, task: Task, seed: int, script: Sequence[str]
+    ) -> list[Any] | None:
+        try:
+            return await self._play(environment, task, seed, script)
+        except Exception as error:
+            self._expect(False, name, "an answer in words to any action", repr(error))
+            return None
+
+    async def _play(
+        self, environment: Environment, task: Task, seed: int, script: Sequence[str]
+    ) -> list[Any]:
+        """Play the script and check what is promised of every step. Returns all that was answered."""
+        prompt = await environment.reset(task, seed)
+        good = isinstance(prompt, tuple) and bool(prompt) and all(isinstance(m, Message) for m in prompt)
+        self._expect(good, "prompt", "a non-empty tuple of Message from reset()", repr(prompt))
+        answers: list[Any] = [prompt]
+        for action in script:
+            step = await environment.step(action)
+            answers.append(step)
+            self._check_step(step)
+            if not isinstance(step, Step) or step.done:
+                break
+        return answers
+
+    def _check_step(self, step: Any) -> None:
+        if not isinstance(step, Step):
+            self._expect(False, "step", "a Step from step()", repr(step))
+            return
+        words = isinstance(step.observation, str) and bool(step.observation.strip())
+        self._expect(words, "observation", "an observation in words", repr(step.observation))
+        self._expect(0 <= step.score <= 1, "score", "a score in [0, 1]", step.score)
+        if step.success:
+            self._expect(step.done and step.score == 1, "success", "done and score 1 with success", step)
+        self._expect(_is_json(step.info), "info", "a JSON-able info", repr(step.info))
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(dict(value))
+    except (TypeError, ValueError):
+        return False
+    return True
