@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from skillsd.envs.base import Step, TaskSet
 from skillsd.errors import UserError, unknown_name
-from skillsd.types import Task
+from skillsd.types import Message, Task
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ async def _play(
         await environment.close()
 
 
-async def _start(reset, show: Callable[[str], None]) -> None:  # type: ignore[no-untyped-def]
+async def _start(reset: Awaitable[tuple[Message, ...]], show: Callable[[str], None]) -> None:
     for message in await reset:
         show(message.content)
 
