@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
 
 from skillsd.config import ArchitectureSection
 from skillsd.errors import UserError
@@ -52,6 +53,7 @@ def make_model(
         replies: all that the agent ever says, each a single word; such a word ends the turn by itself, so a turn costs
             one sampled token and no end-of-turn token.
     """
+    hf_logging.disable_progress_bar()
     tokenizer = make_tokenizer(texts, architecture.vocabulary)
     stops: list[int] = []
     for reply in replies:

@@ -1,0 +1,56 @@
+# Everything from a fresh clone: `make demo` (set-up + the main job), `make test` (set-up + the tests).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test test-slow lint format bench gpu-check nano-base clean
+
+help:
+	@echo "make demo       set up and train the tiny agent on Sokoban with GRPO and Skill-SD (minutes, 2 CPU cores)"
+	@echo "make test       set up and run the tests"
+	@echo "make test-slow  the tests that take longer"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      rollout and step benchmark"
+	@echo "make gpu-check  the tests that need a GPU (they skip without one)"
+	@echo "make nano-base  rebuild the shipped tiny base model"
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"skillsd needs Python 3.11 or newer; $(PYTHON) is {sys.version.split()[0]}. Try: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/skillsd demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/rollout_and_step.py
+
+gpu-check: setup
+	$(BIN)/python -m pytest -m gpu -rs
+
+nano-base: setup
+	rm -rf build/nano-base
+	$(BIN)/skillsd sft nano-base --out build/nano-base
+	@echo "To ship it: replace src/skillsd/assets/nano-base by build/nano-base"
+
+clean:
+	rm -rf $(VENV) build runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
