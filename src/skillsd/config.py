@@ -7,6 +7,7 @@ told in one line that names the key, what was given and what is allowed.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,12 +22,12 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class LoraSection(_Section):
     rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
+    alpha: int = Field(32, ge=1)
     target_modules: str | list[str] = "all-linear"
 
 
@@ -71,7 +72,7 @@ class ObjectiveSection(_Section):
     reward_weight: float | None = Field(None, ge=0)
     """None takes the method's."""
     lambda_sdl: float | None = Field(None, ge=0)
-    """Weight of the distillation; None takes the method's (the paper's 0.001). A method without a teacher ignores it."""
+    """Weight of the distillation; None takes the method's (the paper's 0.001). Without a teacher it is ignored."""
     lambda_schedule: Literal["constant", "linear_decay", "cosine"] = "constant"
     estimator: Literal["iw_k3", "iw_k1", "k1", "k2", "k3", "reverse_kl", "forward_kl"] = "iw_k3"
     """How the divergence is estimated (`skillsd.objective.ESTIMATORS`); ``iw_k3`` is the paper's."""
@@ -114,7 +115,8 @@ class TrainingSection(_Section):
     minibatches: int = Field(1, ge=1)
     """Optimiser steps per epoch over the collected groups."""
     epochs: int = Field(1, ge=1)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=True)
+    """``.inf`` does not clip."""
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
@@ -234,6 +236,7 @@ class SftConfig(_Section):
 
 
 C = TypeVar("C", RunConfig, SftConfig)
+_COMMANDS: dict[type[BaseModel], str] = {RunConfig: "skillsd train", SftConfig: "skillsd sft"}
 
 
 def recipes() -> list[str]:
@@ -250,14 +253,21 @@ def load(kind: type[C], recipe: str, overrides: Iterable[str] = ()) -> C:
     path = RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         path = Path(recipe).expanduser()
+    if path.is_dir():
+        raise UserError(f"{recipe!r} is a folder; a recipe is a YAML file, or one of: {', '.join(recipes())}")
     if not path.is_file():
         raise unknown_name("recipe", recipe, recipes())
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"the recipe {str(path)!r} is not readable YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UserError(f"the recipe {str(path)!r} can't be read: {error.strerror}") from error
     if not isinstance(data, dict):
         raise UserError(f"the recipe {str(path)!r} holds {type(data).__name__}, expected keys and values")
+    other = SftConfig if kind is RunConfig else RunConfig
+    if any(key in other.model_fields and key not in kind.model_fields for key in data):
+        raise UserError(f"recipe {recipe!r} is one for `{_COMMANDS[other]}`, not for `{_COMMANDS[kind]}`")
     for override in overrides:
         _override(data, override)
     return build(kind, data, where=f"recipe {recipe!r}")
@@ -268,13 +278,19 @@ def build(kind: type[C], data: Mapping[str, Any], *, where: str) -> C:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(kind, dict(problem)) for problem in error.errors()]
-        raise UserError("\n".join(f"{where}: {problem}" for problem in problems)) from error
+        # A value that fits none of several types is one problem, however many types there are.
+        problems = {tuple(_location(kind, problem["loc"])): dict(problem) for problem in reversed(error.errors())}
+        lines = [f"{where}: {_explain(kind, problem)}" for problem in reversed(problems.values())]
+        raise UserError("\n".join(lines)) from error
 
 
 def dump(config: BaseModel) -> str:
     """The resolved configuration as YAML; `load` reads it back to the same."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+"""A number, though YAML 1.1 takes 1e-4 for a string."""
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -285,11 +301,8 @@ def _override(data: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"the value of {override!r} is not readable as YAML") from error
-    if isinstance(value, str):
-        try:  # YAML 1.1 takes 1e-4 for a string
-            value = float(value)
-        except ValueError:
-            pass
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        value = float(value)
     *parents, leaf = key.split(".")
     here = data
     for part in parents:
@@ -303,14 +316,16 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
-    location = [part for part in problem["loc"] if not isinstance(part, int)]
-    key = ".".join(map(str, location))
+    location = _location(kind, problem["loc"])
+    key = ".".join(location)
+    if problem["type"] == "invalid_key":
+        return f"the key {problem['input']!r}{f' of {key}' if key else ''} is no name"
     if problem["type"] == "extra_forbidden":
         known = _keys(kind, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         # The name may be right and only its section wrong.
         elsewhere = [path for path in _all_keys(kind) if path.split(".")[-1] == location[-1]]
-        prefix = ".".join(map(str, location[:-1]))
+        prefix = ".".join(location[:-1])
         if elsewhere:
             hint = f" Did you mean {elsewhere[0]!r}?"
         elif near:
@@ -320,13 +335,29 @@ def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
         return f"unknown key {key!r}.{hint} Known here: {', '.join(sorted(known))}"
     if problem["type"] == "missing":
         return f"the key {key!r} is missing"
+    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{key} is {problem['input']!r}, expected keys and values of its own"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _keys(kind: type[BaseModel], location: list[Any]) -> list[str]:
+def _location(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Names of the sections and the key, without what pydantic adds below (a place in a list, one type of several)."""
+    names: list[str] = []
+    for part in path:
+        if isinstance(part, int):
+            break
+        names.append(part)
+        section = _section(kind, part)
+        if section is None:
+            break
+        kind = section
+    return names
+
+
+def _keys(kind: type[BaseModel], location: list[str]) -> list[str]:
     for part in location:
-        section = _section(kind, str(part))
+        section = _section(kind, part)
         if section is None:
             return []
         kind = section

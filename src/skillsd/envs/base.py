@@ -6,6 +6,8 @@ implementation keeps the promises written here.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,10 +78,10 @@ class TaskSet(ABC):
         """A fresh environment."""
 
     def fingerprint(self, split: str) -> str:
-        """Identifies the content of a split: results over different fingerprints are not comparable."""
-        import hashlib
-
-        return hashlib.sha256("\n".join(task.id for task in self.tasks(split)).encode()).hexdigest()[:16]
+        """Identifies a split's tasks and the turns they allow: other fingerprints, results not comparable."""
+        tasks = [[task.id, dict(task.payload)] for task in self.tasks(split)]
+        content = json.dumps([tasks, self.max_turns], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def summariser(self) -> Callable[[Trajectory], Skill | None] | None:
         """A rule-based summariser of this environment's trajectories (no language model), if it has one."""
