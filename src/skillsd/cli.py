@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 from rich.console import Console
@@ -29,11 +30,21 @@ envs_app = typer.Typer(help="Environments: list them, play them.", no_args_is_he
 app.add_typer(skills_app, name="skills")
 app.add_typer(envs_app, name="envs")
 
-console = Console()
-errors = Console(stderr=True)
+
+def _console(stream: str) -> Console:
+    # Texts are shown as they are: a model's words may hold what rich takes for markup. A file or a pipe has no width.
+    wide = None if getattr(sys, stream).isatty() or "COLUMNS" in os.environ else 200
+    return Console(stderr=stream == "stderr", markup=False, emoji=False, width=wide)
+
+
+console = _console("stdout")
+errors = _console("stderr")
+
+_UsageError: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "UsageError")
+"""click's; newer versions of typer have their own."""
 
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP007, UP045 (typer reads this at run time)
+    Optional[list[str]],  # noqa: UP045 (typer reads this at run time)
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the recipe's, e.g. training.learning_rate=1e-4"),
 ]
 
@@ -43,13 +54,29 @@ def main() -> None:
     # No hub is asked for a model that is here: loading must not wait for a network that may not be there.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app(standalone_mode=True)
+        code = app(standalone_mode=False) or 0
     except UserError as error:
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        _fail(str(error))
+    except _UsageError as error:
+        if error.__class__.__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(2)
+        command = error.ctx.command_path if error.ctx else "skillsd"
+        _fail(f"{error.format_message()} ({command} --help)")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{str(error.filename)!r}: {error.strerror}")
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
         errors.print("stopped")
-        sys.exit(130)
+    sys.exit(code)
+
+
+def _fail(message: str) -> NoReturn:
+    errors.print(f"error: {message}", style="red", highlight=False, soft_wrap=True)
+    sys.exit(2)
 
 
 @app.command()
@@ -87,8 +114,8 @@ def train(
     if finished:
         console.print(f"done: {folder}/  (skillsd eval {folder} --split test; skillsd skills list {folder})")
     else:
-        again = " ".join(["skillsd train", recipe, *(overrides or ()), "--out", str(folder), "--resume"])
-        console.print(f"stopped and saved. To go on: {again}", soft_wrap=True)
+        again = shlex.join(["skillsd", "train", recipe, *(overrides or ()), "--out", str(folder), "--resume"])
+        console.print(f"stopped and saved. To go on: {again}", soft_wrap=True, highlight=False)
         sys.exit(130)
 
 
@@ -110,6 +137,8 @@ def evaluate(
     from skillsd.report.tables import percent, table
     from skillsd.training.scoring import is_run, load_trained, load_untrained, score
 
+    if json_out:
+        _check_writable(json_out)  # now, not after minutes of playing
     if is_run(target):
         if recipe or overrides:
             raise UserError("a run brings its own recipe: leave out --recipe and KEY=VALUE")
@@ -255,7 +284,7 @@ def skills_show(target: Target, skill: Annotated[int, typer.Argument(help="Its i
     if found is None:
         raise UserError(f"no skill {skill} in {str(target)!r}; ids go from {known[0]} to {known[-1]}" if known else
                         f"the bank {str(target)!r} is empty")  # fmt: skip
-    console.print(json.dumps(_as_json(found), indent=2, ensure_ascii=False), markup=False)
+    console.print(json.dumps(_as_json(found), indent=2, ensure_ascii=False), highlight=False, soft_wrap=True)
 
 
 @skills_app.command("export")
@@ -264,6 +293,8 @@ def skills_export(
     to: Annotated[Optional[Path], typer.Argument(help="A .jsonl file; standard output if not given.")] = None,  # noqa: UP045
 ) -> None:
     """All skills as JSON lines."""
+    if to is not None:
+        _check_writable(to)
     with _bank(target) as bank:
         lines = "".join(json.dumps(_as_json(s), ensure_ascii=False) + "\n" for s in bank.skills())
     if to is None:
@@ -271,6 +302,13 @@ def skills_export(
     else:
         to.write_text(lines, encoding="utf-8")
         console.print(f"{lines.count(chr(10))} skills -> {to}")
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a folder: give the name of a file")
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {str(path.parent)!r} for {path.name!r}")
 
 
 def _as_json(stored: Any) -> dict[str, Any]:
@@ -296,8 +334,8 @@ def envs_list() -> None:
         try:
             task_set = registry.load(name)
             splits = ", ".join(f"{split} {len(task_set.tasks(split))}" for split in task_set.splits)
-        except UserError as error:
-            splits = str(error)
+        except Exception as error:  # someone else's package: the others are listed all the same
+            splits = f"does not load: {error}"
         console.print(f"{name:16} {splits}", highlight=False)
 
 
@@ -305,7 +343,7 @@ def envs_list() -> None:
 def envs_play(
     name: Annotated[str, typer.Argument(help="An environment (`skillsd envs list`).")],
     options: Annotated[
-        Optional[list[str]],  # noqa: UP007, UP045
+        Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[OPTION=VALUE]...", help="Options of the environment, e.g. preset=paper"),
     ] = None,
     split: Annotated[str, typer.Option(help="Which tasks.")] = "train",
@@ -322,10 +360,13 @@ def envs_play(
         key, equals, value = option.partition("=")
         if not equals:
             raise UserError(f"{option!r} is no option: write option=value, e.g. preset=paper")
-        given[key] = yaml.safe_load(value)
+        try:
+            given[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"the value of {option!r} is not readable as YAML") from error
     if name not in registry.names() and ":" not in name:
         raise unknown_name("environment", name, registry.names())
-    play(registry.load(name, given), split, int(task) if task.isdigit() else task)
+    play(registry.load(name, given), split, int(task) if task.isdecimal() else task)
 
 
 if __name__ == "__main__":

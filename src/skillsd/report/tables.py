@@ -17,7 +17,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], cap
     """A plain table; the first column is text, the others are figures."""
     made = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left")
     for place, column in enumerate(columns):
-        made.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
+        made.add_column(column, justify="left" if place == 0 else "right")
     for row in rows:
         made.add_row(*row)
     return made

@@ -39,8 +39,9 @@ class RunWriter:
         self._on_record, self._on_note = on_record, on_note
         for file in (METRICS, EVALUATIONS):
             keep_until(folder / file, -1 if resumed_at is None else resumed_at)
-        self._tensorboard = _tensorboard(folder) if options.tensorboard else None
+        # W&B first: if it is not installed, nothing is left behind.
         self._wandb = _wandb(folder, options.wandb, name) if options.wandb else None
+        self._tensorboard = _tensorboard(folder, resumed_at) if options.tensorboard else None
 
     def iteration(self, record: Mapping[str, Any]) -> None:
         self._write(METRICS, record)
@@ -112,10 +113,12 @@ def _jsonable(record: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path, resumed_at: int | None) -> Any:
     from tensorboardX import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"))
+    # What TensorBoard was told of later iterations is about to be told again.
+    purge = None if resumed_at is None else resumed_at + 1
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
 
 def _wandb(folder: Path, project: str, name: str) -> Any:

@@ -55,14 +55,22 @@ async def collect(
     collected = Collected()
     slots = asyncio.Semaphore(concurrency)
 
+    def broken(outcome: Outcome) -> None:
+        collected.broken[outcome] = collected.broken.get(outcome, 0) + 1
+
     async def play(task: Task, place: int, member: int) -> Trajectory | None:
         # `place` tells two visits of one task in the same collection apart.
         for attempt in range(retries + 1):
             name = f"{seed}/{place}/{task.id}/{member}/{attempt}"
             async with slots:
+                try:
+                    environment = task_set.make()
+                except Exception:  # an environment that can't even be made is as broken as one that fails later
+                    broken(Outcome.ENV_ERROR)
+                    continue
                 trajectory = await run_episode(
                     actor,
-                    task_set.make(),
+                    environment,
                     task,
                     budget,
                     seed=derive_seed(seed, place, task.id, member, attempt),
@@ -74,7 +82,7 @@ async def collect(
             if trajectory.outcome.has_reward:
                 on_episode(trajectory)
                 return trajectory
-            collected.broken[trajectory.outcome] = collected.broken.get(trajectory.outcome, 0) + 1
+            broken(trajectory.outcome)
         return None
 
     try:

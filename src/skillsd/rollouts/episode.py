@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from skillsd.engines.base import Engine, SampleRequest, Weights
-from skillsd.envs.base import Environment
+from skillsd.envs.base import Environment, Step
 from skillsd.rollouts.tokens import ChatRenderer
 from skillsd.seeds import derive_seed
 from skillsd.skills.context import with_context
@@ -20,7 +21,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Budget:
-    """What an episode may use. Tokens are counted apart for a turn and for the whole trajectory, prompt included."""
+    """What an episode may use. Tokens are counted apart for a turn and for the whole trajectory, prompt included.
+
+    An observation that would leave no room for another turn ends the episode and is not among its tokens.
+    """
 
     turns: int
     turn_tokens: int
@@ -68,6 +72,7 @@ async def run_episode(
     prompt_length = 0
     score, success, error = 0.0, False, ""
     outcome = Outcome.TRUNCATED_TURNS
+    heard: tuple[int, ...] = ()  # the environment's last words: they join the tokens when a turn follows them
 
     def append(ids: tuple[int, ...], logprobs_: tuple[float, ...] | None) -> None:
         tokens.extend(ids)
@@ -79,10 +84,11 @@ async def run_episode(
         append(actor.renderer.prompt(with_context(prompt, context) if context else prompt), None)
         prompt_length = len(tokens)
         for number in range(budget.turns):
-            room = min(budget.turn_tokens, budget.trajectory_tokens - len(tokens))
+            room = min(budget.turn_tokens, budget.trajectory_tokens - len(tokens) - len(heard))
             if room <= 0:
                 outcome = Outcome.TRUNCATED_TOKENS
                 break
+            append(heard, None)
             sample = await actor.engine.sample(
                 SampleRequest(
                     tokens=tuple(tokens),
@@ -96,16 +102,16 @@ async def run_episode(
             start = len(tokens)
             append(sample.tokens, sample.logprobs)
             action = actor.renderer.text(sample.tokens)
-            step = await _in_time(environment.step(action), budget.step_seconds, f"step {number}")
+            step = await _in_time(_checked(environment.step(action)), budget.step_seconds, f"step {number}")
             turns.append(Turn(action, step.observation, start, len(tokens), step.info))
             score, success = step.score, step.success
             if step.done:
                 outcome = Outcome.SOLVED if success else Outcome.FAILED
                 break
-            append(actor.renderer.observation(step.observation, sample.tokens[-1]), None)
-    except _DeadlineMissed as missed:
+            heard = actor.renderer.observation(step.observation, sample.tokens[-1])
+    except _DeadlineMissedError as missed:
         outcome, error = Outcome.TIMEOUT, str(missed)
-    except _EnvironmentFailed as failed:
+    except _EnvironmentFailedError as failed:
         outcome, error = Outcome.ENV_ERROR, str(failed)
     finally:
         actor.engine.end_session(session)
@@ -126,26 +132,42 @@ async def run_episode(
     )
 
 
-class _EnvironmentFailed(Exception):
+class _EnvironmentFailedError(Exception):
     pass
 
 
-class _DeadlineMissed(Exception):
+class _DeadlineMissedError(Exception):
     pass
 
 
 async def _in_time(call: Awaitable[T], seconds: float, what: str) -> T:
     """`call`'s result, with everything that can go wrong in an environment turned into two exceptions of ours."""
+    deadline = asyncio.timeout(seconds)
     try:
-        async with asyncio.timeout(seconds):
+        async with deadline:
             return await call
-    except TimeoutError as error:
-        raise _DeadlineMissed(f"{what} took longer than {seconds:g} s") from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise  # it is us who are stopped; otherwise the environment let a cancellation of its own escape
+        raise _EnvironmentFailedError(f"{what}: cancelled") from error
     except Exception as error:
-        raise _EnvironmentFailed(f"{what}: {type(error).__name__}: {error}") from error
+        if deadline.expired():
+            raise _DeadlineMissedError(f"{what} took longer than {seconds:g} s") from error
+        raise _EnvironmentFailedError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+async def _checked(call: Awaitable[Step]) -> Step:
+    """The environment's answer, if it is one that can be trained on."""
+    step = await call
+    if not isinstance(step, Step):
+        raise TypeError(f"expected a Step, got {type(step).__name__}")
+    if not (math.isfinite(step.score) and 0 <= step.score <= 1):
+        raise ValueError(f"the score is {step.score}, expected 0 to 1")
+    return step
 
 
 async def _close(environment: Environment, seconds: float) -> None:
     # An environment that can't even be closed has had its episode; the trajectory is what counts.
-    with contextlib.suppress(_DeadlineMissed, _EnvironmentFailed):
+    with contextlib.suppress(_DeadlineMissedError, _EnvironmentFailedError):
         await _in_time(environment.close(), seconds, "close")

@@ -21,19 +21,19 @@ class Batch:
 
     Attributes:
         groups: the items of each group's trajectories, those without a single action token left out.
-        taught: groups that have a teacher's signal.
+        taught: for each group, whether it has a teacher's signal.
         untold: groups whose context did not fit the teacher's budget; they are trained without a teacher.
         flat: groups whose rewards are all equal: no advantage, so nothing to learn from the reward.
     """
 
     groups: list[list[TrainItem]] = field(default_factory=list)
-    taught: int = 0
+    taught: list[bool] = field(default_factory=list)
     untold: int = 0
     flat: int = 0
 
 
 def teacher_sequence(trajectory: Trajectory, context: str, renderer: ChatRenderer) -> TokenSequence:
-    """The teacher's view: its own first prompt (x + S(x), by the same chat template), then the student's ids verbatim."""
+    """The teacher's view: its own first prompt (x + S(x), same chat template), then the student's ids verbatim."""
     prompt = renderer.prompt(with_context(trajectory.prompt, context))
     return TokenSequence(
         (*prompt, *trajectory.tokens[trajectory.prompt_length :]),
@@ -68,10 +68,9 @@ def build_batch(
         views: list[TokenSequence] | None = None
         if context:
             views = [teacher_sequence(t, context, renderer) for t in group.trajectories]
-            if _fits(views, group, extra_tokens, engine.max_length):
-                batch.taught += 1
-            else:
+            if not _fits(views, group, extra_tokens, engine.max_length):
                 batch.untold, views = batch.untold + 1, None
+        batch.taught.append(views is not None)
         items: list[TrainItem] = []
         for place, (trajectory, advantage) in enumerate(zip(group.trajectories, advantages.tolist(), strict=True)):
             count = trajectory.action_tokens
@@ -135,5 +134,3 @@ def normalisers(items: Sequence[TrainItem]) -> dict[str, float]:
         "action_tokens": float(sum(item.sequence.marked for item in items)),
         "teacher_tokens": float(sum(int(item.signals["has_teacher"].sum()) for item in items)),
     }
-
-

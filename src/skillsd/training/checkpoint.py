@@ -15,12 +15,13 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 def save(run: Run) -> Path:
-    """Write ``checkpoints/step-N``: weights, optimiser, RNG, curriculum, bank with its UCB counts, pending summaries."""
+    """Write ``checkpoints/step-N``: weights, optimiser, RNG, curriculum, bank and UCB counts, pending summaries."""
     parent = run.folder / "checkpoints"
     parent.mkdir(exist_ok=True)
     target = parent / f"step-{run.iteration}"
     aside = parent / f".step-{run.iteration}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in parent.glob(".step-*.partial"):  # by a process that was killed while it wrote
+        shutil.rmtree(left)
     aside.mkdir()
     run.engine.save(aside)
     run.bank.snapshot(aside / "skills.sqlite")
@@ -38,25 +39,28 @@ def save(run: Run) -> Path:
         return target
     aside.rename(target)
     _sync_folder(parent)
-    for old in sorted(parent.glob("step-*"), key=_step)[: -run.config.checkpoint.keep]:
+    for old in _all(run.folder)[: -run.config.checkpoint.keep]:
         shutil.rmtree(old)
     return target
 
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint of a run's folder."""
-    found = [path for path in (folder / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
-    return max(found, key=_step, default=None)
+    found = _all(folder)
+    return found[-1] if found else None
 
 
 def load(run: Run, path: Path) -> None:
     """Take up a checkpoint: training then goes on bit for bit.
 
     Must be called within the event loop, as pending summaries are started again.
+
+    Raises:
+        UserError: if it is none, or is damaged.
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{str(path)!r} is not a checkpoint of a run: {error}") from error
     run.engine.load(path)
     run.bank.restore(path / "skills.sqlite")
@@ -68,9 +72,10 @@ def load(run: Run, path: Path) -> None:
     run.totals = state["totals"]
 
 
-def _step(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    return int(match.group(1)) if match else -1
+def _all(folder: Path) -> list[Path]:
+    """A run's checkpoints, oldest first. What a user put beside them (``step-10-backup``) is not ours."""
+    found = {path: _NAME.fullmatch(path.name) for path in (folder / "checkpoints").glob("step-*")}
+    return [path for _, path in sorted((int(match.group(1)), path) for path, match in found.items() if match)]
 
 
 def _sync(folder: Path) -> None:

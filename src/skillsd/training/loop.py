@@ -44,9 +44,9 @@ async def train(run: Run, reporter: Reporter, should_stop: Callable[[], bool] = 
     """
     config = run.config
     last = config.training.iterations
-    if run.iteration == 0:
-        reporter.evaluation(await measure(run))
     saved = run.iteration if checkpoint.latest(run.folder) else None
+    if run.iteration == 0 and saved is None:  # a run that was stopped before its first iteration has it already
+        reporter.evaluation(await measure(run))
     while run.iteration < last and not should_stop():
         record = await iterate(run, reporter)
         reporter.iteration(record)
@@ -104,9 +104,9 @@ async def iterate(run: Run, reporter: Reporter) -> Record:
     with clock("update"):
         updated = await _compute(run, lambda: optimise(run, batch, objective, reporter.note))
 
-    # A skill is credited with the rewards of the rollouts that were trained while it taught.
-    for group, lesson in zip(groups, lessons, strict=True):
-        if lesson:
+    # A skill is credited with the rewards of the rollouts that were trained while it taught: not if it did not fit.
+    for group, lesson, taught in zip(groups, lessons, batch.taught, strict=True):
+        if lesson and taught:
             run.bank.credit(lesson.id, group.rewards)
 
     # Finished trajectories become skills, for later iterations.
@@ -161,10 +161,11 @@ async def _summarise(run: Run, groups: list[Group]) -> int:
     """Hand all trajectories to the summariser; put what is ready into the bank. Returns how many skills are new."""
     if run.summaries is None:
         return 0
+    number = run.iteration + 1  # as metrics.jsonl and the trajectories' files count it
     for group in groups:
         for member, trajectory in enumerate(group.trajectories):
-            source = f"iteration-{run.iteration}/{group.task.id}/{member}"
-            run.summaries.submit(trajectory, source=source, iteration=run.iteration)
+            source = f"iteration-{number}/{group.task.id}/{member}"
+            run.summaries.submit(trajectory, source=source, iteration=number)
     if run.config.skills.deterministic:
         await run.summaries.drain()
     else:

@@ -49,11 +49,13 @@ def optimise(run: Run, batch: Batch, objective: Objective, note: Callable[[str],
                 norms.append(report.grad_norm)
                 continue
             refused += 1
-            path = run.folder / "not-finite" / f"iteration-{run.iteration}-epoch-{epoch}-minibatch-{place}.pt"
+            path = run.folder / "not-finite" / f"iteration-{run.iteration + 1}-epoch-{epoch}-minibatch-{place}.pt"
             _save_aside(items, path)
             note(f"loss or gradient not finite: nothing was updated; the minibatch is in {path}")
-    figures = {name: mean.value for name, mean in add_metrics(parts).items()}
-    figures |= {f"{name}_max": mean.high for name, mean in add_metrics(parts).items() if name == "ratio"}
+    means = add_metrics(parts)
+    figures = {name: mean.value for name, mean in means.items()}
+    if "ratio" in means:
+        figures["ratio_max"] = means["ratio"].high
     return {
         **{f"loss/{name}": value for name, value in figures.items()},
         "loss/lambda_sdl": objective.lambda_sdl,

@@ -36,7 +36,7 @@ def describe_batch(batch: Batch) -> dict[str, float]:
     count = max(1, len(batch.groups))
     return {
         "batch/groups_of_equal_reward": batch.flat / count,
-        "batch/groups_with_teacher": batch.taught / count,
+        "batch/groups_with_teacher": sum(batch.taught) / count,
         "batch/skills_over_budget": batch.untold / count,
     }
 

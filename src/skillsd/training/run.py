@@ -24,6 +24,9 @@ from skillsd.skills.summarise import RuleSummariser, Summariser
 from skillsd.training.curriculum import Curriculum
 from skillsd.types import TRAIN_SPLIT
 
+BANK = "skills.sqlite"
+"""The bank's file in a run's folder."""
+
 
 @dataclass
 class Run:
@@ -126,7 +129,12 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
     """
     row = method(config.method)
     task_set = task_set or registry.load(config.environment.name, config.environment.options)
-    held_out = [task.id for split in task_set.splits if split != TRAIN_SPLIT for task in task_set.tasks(split)]
+    held_out = {task.id for split in task_set.splits if split != TRAIN_SPLIT for task in task_set.tasks(split)}
+    if both := sorted(held_out.intersection(task.id for task in task_set.tasks(TRAIN_SPLIT))):
+        raise UserError(
+            f"{len(both)} training tasks of {config.environment.name!r} are in an evaluation split too, e.g. "
+            f"{both[0]!r}: what trains on them cannot be evaluated honestly; remove them from one of the splits"
+        )
     if config.evaluation.split == TRAIN_SPLIT:
         raise UserError(f"evaluation.split is {TRAIN_SPLIT!r}; give a held-out one: {', '.join(task_set.splits)}")
     task_set.tasks(config.evaluation.split)  # an unknown split is told now, not after the first iterations
@@ -137,9 +145,13 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
         iterations=config.training.iterations,
         seed=config.seed,
     )
+    if config.training.minibatches > config.rollout.tasks_per_iteration:
+        raise UserError(
+            f"training.minibatches is {config.training.minibatches}, but an iteration collects "
+            f"{config.rollout.tasks_per_iteration} groups (rollout.tasks_per_iteration), which are never split"
+        )
     template = load_template(config.skills.template)
     uses_skills = row.context == "skill" or row.student_prompt == "skill"
-    summariser = _summariser(config, task_set) if uses_skills else None
     engine = engine or make_engine(config)
     if config.rollout.trajectory_tokens > engine.max_length:
         raise UserError(
@@ -147,17 +159,19 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
             f"most {engine.max_length} tokens"
         )
     bank = SkillBank(
-        folder / "skills.sqlite",
+        folder / BANK,
         policy=ucb.policy(config.skills.pick, seed=derive_seed(config.seed, "bank")),
         forbidden=held_out,
     )
-    summaries = summariser and BackgroundSummaries(
-        summariser,
-        bank,
-        max_chars=config.skills.max_chars,
-        concurrency=config.skills.concurrency,
-        timeout=config.skills.timeout_seconds,
-    )
+    summaries = None
+    if uses_skills:
+        summaries = BackgroundSummaries(
+            _summariser(config, task_set),
+            bank,
+            max_chars=config.skills.max_chars,
+            concurrency=config.skills.concurrency,
+            timeout=config.skills.timeout_seconds,
+        )
     run = Run(
         config=config,
         method=row,

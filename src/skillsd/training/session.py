@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from skillsd.report import manifest
 from skillsd.report.writer import RunWriter
 from skillsd.training import checkpoint
 from skillsd.training.loop import train
-from skillsd.training.run import Run, build, comparable
+from skillsd.training.run import BANK, Run, build, comparable
 
 CONFIG = "config.yaml"
 
@@ -41,9 +41,10 @@ def run_training(
         UserError: if the folder holds a run already and `resume` is not given, or holds a different one.
     """
     start = _prepare(config, folder, resume)
-    run = build(config, folder)
+    run: Run | None = None
     writer: RunWriter | None = None
     try:
+        run = build(config, folder)
         writer = RunWriter(
             folder,
             config.log,
@@ -53,14 +54,17 @@ def run_training(
             on_note=on_note,
         )
         if start is None:
-            (folder / CONFIG).write_text(configs.dump(config), encoding="utf-8")
             manifest.write(folder, config, run.task_set)
+        _write_config(config, folder)  # from here on the folder is a run's
         with _stop_on_interrupt(on_note) as stopping:
             return asyncio.run(_train(run, writer, start, stopping))
     finally:
         if writer is not None:
             writer.close()
-        run.close()
+        if run is not None:
+            run.close()
+        if not (folder / CONFIG).exists():  # it never began: another try finds the folder as this one found it
+            (folder / BANK).unlink(missing_ok=True)
 
 
 async def _train(run: Run, writer: RunWriter, start: Path | None, stopping: Callable[[], bool]) -> bool:
@@ -71,6 +75,8 @@ async def _train(run: Run, writer: RunWriter, start: Path | None, stopping: Call
 
 def _prepare(config: RunConfig, folder: Path, resume: bool) -> Path | None:
     """Check the folder; the checkpoint to go on from, if any."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{str(folder)!r} is a file; a run needs a folder: give another one with --out")
     if not (folder / CONFIG).exists():
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{str(folder)!r} holds other things than a run; give another folder with --out")
@@ -84,9 +90,15 @@ def _prepare(config: RunConfig, folder: Path, resume: bool) -> Path | None:
         raise UserError(f"{str(folder)!r} holds a run with other settings: " + "; ".join(differences))
     start = checkpoint.latest(folder)
     if start is None:  # it ended before its first checkpoint: begin again
-        (folder / "skills.sqlite").unlink(missing_ok=True)
-        (folder / CONFIG).unlink()
+        (folder / BANK).unlink(missing_ok=True)
     return start
+
+
+def _write_config(config: RunConfig, folder: Path) -> None:
+    """Of a resumed run too: how long it trains, for one, may be another than before."""
+    aside = folder / f".{CONFIG}.partial"
+    aside.write_text(configs.dump(config), encoding="utf-8")
+    aside.replace(folder / CONFIG)
 
 
 def _iteration_of(start: Path | None) -> int | None:
@@ -114,7 +126,8 @@ def _stop_on_interrupt(note: Callable[[str], None]) -> Iterator[Callable[[], boo
         if asked:
             raise KeyboardInterrupt
         asked = True
-        note("stopping after this iteration (Ctrl-C again: at once, back to the last checkpoint)")
+        with suppress(RuntimeError):  # Ctrl-C came in the midst of a write to the same terminal
+            note("stopping after this iteration (Ctrl-C again: at once, back to the last checkpoint)")
 
     try:
         previous = signal.signal(signal.SIGINT, handle)

@@ -64,9 +64,7 @@ def make_item(
             tokens += answer
             weights += [observation_weight] * len(answer)
     mask = tuple(weight > 0 for weight in weights)
-    return TrainItem(
-        TokenSequence(tuple(tokens), mask), {"weight": torch.tensor([w for w in weights if w > 0])}
-    )
+    return TrainItem(TokenSequence(tuple(tokens), mask), {"weight": torch.tensor([w for w in weights if w > 0])})
 
 
 def weighted_nll(normaliser: float) -> Callable[[TokenLogprobs, Mapping[str, Tensor]], tuple[Tensor, dict[str, Mean]]]:
@@ -90,9 +88,7 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     return peak * (0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2)
 
 
-def train(
-    config: SftConfig, task_set: TaskSet, folder: Path, on_step: Callable[[SftProgress], None]
-) -> TorchEngine:
+def train(config: SftConfig, task_set: TaskSet, folder: Path, on_step: Callable[[SftProgress], None]) -> TorchEngine:
     """Run the warm start and write the model into `folder`.
 
     Raises:
