@@ -1,0 +1,124 @@
+"""A tiny environment for the tests of rollouts and training, with faults that can be switched on.
+
+An episode: the task names a move; it is to be said. Every wrong move is answered by a cell drawn from the
+environment's seed, and earns nothing; the score is 1/2 for having avoided `Down` in the first turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+from skillsd.envs.base import Environment, Step, TaskSet
+from skillsd.types import Message, Skill, Task, Trajectory
+
+MOVES = ("Up", "Down", "Left", "Right")
+DEFAULT_SPLITS = {"train": 7, "tune": 4, "test": 3}
+
+
+class ToyEnvironment(Environment):
+    """One episode. `fault` is asked before every call: ('reset' | 'step' | 'close', task, attempt) may raise or wait."""
+
+    def __init__(self, owner: Toy, number: int) -> None:
+        self.owner, self.number = owner, number
+        self.closed = 0
+        self.resets: list[tuple[str, int]] = []
+        self.actions: list[str] = []
+
+    async def reset(self, task: Task, seed: int) -> tuple[Message, ...]:
+        self.resets.append((task.id, seed))
+        self.task, self.turn, self.score = task, 0, 0.0
+        self.random = random.Random(seed)
+        await self.owner.fault("reset", self)
+        return (Message("user", f"Sokoban: #{self._cell()} @{self._cell()}"),)
+
+    async def step(self, action: str) -> Step:
+        self.actions.append(action)
+        await self.owner.fault("step", self)
+        self.turn += 1
+        solved = action == self.task.payload["target"]
+        if self.turn == 1 and action != "Down":
+            self.score = 0.5
+        if solved:
+            self.score = 1.0
+        lost = not solved and action == self.task.payload.get("loses")
+        words = "Solved" if solved else "Over" if lost else f"@{self._cell()}"
+        return Step(words, solved or lost, self.score, solved, {"turn": self.turn})
+
+    async def close(self) -> None:
+        self.closed += 1
+        await self.owner.fault("close", self)
+
+    def _cell(self) -> str:
+        return f"r{self.random.randrange(6)}c{self.random.randrange(6)}"
+
+
+class Toy(TaskSet):
+    """Its tasks are numbered; `splits` gives their numbers, `overlap` puts the first train task into `tune` too."""
+
+    name: ClassVar[str] = "toy"
+
+    def __init__(
+        self, *, turns: int = 3, sizes: dict[str, int] | None = None, overlap: bool = False, delay: float = 0.0
+    ) -> None:
+        self._turns, self._sizes, self._overlap, self._delay = turns, sizes or DEFAULT_SPLITS, overlap, delay
+        self.made: list[ToyEnvironment] = []
+        self.summarised: list[Trajectory] = []
+        self.faults: Callable[[str, ToyEnvironment], Any] | None = None
+        self.write: Callable[[Trajectory], Skill | None] = _lesson
+
+    async def fault(self, call: str, environment: ToyEnvironment) -> None:
+        if self._delay and call == "step":
+            await asyncio.sleep(self._delay)
+        if self.faults is not None:
+            outcome = self.faults(call, environment)
+            if outcome is not None:
+                await outcome
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self._sizes)
+
+    @property
+    def max_turns(self) -> int:
+        return self._turns
+
+    def tasks(self, split: str) -> list[Task]:
+        if split not in self._sizes:
+            from skillsd.errors import unknown_name
+
+            raise unknown_name("split", split, self._sizes)
+        tasks = [
+            Task(f"{split}-{i}", "toy", split, {"target": MOVES[i % 4], "loses": MOVES[(i + 1) % 4]}, float(-i % 5))
+            for i in range(self._sizes[split])
+        ]
+        if self._overlap and split == "tune":
+            tasks.append(Task("train-0", "toy", "tune", {"target": "Up"}))
+        return tasks
+
+    def make(self) -> ToyEnvironment:
+        self.made.append(ToyEnvironment(self, len(self.made)))
+        return self.made[-1]
+
+    def summariser(self) -> Callable[[Trajectory], Skill | None]:
+        def summarise(trajectory: Trajectory) -> Skill | None:
+            self.summarised.append(trajectory)
+            return self.write(trajectory)
+
+        return summarise
+
+    def demonstrations(self, split: str, *, seed: int, **options: Any) -> Iterator[Any]:
+        raise NotImplementedError
+
+    @property
+    def fates(self) -> Counter[int]:
+        """How often each environment was closed."""
+        return Counter({environment.number: environment.closed for environment in self.made})
+
+
+def _lesson(trajectory: Trajectory) -> Skill | None:
+    said = " ".join(turn.action for turn in trajectory.turns)
+    return Skill("", "", said) if trajectory.success else Skill("", f"never {said}", "")
