@@ -1,7 +1,8 @@
 """A tiny environment for the tests of rollouts and training, with faults that can be switched on.
 
-An episode: the task names a move; it is to be said. Every wrong move is answered by a cell drawn from the
-environment's seed, and earns nothing; the score is 1/2 for having avoided `Down` in the first turn.
+An episode: the task names a move that solves it and one that loses it; every other one is answered by a cell drawn
+from the environment's seed. Whoever avoided `Down` in the first turn has half the score. Any text counts as one of the
+four moves, so that a model which never learnt to say one earns rewards of all kinds.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ MOVES = ("Up", "Down", "Left", "Right")
 DEFAULT_SPLITS = {"train": 7, "tune": 4, "test": 3}
 
 
+def move_of(text: str) -> str:
+    """The move that `text` counts as; a move counts as itself."""
+    return ("Down", "Up", "Right", "Left")[sum(map(ord, text)) % 4]
+
+
 class ToyEnvironment(Environment):
-    """One episode. `fault` is asked before every call: ('reset' | 'step' | 'close', task, attempt) may raise or wait."""
+    """One episode. Its owner's `faults` are asked at every call, and may raise or return something to wait for."""
 
     def __init__(self, owner: Toy, number: int) -> None:
         self.owner, self.number = owner, number
@@ -39,12 +45,13 @@ class ToyEnvironment(Environment):
         self.actions.append(action)
         await self.owner.fault("step", self)
         self.turn += 1
-        solved = action == self.task.payload["target"]
-        if self.turn == 1 and action != "Down":
+        said = move_of(action)
+        solved = said == self.task.payload["target"]
+        if self.turn == 1 and said != "Down":
             self.score = 0.5
         if solved:
             self.score = 1.0
-        lost = not solved and action == self.task.payload.get("loses")
+        lost = not solved and said == self.task.payload.get("loses")
         words = "Solved" if solved else "Over" if lost else f"@{self._cell()}"
         return Step(words, solved or lost, self.score, solved, {"turn": self.turn})
 

@@ -185,7 +185,7 @@ def test_an_answer_that_cannot_be_trained_on_is_an_error_of_the_environment(
 def test_the_running_prefix_never_changes_and_samples_stay_verbatim(tokenizer: Any) -> None:
     words = iter(["Left Left", "Sokoban: Workflow:", "Right"])
     engine = ScriptedEngine(tokenizer, lambda request: next(words))
-    trajectory = play(engine, Toy())
+    trajectory = play(engine, Toy(), target="", loses="")
     assert len(engine.requests) == 3
     for request, turn in zip(engine.requests, trajectory.turns, strict=True):
         assert request.tokens == trajectory.tokens[: turn.start]
@@ -199,7 +199,7 @@ def test_the_running_prefix_never_changes_and_samples_stay_verbatim(tokenizer: A
 
 def test_logprobs_stand_where_the_mask_does(tokenizer: Any) -> None:
     engine = ScriptedEngine(tokenizer, lambda request: "Sokoban: Left")
-    trajectory = play(engine, Toy())
+    trajectory = play(engine, Toy(), target="", loses="")
     assert len(trajectory.tokens) == len(trajectory.action_mask) == len(trajectory.logprobs)
     for token_is_sampled, logprob in zip(trajectory.action_mask, trajectory.logprobs, strict=True):
         assert (logprob != 0.0) == token_is_sampled

@@ -1,0 +1,523 @@
+"""The training loop on a toy: resume to the bit, what is not finite, summaries that fail, and who never sees what."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_env import Toy
+from toy_run import Listener, MakeRun, go
+
+from skillsd.engines.base import SampleRequest, TokenSequence
+from skillsd.errors import UserError
+from skillsd.objective import Objective
+from skillsd.skills.bank import StoredSkill
+from skillsd.skills.context import render_skill
+from skillsd.training import checkpoint
+from skillsd.training.loop import measure, train
+from skillsd.training.run import Run
+from skillsd.types import Outcome, Skill, Trajectory
+
+CLOCKS = ("time/", "memory/", "seconds", "rollout/sampled_tokens_per_second", "eval/seconds", "eval_greedy/seconds")
+
+
+def comparable(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without what the clock or the memory says."""
+    return [{k: v for k, v in record.items() if not k.startswith(CLOCKS)} for record in records]
+
+
+def state(run: Run) -> dict[str, Any]:
+    """All that decides how the run goes on."""
+    engine: Any = run.engine
+    teacher = engine._teacher or {}
+    return {
+        "weights": {n: p.detach().clone() for n, p in engine.model.named_parameters()},
+        "teacher": {n: p.clone() for n, p in teacher.items()},
+        "optimiser": [
+            {k: v.clone() for k, v in moments.items()}
+            for moments in engine._optimiser.state_dict()["adamw"]["state"].values()
+        ],
+        "rng": torch.get_rng_state(),
+        "bank": run.bank.skills(),
+        "created": run.bank.created,
+        "curriculum": run.curriculum.state(),
+        "iteration": run.iteration,
+        "totals": {k: v for k, v in run.totals.items() if k != "seconds"},
+        "summaries": run.summaries.stats() if run.summaries else {},
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    return [name for name in a if not same(a[name], b[name])]
+
+
+# -- resume ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "sync_every", "stop_after"), [("grpo", 1, 3), ("skill-sd", 1, 1), ("skill-sd", 2, 3), ("skill-sd", 3, 4)]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    make_run: MakeRun, method: str, sync_every: int, stop_after: int
+) -> None:
+    options: dict[str, Any] = {
+        "method": method,
+        "teacher": {"sync_every": sync_every},
+        "training": {"epochs": 2, "warmup_iterations": 3},
+        "objective": {"lambda_schedule": "linear_decay"},
+        "curriculum": {"easy_first": True},
+    }
+    whole = make_run("whole", **options)
+    expected = go(whole)
+
+    first = make_run("parts", **options)
+    before = Listener()
+    stop = iter([False] * stop_after + [True] * 9)
+    assert not asyncio.run(train(first, before, lambda: next(stop)))
+    assert first.iteration == stop_after
+    found = checkpoint.latest(first.folder)
+    assert found is not None
+    assert found.name == f"step-{stop_after}"
+    left = state(first)
+    first.close()
+
+    torch.manual_seed(99)  # what a new process would have is not what the old one had
+    second = make_run("parts", **options)
+    after = Listener()
+
+    async def resume() -> bool:
+        checkpoint.load(second, found)
+        assert differences(left, state(second)) == []
+        return await train(second, after)
+
+    assert asyncio.run(resume())
+    assert comparable(before.iterations + after.iterations) == comparable(expected.iterations)
+    assert comparable(before.evaluations + after.evaluations) == comparable(expected.evaluations)
+    assert before.groups + after.groups == expected.groups
+    assert differences(state(whole), state(second)) == []
+    if method == "skill-sd":
+        assert any(skill.credited for skill in second.bank.skills())
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(make_run: MakeRun) -> None:
+    one, two, other = (go(make_run(folder, seed=seed)) for folder, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert comparable(one.iterations) == comparable(two.iterations)
+    assert comparable(one.evaluations) == comparable(two.evaluations)
+    assert one.groups == two.groups
+    assert comparable(one.iterations) != comparable(other.iterations)
+
+
+def test_a_run_stopped_before_its_first_iteration_is_measured_once(make_run: MakeRun) -> None:
+    listener = Listener()
+    assert not asyncio.run(train(make_run(), listener, lambda: True))
+    run = make_run()
+
+    async def resume() -> None:
+        found = checkpoint.latest(run.folder)
+        assert found is not None
+        checkpoint.load(run, found)
+        await train(run, listener)
+
+    asyncio.run(resume())
+    assert [record["iteration"] for record in listener.evaluations] == [0, 2, 4, 6]
+
+
+def test_no_iterations_is_a_measurement(make_run: MakeRun) -> None:
+    run = make_run(training={"iterations": 0})
+    listener = go(run)
+    assert [record["iteration"] for record in listener.evaluations] == [0]
+    assert listener.iterations == []
+    assert checkpoint.latest(run.folder) is not None
+
+
+# -- what is written down -------------------------------------------------------------------------------------------
+
+
+def test_records_of_an_iteration(make_run: MakeRun) -> None:
+    listener = go(make_run())
+    assert [record["iteration"] for record in listener.iterations] == [1, 2, 3, 4, 5, 6]
+    assert [record["iteration"] for record in listener.evaluations] == [0, 2, 4, 6]
+    for record in listener.iterations:
+        # The sampler's log-probs and the trainer's, in float32.
+        assert 0 <= record["gap/p50"] <= record["gap/p90"] <= record["gap/p99"] <= record["gap/max"] < 1e-5
+        assert record["episodes"] == 12 * record["iteration"]
+        assert sum(record[f"outcome/{outcome}"] for outcome in Outcome) == pytest.approx(1.0)
+        assert record["step/refused"] == 0
+        assert record["step/grad_norm"] > 0
+        assert record["time/iteration"] >= sum(record[f"time/{part}"] for part in ("rollout", "update")) * 0.999
+    sampled = [
+        sum(t.action_tokens for g in listener.groups[3 * i : 3 * i + 3] for t in g.trajectories) for i in range(6)
+    ]
+    assert [record["sampled_tokens"] for record in listener.iterations] == [sum(sampled[: i + 1]) for i in range(6)]
+
+
+def test_the_first_visit_of_a_task_has_no_teacher_and_later_ones_have(make_run: MakeRun) -> None:
+    # Seven tasks, three an iteration: all were visited after the third.
+    listener = go(make_run())
+    shares = [record["batch/groups_with_teacher"] for record in listener.iterations]
+    assert shares[:2] == [0.0, 0.0]
+    assert shares[2] == pytest.approx(2 / 3)
+    assert shares[3:] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear_decay", "cosine"])
+def test_lambdas_schedule_and_the_warm_up_reach_the_update(
+    make_run: MakeRun, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(
+        objective={"lambda_sdl": 0.4, "lambda_schedule": schedule},
+        training={"iterations": 4, "warmup_iterations": 2, "learning_rate": 0.01, "minibatches": 1},
+    )
+    used: list[float] = []
+    call = Objective.__call__
+
+    def watch(self: Objective, *rest: Any) -> Any:
+        used.append(self.lambda_sdl)
+        return call(self, *rest)
+
+    monkeypatch.setattr(Objective, "__call__", watch)
+    rates: list[float] = []
+    step = run.engine.step
+    monkeypatch.setattr(run.engine, "step", lambda rate: rates.append(rate) or step(rate))
+    listener = go(run)
+    expected = {
+        "constant": [0.4] * 4,
+        "linear_decay": [0.4, 0.3, 0.2, 0.1],
+        "cosine": [0.2 * (1 + math.cos(math.pi * i / 4)) for i in range(4)],
+    }[schedule]
+    assert used == pytest.approx(expected)
+    assert [record["loss/lambda_sdl"] for record in listener.iterations] == pytest.approx(expected)
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.01])
+
+
+def test_the_teacher_is_synchronised_when_the_recipe_says(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(teacher={"sync_every": 2}, evaluation={"every": 0})
+    at: list[int] = []
+    sync = run.engine.sync_teacher
+    monkeypatch.setattr(run.engine, "sync_teacher", lambda: at.append(run.iteration) or sync())
+    go(run)
+    assert at == [0, 2, 4]
+
+
+# -- skills ---------------------------------------------------------------------------------------------------------
+
+
+def test_skills_are_the_lessons_of_training_trajectories_with_their_origin(make_run: MakeRun) -> None:
+    toy = Toy()
+    run = make_run(toy=toy)
+    listener = go(run)
+    assert toy.summarised == [t for group in listener.groups for t in group.trajectories]
+    assert all(t.task.split == "train" for t in toy.summarised)
+    stored = run.bank.skills()
+    assert stored
+    for skill in stored:
+        number, task, member = skill.source.split("/")
+        assert number == f"iteration-{skill.iteration}"  # as metrics.jsonl and the trajectories' files count
+        groups = listener.groups[3 * (skill.iteration - 1) : 3 * skill.iteration]
+        [origin] = [g.trajectories[int(member)] for g in groups if g.task.id == task == skill.task_id]
+        assert toy.write(origin) == skill.skill
+        assert (origin.score, origin.outcome) == (skill.source_reward, skill.source_outcome)
+
+
+def test_the_teacher_reads_the_tasks_own_skill_and_the_student_none(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    engine: Any = run.engine
+    asked: list[tuple[int, ...]] = []
+    scored: list[list[TokenSequence]] = []
+    picked: list[StoredSkill] = []
+    sample, score, pick = engine.sample, engine.score, run.bank.pick
+
+    async def watch_sample(request: SampleRequest) -> Any:
+        asked.append(request.tokens)
+        return await sample(request)
+
+    def watch_score(sequences: Sequence[TokenSequence], weights: str, **options: Any) -> Any:
+        assert weights == "teacher"
+        scored.append(list(sequences))
+        return score(sequences, weights, **options)
+
+    def watch_pick(task: Any, **options: Any) -> Any:
+        found = pick(task, **options)
+        if found:
+            assert found.task_id == task.id
+            picked.append(found)
+        return found
+
+    monkeypatch.setattr(engine, "sample", watch_sample)
+    monkeypatch.setattr(engine, "score", watch_score)
+    monkeypatch.setattr(run.bank, "pick", watch_pick)
+    listener = go(run)
+    words = {run.renderer._encode(f" {word}")[0] for word in ("Workflow:", "Mistake:", "never")}
+    assert picked
+    for group in listener.groups:
+        for trajectory in group.trajectories:
+            assert not words & set(trajectory.tokens[: trajectory.prompt_length])
+    first = {trajectory.tokens[: trajectory.prompt_length] for g in listener.groups for trajectory in g.trajectories}
+    assert {tokens for tokens in asked if tokens in first} >= first
+    views = [view for part in scored for view in part]
+    assert len(views) == 4 * len(picked)
+    for place, skill in enumerate(picked):
+        text = run.renderer._encode(render_skill(skill.skill, run.template))
+        for view in views[4 * place : 4 * place + 4]:
+            assert any(view.tokens[i : i + len(text)] == text for i in range(len(view.tokens)))
+
+
+def test_a_skill_is_credited_with_the_group_that_it_taught(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run()
+    credited: list[tuple[str, list[float]]] = []
+    credit = run.bank.credit
+
+    def watch(skill: int, rewards: list[float]) -> bool:
+        [task] = [s.task_id for s in run.bank.skills() if s.id == skill]
+        credited.append((task, rewards))
+        return credit(skill, rewards)
+
+    monkeypatch.setattr(run.bank, "credit", watch)
+    listener = go(run)
+    visited: set[str] = set()
+    expected = []
+    for group in listener.groups:
+        if group.task.id in visited:
+            expected.append((group.task.id, group.rewards))
+        visited.add(group.task.id)
+    assert credited == expected
+
+
+def test_a_skill_that_does_not_fit_is_counted_and_earns_nothing(make_run: MakeRun) -> None:
+    run = make_run(skills={"teacher_extra_tokens": 1})
+    listener = go(run)
+    assert [record["batch/groups_with_teacher"] for record in listener.iterations] == [0.0] * 6
+    assert [record["batch/skills_over_budget"] for record in listener.iterations[3:]] == [1.0] * 3
+    assert run.bank.counts()["picks"] > 0
+    assert run.bank.counts()["credited"] == 0
+
+
+def test_grpo_has_no_skills_and_never_asks_a_teacher(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = Toy()
+    run = make_run(toy=toy, method="grpo")
+
+    def never(*args: Any, **options: Any) -> Any:
+        raise AssertionError("GRPO has no teacher")
+
+    monkeypatch.setattr(run.engine, "score", never)
+    monkeypatch.setattr(run.engine, "sync_teacher", never)
+    listener = go(run)
+    assert len(run.bank) == 0
+    assert toy.summarised == []
+    assert all(record["loss/lambda_sdl"] == 0 for record in listener.iterations)
+
+
+def _fails(trajectory: Trajectory) -> Skill:
+    raise RuntimeError("the summariser is ill")
+
+
+def _talks_rubbish(trajectory: Trajectory) -> Any:
+    return "a string"
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("write", [_fails, _talks_rubbish])
+def test_a_summariser_that_fails_does_not_stop_training(make_run: MakeRun, deterministic: bool, write: Any) -> None:
+    toy = Toy()
+    toy.write = write
+    run = make_run(toy=toy, skills={"deterministic": deterministic})
+    listener = go(run)
+    assert len(listener.iterations) == 6
+    assert len(run.bank) == 0
+    assert {"failed", "rejected_malformed"} & set(run.summaries.stats() if run.summaries else {})
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_summariser_that_hangs_does_not_stop_training(make_run: MakeRun, deterministic: bool) -> None:
+    run = make_run(
+        skills={"deterministic": deterministic, "timeout_seconds": 0.02 if deterministic else 60},
+        training={"iterations": 3},
+    )
+    assert run.summaries is not None
+
+    class Hanging:
+        async def summarise(self, trajectory: Trajectory) -> Skill | None:
+            await asyncio.sleep(3600)
+            return None
+
+    run.summaries._summariser = Hanging()
+    begin = time.monotonic()
+    listener = go(run)
+    assert time.monotonic() - begin < 30
+    assert len(listener.iterations) == 3
+    stats = run.summaries.stats()
+    if deterministic:
+        assert stats["timeout"] == stats["submitted"] == 36
+    else:  # they are still under way, and in the checkpoint
+        found = checkpoint.latest(run.folder)
+        assert found is not None
+        assert len(json.loads((found / "state.json").read_text())["pending_summaries"]) == stats["pending"] == 36
+
+
+def test_late_summaries_serve_a_later_iteration(make_run: MakeRun) -> None:
+    toy = Toy()
+    run = make_run(toy=toy, skills={"deterministic": False})
+    assert run.summaries is not None
+
+    class Slow:
+        async def summarise(self, trajectory: Trajectory) -> Skill | None:
+            await asyncio.sleep(0.01)
+            return toy.write(trajectory)
+
+    run.summaries._summariser = Slow()
+    listener = go(run)
+    assert listener.iterations[0]["skills/new"] == 0
+    assert len(run.bank) > 0
+
+
+# -- held-out tasks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["grpo", "skill-sd"])
+def test_a_training_task_in_an_evaluation_split_is_refused(make_run: MakeRun, method: str) -> None:
+    with pytest.raises(UserError, match=r"1 training tasks .*'train-0'"):
+        make_run(toy=Toy(overlap=True), method=method)
+
+
+def test_the_training_split_is_no_evaluation_split(make_run: MakeRun) -> None:
+    with pytest.raises(UserError, match="held-out"):
+        make_run(evaluation={"split": "train"})
+    with pytest.raises(UserError, match=r"unknown split 'tne'.*'tune'"):
+        make_run(evaluation={"split": "tne"})
+
+
+def test_measuring_changes_nothing(make_run: MakeRun) -> None:
+    toy = Toy()
+    run = make_run(toy=toy, evaluation={"greedy": True})
+    go(run)
+    before, rows, summarised = state(run), Path(run.bank.path).read_bytes(), len(toy.summarised)
+    record = asyncio.run(measure(run))
+    assert same(before, state(run))
+    assert Path(run.bank.path).read_bytes() == rows
+    assert len(toy.summarised) == summarised
+    assert record["eval/tasks"] == record["eval_greedy/tasks"] == 4
+    assert (record["eval/temperature"], record["eval_greedy/temperature"]) == (1.0, 0.0)
+
+
+def test_the_students_of_training_and_evaluation_are_told_the_same(make_run: MakeRun) -> None:
+    """At test time and in training: the plain prompt."""
+    run = make_run()
+    listener = go(run)
+    for group in listener.groups:
+        for trajectory in group.trajectories:
+            plain = run.renderer.prompt(trajectory.prompt)
+            assert trajectory.tokens[: trajectory.prompt_length] == plain
+
+
+# -- what is not finite, what is broken -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_updates_nothing_and_training_goes_on(
+    make_run: MakeRun, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(training={"iterations": 3})
+    engine: Any = run.engine
+    moved: list[bool] = []
+    step, call = engine.step, Objective.__call__
+    calls: list[None] = []
+
+    def poisoned(self: Objective, *rest: Any) -> Any:
+        loss, figures = call(self, *rest)
+        calls.append(None)
+        return (loss + bad if len(calls) == 3 else loss), figures  # iteration 2's first minibatch
+
+    def watch(rate: float) -> Any:
+        before = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
+        report = step(rate)
+        moved.append(not same(before, dict(engine.model.named_parameters())))
+        assert report.applied == moved[-1]
+        return report
+
+    monkeypatch.setattr(Objective, "__call__", poisoned)
+    monkeypatch.setattr(engine, "step", watch)
+    listener = go(run)
+    assert moved == [True, True, False, True, True, True]
+    assert [record["step/refused"] for record in listener.iterations] == [0, 1, 0]
+    [note] = listener.notes
+    path = run.folder / "not-finite" / "iteration-2-epoch-0-minibatch-0.pt"
+    assert str(path) in note
+    saved = torch.load(path)
+    assert saved
+    assert {"tokens", "mask", "signals"} <= saved[0].keys()
+
+
+def test_dropped_groups_are_counted_and_the_rest_is_trained(make_run: MakeRun) -> None:
+    toy = Toy()
+
+    def fault(at: str, environment: Any) -> None:
+        if at == "reset" and environment.task.id == "train-3":
+            raise RuntimeError("gone")
+
+    toy.faults = fault
+    run = make_run(toy=toy, rollout={"tasks_per_iteration": 7, "retries": 1}, training={"iterations": 2})
+    listener = go(run)
+    for record in listener.iterations:
+        assert record["rollout/dropped_groups"] == 1
+        assert record["broken/env_error"] == 8
+    assert listener.iterations[-1]["episodes"] == 2 * 6 * 4
+    assert "train-3" not in {skill.task_id for skill in run.bank.skills()}
+
+
+def test_an_iteration_that_lost_every_group_changes_nothing(make_run: MakeRun) -> None:
+    toy = Toy()
+    toy.faults = lambda at, e: (_ for _ in ()).throw(OSError("gone")) if at == "reset" else None
+    run = make_run(toy=toy, training={"iterations": 2}, rollout={"retries": 0})
+    before = {n: p.detach().clone() for n, p in run.engine.model.named_parameters()}  # type: ignore[attr-defined]
+    listener = go(run)
+    assert len(listener.iterations) == 2
+    assert same(before, dict(run.engine.model.named_parameters()))  # type: ignore[attr-defined]
+    assert listener.iterations[-1]["episodes"] == 0
+
+
+def test_more_minibatches_than_groups_are_refused(make_run: MakeRun) -> None:
+    with pytest.raises(UserError, match=r"minibatches is 4"):
+        make_run(training={"minibatches": 4})
+
+
+def test_more_tasks_than_there_are_is_refused(make_run: MakeRun) -> None:
+    with pytest.raises(UserError, match=r"tasks_per_iteration is 8, but the environment has 7"):
+        make_run(rollout={"tasks_per_iteration": 8})
+
+
+def test_longer_trajectories_than_the_model_takes_are_refused(make_run: MakeRun) -> None:
+    with pytest.raises(UserError, match=r"trajectory_tokens is 300"):
+        make_run(rollout={"trajectory_tokens": 300})
+
+
+def test_it_learns(make_run: MakeRun) -> None:
+    run = make_run(
+        toy=Toy(turns=1, sizes={"train": 1, "tune": 1}),
+        method="grpo",
+        rollout={"tasks_per_iteration": 1, "group_size": 64, "turn_tokens": 1},
+        training={"iterations": 14, "learning_rate": 3e-2, "minibatches": 1},
+        evaluation={"every": 0},
+    )
+    rewards = [record["rollout/reward"] for record in go(run).iterations]
+    assert sum(rewards[:3]) / 3 < 0.75
+    assert sum(rewards[-3:]) / 3 > 0.9
