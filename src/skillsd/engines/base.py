@@ -26,8 +26,9 @@ class SampleRequest:
     """Continue `tokens`, the whole sequence so far, until a stop token or `max_tokens`.
 
     Attributes:
+        max_tokens: at least 1.
         seed: determines what is sampled, together with the weights and the tokens; nothing else that is being
-            decoded at the same time plays a part.
+            decoded at the same time plays a part (but for rounding, which in bfloat16 can tip a close choice).
         temperature: of the sampling distribution; 0 takes the most likely token.
         session: name of the episode. An engine may keep its KV cache between the requests of one session;
             each request's tokens must then extend the last one's tokens and sample.
@@ -111,7 +112,13 @@ class Engine(ABC):
 
     @abstractmethod
     async def sample(self, request: SampleRequest) -> Sample:
-        """Sample a continuation. Many requests may be under way at once."""
+        """Sample a continuation. Many requests may be under way at once, one of each session.
+
+        Raises:
+            ValueError: if the request is longer than `max_length`, asks for or continues nothing, or does not extend
+                its session.
+            RuntimeError: if decoding failed or the session was ended meanwhile.
+        """
 
     @abstractmethod
     def end_session(self, session: str) -> None:
@@ -132,6 +139,7 @@ class Engine(ABC):
             ``[marked]`` tensors; with `distribution` the whole ``[marked, vocabulary]``.
 
         Raises:
+            ValueError: if a sequence is longer than `max_length`.
             StaleTeacherError: for the teacher, where it keeps no copy and the student moved since the last sync.
         """
 

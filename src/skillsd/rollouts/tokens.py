@@ -7,6 +7,7 @@ made-up dialogue with and without one more message, and the difference in text i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,14 @@ from skillsd.errors import UserError
 from skillsd.types import Message
 
 _MARK = "\u27e6reply\u27e7"  # stands for the student's words; no template writes this by itself
+_CUT = "\u27e6cut\u27e7"  # here a text is encoded in two pieces
 
 
 class ChatRenderer:
     """Renders for one tokenizer.
+
+    Special tokens are the template's alone: where a message *says* `<|im_end|>`, say, it is encoded as those letters,
+    so that no environment, skill or demonstration can end a turn or speak in another's name.
 
     Raises:
         UserError: if the chat template changes earlier turns when later ones are added (it would then be impossible
@@ -27,6 +32,9 @@ class ChatRenderer:
     def __init__(self, tokenizer: Any, stop_tokens: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._stop_texts = {token: tokenizer.decode([token]) for token in stop_tokens}
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        longest_first = sorted(special, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) matches nothing
         self._tail = self._find_tail()
         self._cache: dict[tuple[str, int | None], tuple[int, ...]] = {}
 
@@ -75,20 +83,24 @@ class ChatRenderer:
     # -- the template -------------------------------------------------------------------------------------------
 
     def _render(self, messages: list[tuple[str, str]], *, reply_next: bool) -> str:
-        chat = [{"role": role, "content": content} for role, content in messages]
+        chat = [{"role": role, "content": self._as_letters(content)} for role, content in messages]
         try:
             return self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=reply_next)
         except Exception as error:  # templates raise what they like (jinja2, ValueError ...)
             raise UserError(f"the chat template refuses {[role for role, _ in messages]}: {error}") from error
 
+    def _as_letters(self, content: str) -> str:
+        """Cut every special token's name behind its first letter: no piece of it is one."""
+        return self._special.sub(lambda match: match[0][0] + _CUT + match[0][1:], content)
+
     def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return tuple(i for piece in text.split(_CUT) for i in self._tokenizer.encode(piece, add_special_tokens=False))
 
     def _find_tail(self) -> str:
         """What the template writes between the end of a reply's words and the next message."""
         dialogue = [("user", "x"), ("assistant", _MARK)]
         alone = self._render(dialogue, reply_next=False)
-        before, found, tail = alone.partition(_MARK)
+        _, found, tail = alone.partition(_MARK)
         if not found:
             raise UserError("the chat template does not show the assistant's words")
         longer = self._render([*dialogue, ("user", "y")], reply_next=True)
@@ -102,4 +114,7 @@ class ChatRenderer:
     def _turn(self, text: str) -> str:
         dialogue = [("user", "x"), ("assistant", _MARK)]
         alone = self._render(dialogue, reply_next=False)
-        return self._render([*dialogue, ("user", text)], reply_next=True)[len(alone) :]
+        longer = self._render([*dialogue, ("user", text)], reply_next=True)
+        if not longer.startswith(alone):
+            raise UserError(f"the chat template rewrites earlier turns when the message {text!r} is added")
+        return longer[len(alone) :]

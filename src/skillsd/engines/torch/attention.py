@@ -23,6 +23,9 @@ NAME = "skillsd_packed"
 
 
 class Plan(Protocol):
+    positions: Tensor
+    """``[1, tokens]``: where each packed token stands in its own sequence."""
+
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> Tensor:
@@ -109,6 +112,7 @@ class PackedPlan:
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.batch, self.longest = len(lengths), max(lengths)
+        self.layers_asked: set[int] = set()  # a model that mixes tokens in other ways too leaves layers out
         sizes = torch.tensor(lengths)
         row = torch.repeat_interleave(torch.arange(self.batch), sizes)
         starts = torch.repeat_interleave(torch.cumsum(sizes, 0) - sizes, sizes)
@@ -121,6 +125,7 @@ class PackedPlan:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
     ) -> Tensor:
+        self.layers_asked.add(layer)
         heads = query.shape[1]
         q, k, v = (self._padded(states) for states in (query, key, value))
         k, v = _repeat_heads(k, heads), _repeat_heads(v, heads)
@@ -168,14 +173,14 @@ class KVPool:
     def write(self, layer: int, row: Tensor, position: Tensor, key: Tensor, value: Tensor) -> None:
         """Put ``[tokens, kv_heads, dim]`` where the tokens belong."""
         if layer not in self.keys:
-            shape = (self.rows, key.shape[1], self.capacity, key.shape[2])
-            self.keys[layer], self.values[layer] = key.new_zeros(shape), value.new_zeros(shape)
+            for layers, states in ((self.keys, key), (self.values, value)):  # their widths may differ (MLA)
+                layers[layer] = states.new_zeros(self.rows, states.shape[1], self.capacity, states.shape[2])
         self.keys[layer][row, :, position] = key
         self.values[layer][row, :, position] = value
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copy the first `length` tokens of whole rows, all at once (so a swap is a move)."""
-        if not sources:
+        if not sources or not length:  # a new episode's row may lie beyond the pool until `reserve`
             return
         for layers in (self.keys, self.values):
             for states in layers.values():
@@ -230,6 +235,6 @@ class CachedPlan:
         q = q.reshape(self.batch, kv_heads, repeats * self.most, dim)
         visible = self.distance >= 0 if window is None else (self.distance >= 0) & (self.distance < window)
         out = F.scaled_dot_product_attention(q, k, v, visible.repeat(1, 1, repeats, 1), scale=scale)
-        out = out.view(self.batch, kv_heads, repeats, self.most, dim).permute(0, 3, 1, 2, 4)
-        out = out.reshape(self.batch * self.most, heads, dim)
+        out = out.view(self.batch, kv_heads, repeats, self.most, -1).permute(0, 3, 1, 2, 4)
+        out = out.reshape(self.batch * self.most, heads, -1)
         return out if self.place is None else out.index_select(0, self.place)

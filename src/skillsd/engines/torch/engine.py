@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from skillsd.engines.base import (
     Weights,
 )
 from skillsd.engines.torch.attention import CachedPlan, PackedPlan
-from skillsd.engines.torch.models import LoraOptions, add_lora, load_model, pick_device
+from skillsd.engines.torch.models import LoraOptions, add_lora, load_model, longest_sequence, pick_device
 from skillsd.engines.torch.optimiser import MasterAdamW
 from skillsd.engines.torch.sampler import Sampler
 from skillsd.errors import UserError
@@ -63,11 +64,10 @@ class TorchEngine(Engine):
         self.device = pick_device(device)
         loaded, self.tokenizer = load_model(model, dtype=dtype, device=self.device)
         self.stop_tokens = _stop_tokens(loaded, self.tokenizer)
-        self.max_length = int(getattr(loaded.config, "max_position_embeddings", 1 << 30))
+        self.max_length = longest_sequence(loaded.config)
         self.lora = lora is not None
         self.model: nn.Module = add_lora(loaded, lora) if lora else loaded
         if gradient_checkpointing:
-            # Dropout is off in eval mode, but so is checkpointing: `transformers` looks at the training flag.
             self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             if lora:
                 self.model.enable_input_require_grads()  # type: ignore[operator]
@@ -120,6 +120,7 @@ class TorchEngine(Engine):
     ) -> list[Tensor]:
         if weights == "teacher":
             self._check_teacher()
+        self._check_lengths(sequences)
         results: list[Tensor] = [torch.empty(0)] * len(sequences)
         with torch.inference_mode():
             for part in self._micro_batches(sequences):
@@ -137,25 +138,23 @@ class TorchEngine(Engine):
         temperature: float = 1.0,
         distribution: bool = False,
     ) -> dict[str, Mean]:
+        self._check_lengths([item.sequence for item in batch])
         parts: list[dict[str, Mean]] = []
-        if self._checkpointing:
-            self.model.train()
         for part in self._micro_batches([item.sequence for item in batch]):
             items = [batch[i] for i in part]
-            chosen, full = self._logprobs([item.sequence for item in items], "student", temperature, distribution)
-            names = items[0].signals.keys()
-            signals = {name: torch.cat([item.signals[name] for item in items]).to(self.device) for name in names}
-            value, metrics = loss(TokenLogprobs(chosen, full), signals)
-            # A loss can be infinite while its gradient is not: `step` has to refuse that too.
-            self._loss_is_finite &= bool(torch.isfinite(value.detach()))
-            value.backward()
+            with self._checkpoints():
+                chosen, full = self._logprobs([i.sequence for i in items], "student", temperature, distribution)
+                names = items[0].signals.keys()
+                signals = {name: torch.cat([item.signals[name] for item in items]).to(self.device) for name in names}
+                value, metrics = loss(TokenLogprobs(chosen, full), signals)
+                # A loss can be infinite while its gradient is not: `step` has to refuse that too.
+                self._loss_is_finite &= bool(torch.isfinite(value.detach()))
+                value.backward()
             parts.append(metrics)
-        self.model.eval()
         return add_metrics(parts)
 
     def step(self, learning_rate: float) -> StepReport:
-        parameters = [p for p in self._trainable.values() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._optimiser.masters, self._max_grad_norm)
         # One non-finite entry makes the norm non-finite, so this one number answers for every gradient.
         finite = self._loss_is_finite and bool(torch.isfinite(norm))
         self._loss_is_finite = True
@@ -199,6 +198,25 @@ class TorchEngine(Engine):
                 size += length
         if part:
             yield part
+
+    def _check_lengths(self, sequences: Sequence[TokenSequence]) -> None:
+        longest = max((len(s.tokens) for s in sequences), default=0)
+        if longest > self.max_length:
+            raise ValueError(f"a sequence of {longest} tokens for a model that takes {self.max_length}")
+
+    @contextmanager
+    def _checkpoints(self) -> Iterator[None]:
+        """Let layers forget their activations, if so configured, without the dropout of training mode."""
+        # `transformers` checkpoints a layer whose own training flag is set; its dropouts have flags of their own.
+        modules = self.model.modules() if self._checkpointing else ()
+        layers = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     def _logprobs(
         self, sequences: Sequence[TokenSequence], weights: Weights, temperature: float, distribution: bool
@@ -255,20 +273,34 @@ class TorchEngine(Engine):
         if not path.is_file():
             raise UserError(f"no engine state in {str(folder)!r}: expected the file engine.pt of a checkpoint")
         state: Mapping[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
-        if state["weights"].keys() != self._trainable.keys():
-            raise UserError(f"the checkpoint {str(folder)!r} holds other weights than the recipe's model has")
+        if _forms(state["weights"]) != _forms(self._trainable):
+            raise UserError(
+                f"the checkpoint {str(folder)!r} holds other weights than the recipe's model has: names, shapes or "
+                "dtype differ"
+            )
+        if self._teacher is not None and state["teacher"] is None and state["student_moved"]:
+            raise UserError(
+                f"the checkpoint {str(folder)!r} has no teacher: it was written by an engine whose teacher follows the "
+                "student. Load it with teacher_follows=True"
+            )
         with torch.no_grad():
             for name, parameter in self._trainable.items():
                 parameter.copy_(state["weights"][name])
-            if self._teacher is not None and state["teacher"] is not None:
-                self._teacher = {name: t.clone() for name, t in state["teacher"].items()}
+        if self._teacher is not None:
+            self._teacher = {name: t.clone() for name, t in (state["teacher"] or state["weights"]).items()}
         self._student_moved = state["student_moved"]
         self._optimiser.load_state_dict(state["optimiser"])
+        self._optimiser.zero_grad()
+        self._loss_is_finite = True
         torch.set_rng_state(state["rng"]["cpu"].cpu())
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
         for sampler in self.samplers.values():
             sampler.clear()
+
+
+def _forms(weights: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
 
 
 def _stop_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
@@ -26,7 +26,7 @@ class LoraOptions:
     """Low-rank adapters (Hu et al., 2021) instead of full weights."""
 
     rank: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     target_modules: str | list[str] = "all-linear"
 
 
@@ -75,40 +75,86 @@ def load_model(name: str, *, dtype: str, device: torch.device) -> tuple[nn.Modul
             f"can't load the model {name!r}: {str(error).splitlines()[0]} Give a local folder, a hub name that this "
             f"machine can reach, or one of the shipped models: {', '.join(SHIPPED)}"
         ) from error
+    except KeyError as error:
+        raise UserError(
+            f"model {name!r} is not supported: its attention does not go through transformers' AttentionInterface"
+        ) from error
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {name!r} has no chat template: give an instruction-tuned model")
-    model.to(device).eval()
+    model = model.to(device).eval()  # type: ignore[arg-type]
     verify_attention(model, name)
     return model, tokenizer
 
 
-def verify_attention(model: nn.Module, name: str) -> None:
-    """Compare the packed plan with the model's own eager attention on a few tokens, and refuse a model that differs.
+def longest_sequence(config: Any) -> int:
+    """The most tokens that a sequence may have.
 
-    So a model with attention that the plans do not know (biases by distance, sinks, soft caps) can't train wrongly.
+    Where rotary frequencies change with the longest sequence in the batch, only up to where they begin to: beyond that,
+    an episode's keys would depend on its neighbours, and cached ones would no longer fit new ones.
     """
+    longest = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        longest = min(longest, int(rope.get("original_max_position_embeddings") or longest))
+    return longest
+
+
+def verify_attention(model: nn.Module, name: str) -> None:
+    """Compare the packed and the cached plan with the model's own eager attention, and refuse a model that differs.
+
+    So a model with attention that the plans do not know (biases by distance, sinks, soft caps), or that mixes tokens
+    by other means (convolutions, recurrent states), can't train wrongly.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UserError(f"model {name!r} has layers of a kind that is not supported: {', '.join(sorted(unknown))}")
     device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    ids = torch.arange(3, 15, device=device) % vocabulary
-    lengths = [7, 5]
+    ids = torch.arange(3, 15, device=device) % config.vocab_size
+    lengths, places = [7, 5], torch.tensor([2, 6, 8, 11], device=device)
     plan = attention.PackedPlan(lengths, device)
     with torch.inference_mode():
         try:
-            packed = model(
-                input_ids=ids.unsqueeze(0), position_ids=plan.positions, use_cache=False, plan=plan
-            ).logits[0]
-        except (NotImplementedError, TypeError, RuntimeError) as error:
-            raise UserError(f"model {name!r} can't be run on packed sequences: {error}") from error
-        model.set_attn_implementation("eager")  # type: ignore[operator]
-        plain = [model(input_ids=part.unsqueeze(0), use_cache=False).logits[0] for part in ids.split(lengths)]
-        model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
-    gap = (packed.float().log_softmax(-1) - torch.cat(plain).float().log_softmax(-1)).abs().max().item()
+            packed = _verified_forward(model, ids, plan, places)
+            # The same tokens in two helpings over kept keys and values, a row each.
+            pool, split = attention.KVPool(), torch.cat([ids[:3], ids[7:9]])
+            pool.reserve(2, max(lengths))
+            _verified_forward(model, split, attention.CachedPlan(pool, [0, 1], [0, 0], [3, 2], device), places[:0])
+            rest = attention.CachedPlan(pool, [0, 1], [3, 2], [4, 3], device)
+            cached = _verified_forward(model, torch.cat([ids[3:7], ids[9:]]), rest, torch.tensor([3, 6], device=device))
+            model.set_attn_implementation("eager")  # type: ignore[operator]
+            parts = ids.split(lengths)
+            plain = torch.cat([model(input_ids=part.unsqueeze(0), use_cache=False).logits[0] for part in parts])
+            model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+        except Exception as error:  # foreign code fails in ways of its own: KeyError, AttributeError ...
+            raise UserError(f"model {name!r} can't be run on packed sequences: {error!r}") from error
+    asked, layers = len(plan.layers_asked), config.num_hidden_layers
+    if asked != layers:
+        raise UserError(
+            f"model {name!r}: {asked} of its {layers} layers use the attention interface of transformers; the others "
+            "are of a kind that is not supported"
+        )
+    shown = plain[torch.cat([places, places[[1, 3]]])].float().log_softmax(-1)
+    gap = (torch.cat([packed, cached]).float().log_softmax(-1) - shown).abs().max().item()
     limit = 1e-3 if packed.dtype == torch.float32 else 0.25
     if not gap < limit:
         raise UserError(
             f"model {name!r} gives other log-probs on packed sequences than with its own attention (by {gap:.3g}, at "
             f"most {limit} expected): its kind of attention is not supported"
         )
+
+
+def _verified_forward(model: nn.Module, ids: Tensor, plan: attention.Plan, places: Tensor) -> Tensor:
+    logits: Tensor = model(
+        input_ids=ids.unsqueeze(0),
+        position_ids=plan.positions,
+        use_cache=False,
+        logits_to_keep=places,
+        plan=plan,
+    ).logits[0]
+    if len(logits) != len(places):
+        raise NotImplementedError(f"{type(model).__name__} does not honour logits_to_keep")
+    return logits
 
 
 def add_lora(model: nn.Module, options: LoraOptions) -> nn.Module:
@@ -120,7 +166,7 @@ def add_lora(model: nn.Module, options: LoraOptions) -> nn.Module:
     targets: Any = options.target_modules
     try:
         return get_peft_model(
-            model,  # type: ignore[arg-type]
+            model,
             LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=targets, task_type="CAUSAL_LM"),
         )
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ class MasterAdamW:
     """AdamW over `parameters`; those in bfloat16 are updated through a float32 copy.
 
     A step of 1e-6 on a weight of 0.1 is below bfloat16's resolution and would be lost (costs 4 bytes a parameter).
+    So would most of a micro-batch's gradient, added to the sum over many: gradients are summed in float32 too, on the
+    master copies, whose `grad` is the one to clip.
     """
 
     def __init__(
@@ -22,24 +25,23 @@ class MasterAdamW:
         self.masters = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
         ]
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                parameter.register_post_accumulate_grad_hook(partial(_accumulate, master))
         self.adamw = torch.optim.AdamW(self.masters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
 
     def step(self, learning_rate: float) -> None:
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
         self.adamw.step()
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 if master is not parameter:
                     parameter.copy_(master)
-                    master.grad = None
 
     def zero_grad(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
+        for tensor in (*self.parameters, *self.masters):
+            tensor.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         masters = [m.detach() for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
@@ -51,3 +53,11 @@ class MasterAdamW:
         with torch.no_grad():
             for master, saved in zip(kept, state["masters"], strict=True):
                 master.copy_(saved)
+
+
+def _accumulate(master: Tensor, parameter: Tensor) -> None:
+    """Move a gradient that a backward pass has just written over to the master copy."""
+    assert parameter.grad is not None
+    grad = parameter.grad.float()
+    master.grad = grad if master.grad is None else master.grad.add_(grad)
+    parameter.grad = None

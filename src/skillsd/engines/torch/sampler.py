@@ -55,6 +55,7 @@ class Sampler:
         self._queue: list[tuple[SampleRequest, asyncio.Future[Sample]]] = []
         self._pump: asyncio.Task[None] | None = None
         self._clock = 0
+        self._unnamed = 0  # requests so far that belong to no session
         self.steps = 0  # decode steps so far, for the metrics
 
     async def sample(self, request: SampleRequest) -> Sample:
@@ -69,6 +70,8 @@ class Sampler:
         if session is None:
             return
         last = self._rows.pop()
+        if session.future is not None and not session.future.done():
+            session.future.set_exception(RuntimeError(f"session {name!r} was ended while it was being sampled"))
         if last is not session:  # the last row closes the gap
             with torch.inference_mode():
                 self._pool.move([last.row], [session.row], last.cached)
@@ -77,7 +80,7 @@ class Sampler:
 
     def clear(self) -> None:
         """Forget all keys and values: the weights have changed. Episodes under way are prefilled again."""
-        if any(session.request for session in self._rows):
+        if any(session.future is not None and not session.future.cancelled() for session in self._rows):
             raise RuntimeError("the weights were changed while something was being sampled with them")
         self._sessions.clear()
         self._rows.clear()
@@ -85,8 +88,8 @@ class Sampler:
     # -- the decode loop ----------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        await asyncio.sleep(0)  # let every episode that is about to start put its request in the queue
         try:
+            await asyncio.sleep(0)  # let every episode that is about to start put its request in the queue
             while self._queue or any(session.request for session in self._rows):
                 with torch.inference_mode():
                     self._admit()
@@ -98,6 +101,7 @@ class Sampler:
             self._queue.clear()
             self._rows.clear()
             self._sessions.clear()
+            self._pool = KVPool()  # what stopped it may have left infinities, which reach others through a mask
             for future in waiting:
                 if not future.done():
                     future.set_exception(RuntimeError(f"decoding failed: {error!r}"))
@@ -140,7 +144,12 @@ class Sampler:
         """The request's session, a new one if need be; None if every row is taken by a request under way."""
         if not request.tokens:
             raise ValueError("a request needs at least one token to continue from")
-        name = request.session if request.session is not None else f"request {id(request)}"
+        if request.max_tokens < 1:
+            raise ValueError(f"a request must allow at least one token, got max_tokens={request.max_tokens}")
+        name = request.session
+        if name is None:
+            self._unnamed += 1
+            name = f"unnamed request {self._unnamed}"
         session = self._sessions.get(name)
         if session is not None:
             if session.request is not None:
@@ -262,8 +271,9 @@ def choose(logits: Tensor, temperatures: list[float], uniforms: list[float]) -> 
     Returns:
         The ids and their log-probs under the sampling distribution (computed in float32), one a row.
     """
-    scale = torch.tensor([1.0 / t if t > 0 else 1.0 for t in temperatures], device=logits.device)
-    logprobs = torch.log_softmax(logits.float() * scale.unsqueeze(1), dim=-1)
+    # A division, as in `score`: multiplying by 1 / t rounds differently, by 1e-5 where t is small.
+    divisor = torch.tensor([t if t > 0 else 1.0 for t in temperatures], device=logits.device)
+    logprobs = torch.log_softmax(logits.float() / divisor.unsqueeze(1), dim=-1)
     # float64: over 150k tokens a float32 running sum would lose the small probabilities at its end.
     cumulative = torch.cumsum(logprobs.double().exp(), dim=-1)
     target = torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(1) * cumulative[:, -1:]
