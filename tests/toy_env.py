@@ -7,8 +7,8 @@ four moves, so that a model which never learnt to say one earns rewards of all k
 
 from __future__ import annotations
 
-import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -79,7 +79,7 @@ class Toy(TaskSet):
 
     async def fault(self, call: str, environment: ToyEnvironment) -> None:
         if self._delay and call == "step":
-            await asyncio.sleep(self._delay)
+            time.sleep(self._delay)  # blocks: who is decoded together with whom, and so every bit, stays the same
         if self.faults is not None:
             outcome = self.faults(call, environment)
             if outcome is not None:

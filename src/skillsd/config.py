@@ -286,7 +286,7 @@ def build(kind: type[C], data: Mapping[str, Any], *, where: str) -> C:
 
 def dump(config: BaseModel) -> str:
     """The resolved configuration as YAML; `load` reads it back to the same."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")

@@ -41,17 +41,20 @@ def examine(console: Console, config: RunConfig | None) -> None:
 
 def _examine_recipe(console: Console, config: RunConfig, free: int) -> None:
     """Weights, gradients, optimiser and caches, from the model's own sizes; no weights are loaded."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import torch
     from skillsd.engines.torch.models import resolve
     from skillsd.envs import registry
     from skillsd.errors import UserError
 
     task_set = registry.load(config.environment.name, config.environment.options)
     task_set.tasks(config.evaluation.split)
+    path = resolve(config.model.name)
+    if path.startswith((".", "/", "~")) and not (Path(path).expanduser() / "config.json").is_file():
+        raise UserError(f"no model in {path!r}: expected a folder with config.json, weights and a tokenizer")
     try:
-        architecture = AutoConfig.from_pretrained(resolve(config.model.name))
+        architecture = AutoConfig.from_pretrained(Path(path).expanduser() if path.startswith("~") else path)
     except (OSError, ValueError) as error:
         raise UserError(f"can't read the model {config.model.name!r}: {str(error).splitlines()[0]}") from error
     with torch.device("meta"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_env import Toy
 from transformers import AutoModelForCausalLM
@@ -163,6 +163,7 @@ def _numbered(sizes: list[int]) -> Batch:
     return Batch(groups=items)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 4), max_size=9), st.integers(1, 5), st.integers(0, 99))
 def test_minibatches_are_whole_groups_and_cover_everything_once(sizes: list[int], count: int, seed: int) -> None:
     batch = _numbered(sizes)

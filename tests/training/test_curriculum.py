@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skillsd.config import CurriculumSection
@@ -14,7 +14,7 @@ from skillsd.errors import UserError
 from skillsd.training.curriculum import Curriculum
 from skillsd.types import Task
 
-settings = st.tuples(st.integers(1, 30), st.integers(1, 8), st.integers(1, 20), st.integers(0, 50)).filter(
+sizes = st.tuples(st.integers(1, 30), st.integers(1, 8), st.integers(1, 20), st.integers(0, 50)).filter(
     lambda given: given[1] <= given[0]
 )
 
@@ -27,7 +27,8 @@ def make(count: int, per_iteration: int, iterations: int, seed: int, **options: 
     )
 
 
-@given(settings)
+@settings(deadline=None)
+@given(sizes)
 def test_every_task_is_visited_before_any_is_visited_again(given: tuple[int, int, int, int]) -> None:
     count, per_iteration, iterations, _ = given
     curriculum = make(*given)
@@ -39,7 +40,8 @@ def test_every_task_is_visited_before_any_is_visited_again(given: tuple[int, int
         assert max(visits.values()) - min(visits.values()) <= 1
 
 
-@given(settings, st.sampled_from([0.25, 0.5, 1.0]))
+@settings(deadline=None)
+@given(sizes, st.sampled_from([0.25, 0.5, 1.0]))
 def test_easy_first_lets_the_harder_ones_in_until_all_are(given: tuple[int, int, int, int], full_at: float) -> None:
     count, per_iteration, iterations, _ = given
     curriculum = make(*given, easy_first=True, full_at=full_at)
@@ -68,7 +70,8 @@ def test_newcomers_are_not_drilled_to_catch_up() -> None:
         assert all(after[task] in (least, least + 1) for task in after.keys() - before.keys())
 
 
-@given(settings, st.booleans())
+@settings(deadline=None)
+@given(sizes, st.booleans())
 def test_a_restored_curriculum_goes_on_as_the_first_one_would(
     given: tuple[int, int, int, int], easy_first: bool
 ) -> None:

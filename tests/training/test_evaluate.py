@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_env import Toy
 
@@ -54,6 +54,7 @@ def test_other_means_have_students() -> None:
     assert mean_interval(values) == pytest.approx((0.5 - 0.27764, 0.5 + 0.27764), abs=1e-4)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 def test_an_interval_holds_its_mean_and_stays_in_bounds(values: list[float]) -> None:
     low, high = mean_interval(values)

@@ -243,7 +243,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(
 def test_ctrl_c_saves_and_says_how_to_go_on(
     tiny_model: Path, config: RunConfig, tmp_path: Path, uninterrupted: Path
 ) -> None:
-    slow = toy_settings(tiny_model, environment={"options": {"delay": 0.1}})
+    slow = toy_settings(tiny_model, environment={"options": {"delay": 0.02}})
     recipe, folder = tmp_path / "a recipe.yaml", tmp_path / "run"
     recipe.write_text(yaml.safe_dump(slow))
     process = skillsd_process(["-m", "skillsd", "train", str(recipe), "--out", str(folder)])

@@ -1,0 +1,84 @@
+"""What a run writes: records that survive a crash, and JSON that is JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skillsd.config import LogSection
+from skillsd.report.pictures import learning_curves
+from skillsd.report.progress import duration
+from skillsd.report.tables import percent
+from skillsd.report.writer import EVALUATIONS, METRICS, RunWriter, read
+
+PLAIN = LogSection(tensorboard=False)
+
+
+def iterations(folder: Path) -> list[int]:
+    return [record["iteration"] for record in read(folder / METRICS)]
+
+
+def test_what_came_after_the_checkpoint_is_dropped(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path, PLAIN, name="x")
+    for i in range(1, 6):
+        writer.iteration({"iteration": i})
+        writer.evaluation({"iteration": i})
+    writer.close()
+    with open(tmp_path / METRICS, "a") as file:
+        file.write('{"iteration": 6, "cut o')
+    assert iterations(tmp_path) == [1, 2, 3, 4, 5]
+    RunWriter(tmp_path, PLAIN, name="x", resumed_at=3).iteration({"iteration": 4})
+    assert iterations(tmp_path) == [1, 2, 3, 4]
+    assert [record["iteration"] for record in read(tmp_path / EVALUATIONS)] == [1, 2, 3]
+    RunWriter(tmp_path, PLAIN, name="x")
+    assert iterations(tmp_path) == []
+
+
+def test_what_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
+    heard: list[Any] = []
+    writer = RunWriter(tmp_path, PLAIN, name="x", on_record=lambda kind, record: heard.append((kind, record)))
+    writer.iteration({"iteration": 1, "a": float("nan"), "b": float("inf"), "c": 0.5})
+    [line] = (tmp_path / METRICS).read_text().splitlines()
+    strict = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert strict == {"iteration": 1, "a": None, "b": None, "c": 0.5}
+    assert heard[0][0] == "iteration"
+
+
+@pytest.mark.parametrize(("every", "expected"), [(0, []), (1, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), (4, [1, 5])])
+def test_which_iterations_trajectories_are_kept(tmp_path: Path, every: int, expected: list[int]) -> None:
+    writer = RunWriter(tmp_path, LogSection(tensorboard=False, trajectories_every=every), name="x")
+    for i in range(1, 6):
+        writer.trajectories(i, [])
+    found = sorted(path.name for path in tmp_path.glob("trajectories/*"))
+    assert found == [f"iteration-{i:05d}.jsonl" for i in expected]
+
+
+def test_event_files_for_tensorboard(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path, LogSection(), name="x")
+    writer.iteration({"iteration": 1, "loss": 0.25, "text": "left out"})
+    writer.close()
+    [events] = list((tmp_path / "tensorboard").iterdir())
+    assert b"loss" in events.read_bytes()
+
+
+def test_figures_as_people_read_them() -> None:
+    assert percent(0.5123, (0.469, 0.555)) == "51.2 % [46.9, 55.5]"
+    assert [duration(s) for s in (-1, 59.4, 60, 3599, 3660)] == [
+        "0 s",
+        "59 s",
+        "1 min 00 s",
+        "59 min 59 s",
+        "1 h 01 min",
+    ]
+
+
+def test_learning_curves_of_runs_of_different_length(tmp_path: Path) -> None:
+    def curve(*accuracies: float) -> list[dict[str, float]]:
+        return [{"episodes": 100.0 * i, "eval/accuracy": a} for i, a in enumerate(accuracies)]
+
+    runs = {"grpo": [curve(0.2, 0.3), curve(0.2, 0.4, 0.5)], "skill-sd": [curve(0.2)]}
+    learning_curves(runs, tmp_path / "curves.png", title="t", split="tune")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
