@@ -272,7 +272,8 @@ def skills_list(
     ]
     columns = ["id", "task", "written from", "its reward", "picked", "mean reward taught", "says"]
     more = f"{len(stored) - limit} more: --limit" if len(stored) > limit else ""
-    console.print(table(f"{len(stored)} skills", columns, rows, more))
+    words = ("task", "written from", "says")
+    console.print(table(f"{len(stored)} skills", columns, rows, more, words))
 
 
 @skills_app.command("show")

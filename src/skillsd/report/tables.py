@@ -13,11 +13,13 @@ def percent(value: float, interval: Sequence[float] | None = None) -> str:
     return f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else text
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> Table:
-    """A plain table; the first column is text, the others are figures."""
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", words: Sequence[str] = ()
+) -> Table:
+    """A plain table. The first column and those named in `words` hold text, the others figures."""
     made = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left")
     for place, column in enumerate(columns):
-        made.add_column(column, justify="left" if place == 0 else "right")
+        made.add_column(column, justify="left" if place == 0 or column in words else "right")
     for row in rows:
         made.add_row(*row)
     return made
