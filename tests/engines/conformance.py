@@ -430,7 +430,6 @@ CHECKS: list[Callable[[Subject], None]] = [
 """All but `saved_and_loaded_goes_on_bit_for_bit`, which needs a folder."""
 
 OF_ARCHITECTURE: list[Callable[[Subject], None]] = [
-    seed_determines_the_sample,
     sampled_logprobs_are_scored_logprobs,
     score_reads_every_marked_position,
     gradient_does_not_depend_on_micro_batches,

@@ -9,7 +9,7 @@ import pytest
 from skillsd.envs import load
 from skillsd.envs.sokoban import Sokoban
 from skillsd.envs.sokoban.board import MOVES, Level
-from skillsd.envs.sokoban.environment import Game
+from skillsd.envs.sokoban.game import Game
 from skillsd.envs.sokoban.language import parse
 from skillsd.errors import UserError
 from skillsd.types import Task

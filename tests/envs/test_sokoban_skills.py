@@ -8,7 +8,7 @@ import pytest
 
 from skillsd.envs.sokoban import Sokoban
 from skillsd.envs.sokoban.board import MOVES, Level, State
-from skillsd.envs.sokoban.environment import Game
+from skillsd.envs.sokoban.game import Game
 from skillsd.envs.sokoban.levels import panel_ids
 from skillsd.envs.sokoban.solver import DistanceTable, distance_table
 from skillsd.errors import UserError

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from skillsd.envs.sokoban import language
 from skillsd.envs.sokoban.actors import Actor, Expert, Follower, RecklessPusher
 from skillsd.envs.sokoban.board import Level, State
-from skillsd.envs.sokoban.environment import Game, task_of
+from skillsd.envs.sokoban.game import Game, task_of
 from skillsd.envs.sokoban.levels import generate, panel_ids, pick, seeds, stable_seed
 from skillsd.envs.sokoban.presets import PRESETS, Preset
 from skillsd.envs.sokoban.solver import DistanceTable

@@ -1,4 +1,4 @@
-"""The Sokoban task set and its environment. All of the game is synchronous and in memory: see `Game`."""
+"""The Sokoban task set and its environment, a thin shell around `skillsd.envs.sokoban.game`."""
 
 from __future__ import annotations
 
@@ -8,80 +8,12 @@ from typing import Any, ClassVar
 
 from skillsd.envs.base import Environment, Step, TaskSet
 from skillsd.envs.sokoban import language
-from skillsd.envs.sokoban.board import MOVES, Level
+from skillsd.envs.sokoban.game import NAME, Game, level_of, task_of
 from skillsd.envs.sokoban.presets import PRESETS, STYLES, Preset
 from skillsd.envs.sokoban.solver import solve
 from skillsd.envs.sokoban.summarise import summariser
 from skillsd.errors import UserError, unknown_name
 from skillsd.types import TRAIN_SPLIT, Demonstration, Message, Skill, Task, Trajectory
-
-
-class Game:
-    """One episode: a level, its state, and the moves spent, under the rules (budget, style) of a preset."""
-
-    def __init__(self, level: Level, rules: Preset) -> None:
-        self.level = level
-        self.rules = rules
-        self.state = level.start
-        self.steps = 0
-
-    @property
-    def done(self) -> bool:
-        """Solved, or no moves are left."""
-        return self.steps >= self.rules.max_steps or self.level.is_solved(self.state)
-
-    def prompt(self) -> tuple[Message, ...]:
-        """The first messages of the episode."""
-        rules = self.rules
-        text = language.prompt(self.level, rules.style, rules.max_steps, rules.max_actions_per_turn)
-        return (Message("user", text),)
-
-    def step(self, action: str) -> Step:
-        """Take an agent's text. After the end of the episode nothing moves any more.
-
-        ``info`` holds ``moves`` (words of the moves carried out, blocked ones included), ``board`` (ASCII
-        rows afterwards), ``boxes_moved`` (pushes), ``invalid`` and ``deadlock`` (the state is surely lost).
-        """
-        level, rules = self.level, self.rules
-        parsed = language.parse(action)
-        given = parsed or []
-        executed: list[int] = []
-        blocked: list[int] = []
-        pushes = 0
-        if parsed is None and not self.done:
-            self.steps += 1
-        for move in given[: rules.max_actions_per_turn]:
-            if self.done:
-                break
-            self.steps += 1
-            executed.append(move)
-            after = level.play(self.state, move)
-            if after is None:
-                blocked.append(move)
-            else:
-                pushes += after[1] != self.state[1]
-                self.state = after
-        answer = language.Answer(
-            moves=executed,
-            blocked=blocked,
-            invalid=parsed is None,
-            dropped=max(0, len(given) - rules.max_actions_per_turn),
-            steps_left=rules.max_steps - self.steps,
-        )
-        solved = level.is_solved(self.state)
-        return Step(
-            observation=language.observe(level, self.state, answer, rules.style, rules.max_actions_per_turn),
-            done=self.done,
-            score=level.on_target(self.state) / len(level.boxes),
-            success=solved,
-            info={
-                "moves": [MOVES[move] for move in executed],
-                "board": level.ascii(self.state),
-                "boxes_moved": pushes,
-                "invalid": parsed is None,
-                "deadlock": not solved and level.is_dead(self.state),
-            },
-        )
 
 
 class SokobanEnvironment(Environment):
@@ -109,19 +41,6 @@ class SokobanEnvironment(Environment):
         self._game = None
 
 
-def level_of(task: Task) -> Level:
-    """The level in a task's payload. Raises UserError if there is none, or it is not legal."""
-    rows = task.payload.get("level")
-    if not isinstance(rows, str):
-        raise UserError(f"Sokoban task {task.id!r} needs payload['level'], ASCII rows; got {task.payload!r}")
-    return Level.from_rows(rows.split("\n"))
-
-
-def task_of(level: Level, split: str, moves: int) -> Task:
-    """The task of playing a level whose optimal solution takes `moves`."""
-    return Task(level.id, Sokoban.name, split, {"level": level.ascii()}, float(moves))
-
-
 class Sokoban(TaskSet):
     """Push all boxes onto the targets.
 
@@ -135,7 +54,7 @@ class Sokoban(TaskSet):
         UserError: for an unknown preset or style, or a number below 1.
     """
 
-    name: ClassVar[str] = "sokoban"
+    name: ClassVar[str] = NAME
 
     shortcuts: ClassVar[Mapping[str, str]] = {"w": "Up", "a": "Left", "s": "Down", "d": "Right"}
     """Keys for people, see `skillsd.envs.play`."""

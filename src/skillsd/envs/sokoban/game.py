@@ -1,0 +1,102 @@
+"""One episode of Sokoban, synchronous and in memory, and its task."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from skillsd.envs.base import Step
+from skillsd.envs.sokoban import language
+from skillsd.envs.sokoban.board import MOVES, Level
+from skillsd.envs.sokoban.presets import Preset
+from skillsd.errors import UserError
+from skillsd.types import Message, Task
+
+NAME = "sokoban"
+
+
+class Game:
+    """One episode: a level, its state, and the moves spent, under the rules (budget, style) of a preset."""
+
+    def __init__(self, level: Level, rules: Preset) -> None:
+        self.level = level
+        self.rules = rules
+        self.state = level.start
+        self.steps = 0
+
+    @property
+    def done(self) -> bool:
+        """Solved, or no moves are left."""
+        return self.steps >= self.rules.max_steps or self.level.is_solved(self.state)
+
+    def prompt(self) -> tuple[Message, ...]:
+        """The first messages of the episode."""
+        rules = self.rules
+        text = language.prompt(self.level, rules.style, rules.max_steps, rules.max_actions_per_turn)
+        return (Message("user", text),)
+
+    def step(self, action: str) -> Step:
+        """Take an agent's text. After the end of the episode nothing moves any more.
+
+        ``info`` holds ``moves`` (words of the moves carried out, blocked ones included), ``board`` (ASCII
+        rows afterwards), ``boxes_moved`` (pushes), ``invalid`` and ``deadlock`` (the state is surely lost).
+        """
+        level, rules = self.level, self.rules
+        parsed = language.parse(action)
+        given = parsed or []
+        executed: list[int] = []
+        blocked: list[int] = []
+        pushes = 0
+        if parsed is None and not self.done:
+            self.steps += 1
+        for move in given[: rules.max_actions_per_turn]:
+            if self.done:
+                break
+            self.steps += 1
+            executed.append(move)
+            after = level.play(self.state, move)
+            if after is None:
+                blocked.append(move)
+            else:
+                pushes += after[1] != self.state[1]
+                self.state = after
+        answer = language.Answer(
+            moves=executed,
+            blocked=blocked,
+            invalid=parsed is None,
+            dropped=max(0, len(given) - rules.max_actions_per_turn),
+            steps_left=rules.max_steps - self.steps,
+        )
+        solved = level.is_solved(self.state)
+        return Step(
+            observation=language.observe(level, self.state, answer, rules.style, rules.max_actions_per_turn),
+            done=self.done,
+            score=level.on_target(self.state) / len(level.boxes),
+            success=solved,
+            info={
+                "moves": [MOVES[move] for move in executed],
+                "board": level.ascii(self.state),
+                "boxes_moved": pushes,
+                "invalid": parsed is None,
+                "deadlock": not solved and level.is_dead(self.state),
+            },
+        )
+
+
+def level_of(task: Task) -> Level:
+    """The level in a task's payload. Raises UserError if there is none, or it is not legal."""
+    rows = task.payload.get("level")
+    if not isinstance(rows, str):
+        raise UserError(f"Sokoban task {task.id!r} needs payload['level'], ASCII rows; got {task.payload!r}")
+    return _level(rows)
+
+
+@lru_cache(maxsize=4096)
+def _level(rows: str) -> Level:
+    # Levels are immutable, and what they derive (neighbours, dead squares) costs more than an episode's moves: a
+    # group's episodes, and a task's visits, share one.
+    return Level.from_rows(rows.split("\n"))
+
+
+def task_of(level: Level, split: str, moves: int) -> Task:
+    """The task of playing a level whose optimal solution takes `moves`."""
+    return Task(level.id, NAME, split, {"level": level.ascii()}, float(moves))
