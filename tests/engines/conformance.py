@@ -84,14 +84,11 @@ def _batch(sequences: Sequence[TokenSequence] | None = None, scale: float = 1.0)
     total = sum(s.marked for s in chosen)
     generator = torch.Generator().manual_seed(7)
     return [
-        TrainItem(s, {"weight": (torch.rand(s.marked, generator=generator) * 2 - 0.5) * scale / total})
-        for s in chosen
+        TrainItem(s, {"weight": (torch.rand(s.marked, generator=generator) * 2 - 0.5) * scale / total}) for s in chosen
     ]
 
 
-def _train(
-    engine: Engine, steps: int = 1, learning_rate: float = 1e-2, scale: float = 1.0
-) -> list[StepReport]:
+def _train(engine: Engine, steps: int = 1, learning_rate: float = 1e-2, scale: float = 1.0) -> list[StepReport]:
     reports = []
     for _ in range(steps):
         engine.forward_backward(_batch(scale=scale), _weighted)
@@ -213,9 +210,7 @@ def score_reads_every_marked_position(subject: Subject) -> None:
         assert some.dtype == whole.dtype == torch.float32
         assert some.device.type == "cpu"
         assert _gap(whole, plain) <= 2 * subject.tolerance
-        assert torch.equal(
-            some, whole.gather(1, torch.tensor([[sequence.tokens[place]] for place in places]))[:, 0]
-        )
+        assert torch.equal(some, whole.gather(1, torch.tensor([[sequence.tokens[place]] for place in places]))[:, 0])
 
 
 def order_and_micro_batches_do_not_matter_to_scores(subject: Subject) -> None:
@@ -300,10 +295,7 @@ def sampling_follows_the_update(subject: Subject) -> None:
     second = _sample_all(engine, [SampleRequest(tokens, 5, seed=1, session="s")])[0]
     whole = (*tokens, *second.tokens)
     mask = (False,) * len(tokens) + (True,) * len(second.tokens)
-    assert (
-        _gap(engine.score([TokenSequence(whole, mask)])[0], torch.tensor(second.logprobs))
-        <= subject.tolerance
-    )
+    assert _gap(engine.score([TokenSequence(whole, mask)])[0], torch.tensor(second.logprobs)) <= subject.tolerance
 
 
 def what_is_not_finite_is_refused(subject: Subject) -> None:
@@ -357,9 +349,7 @@ def snapshot_teacher_stays(subject: Subject) -> None:
     prompt = _ids(10, 0)
     requests = [SampleRequest(prompt, 6, seed=0, weights=w, session="x") for w in ("student", "teacher")]
     for request, sample in zip(requests, _sample_all(engine, requests), strict=True):
-        sequence = TokenSequence(
-            (*prompt, *sample.tokens), (False,) * len(prompt) + (True,) * len(sample.tokens)
-        )
+        sequence = TokenSequence((*prompt, *sample.tokens), (False,) * len(prompt) + (True,) * len(sample.tokens))
         scored = engine.score([sequence], request.weights)[0]
         assert _gap(scored, torch.tensor(sample.logprobs)) <= subject.tolerance
     engine.sync_teacher()

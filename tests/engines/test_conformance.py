@@ -113,9 +113,7 @@ def test_unsupported_architecture_is_refused(name: str, tmp_path: Path) -> None:
         TorchEngine(str(tmp_path), device="cpu")
 
 
-def test_wrong_attention_is_refused(
-    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_attention_is_refused(model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Either plan: one that hides a key it should show is noticed before anything is trained with it."""
     for plan in (attention.PackedPlan, attention.CachedPlan):
         with monkeypatch.context() as patch:
@@ -164,9 +162,7 @@ def test_lm_head_runs_only_where_a_token_was_sampled(model_folder: Callable[[str
     engine.model.lm_head.register_forward_hook(lambda _m, _i, out: rows.append(out.shape[1]))  # type: ignore[union-attr, operator]
     sequences = [TokenSequence(tuple(range(30, 60)), (*[False] * 28, True, True)) for _ in range(3)]
     engine.score(sequences)
-    engine.forward_backward(
-        [TrainItem(s, {"weight": torch.ones(2)}) for s in sequences], conformance._weighted
-    )
+    engine.forward_backward([TrainItem(s, {"weight": torch.ones(2)}) for s in sequences], conformance._weighted)
     assert rows == [6, 6]
 
 

@@ -25,9 +25,7 @@ def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
     (parameter * gradient.to(parameter.dtype)).sum().backward()
 
 
-def _train(
-    parameter: Tensor, optimiser: MasterAdamW, steps: int, learning_rate: float, seed: int = 0
-) -> None:
+def _train(parameter: Tensor, optimiser: MasterAdamW, steps: int, learning_rate: float, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         _accumulate(parameter, torch.rand(parameter.shape, generator=generator) + 0.5)

@@ -52,9 +52,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3",
         {
             **SIZES,
-            **dict.fromkeys(
-                ("num_key_value_heads", "n_routed_experts", "qk_rope_head_dim", "qk_nope_head_dim"), 4
-            ),
+            **dict.fromkeys(("num_key_value_heads", "n_routed_experts", "qk_rope_head_dim", "qk_nope_head_dim"), 4),
             **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
             **{"num_experts_per_tok": 2, "moe_intermediate_size": 16},
             **{"kv_lora_rank": 8, "q_lora_rank": 8, "v_head_dim": 6},

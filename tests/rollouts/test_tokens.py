@@ -32,9 +32,7 @@ HIDES = "{% for m in messages %}{% if m['role'] == 'user' %}[{{ m['content'] }}]
 COUNTS = (  # changes the beginning when a message is long
     "{{ '<long>' if messages[-1]['content'] | length > 20 }}" + CHATML
 )
-REFUSES = (
-    "{{ raise_exception('only one message, please') if messages | length > 1 }}{{ messages[0]['content'] }}"
-)
+REFUSES = "{{ raise_exception('only one message, please') if messages | length > 1 }}{{ messages[0]['content'] }}"
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|begin|>", "<|header|>", "<|/header|>", "<|eot|>"]
 SYSTEM = Message("system", "You play Sokoban.")
@@ -58,14 +56,10 @@ KINDS = {"chatml": (CHATML, "<|im_end|>"), "llama": (LLAMA, "<|eot|>")}
 MADE = {kind: _renderer(*options) for kind, options in KINDS.items()}
 
 # Every character, and the pieces of special tokens often enough that they meet.
-TEXT = st.lists(
-    st.sampled_from([*SPECIAL, "<|im_", "end|>", "<", "|>"]) | st.text(max_size=6), max_size=5
-).map("".join)
+TEXT = st.lists(st.sampled_from([*SPECIAL, "<|im_", "end|>", "<", "|>"]) | st.text(max_size=6), max_size=5).map("".join)
 
 
-def _dialogue(
-    kind: str, prompt: list[Message], turns: list[tuple[str, str]], *, cut: bool
-) -> tuple[list[int], str]:
+def _dialogue(kind: str, prompt: list[Message], turns: list[tuple[str, str]], *, cut: bool) -> tuple[list[int], str]:
     """Ids as a rollout puts them together, and the template's text of the same dialogue."""
     renderer, tokenizer, stop = MADE[kind]
     ids = list(renderer.prompt(prompt))

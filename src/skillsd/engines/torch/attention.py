@@ -26,9 +26,7 @@ class Plan(Protocol):
     positions: Tensor
     """``[1, tokens]``: where each packed token stands in its own sequence."""
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Packed ``[tokens, heads, dim]`` (key and value may have fewer heads) -> ``[tokens, heads, dim]``."""
         ...
 
@@ -122,9 +120,7 @@ class PackedPlan:
         even = all(length == self.longest for length in lengths)
         self.place = None if even else (row * self.longest + position).to(device)
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         self.layers_asked.add(layer)
         heads = query.shape[1]
         q, k, v = (self._padded(states) for states in (query, key, value))
@@ -220,9 +216,7 @@ class CachedPlan:
         distance = query_position.unsqueeze(2) - torch.arange(self.longest)
         self.distance = distance.unsqueeze(1).to(device)  # [batch, 1, most, longest], of a key behind its query
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         self.pool.write(layer, self.row, self.position, key, value)
         k = self.pool.keys[layer][self.rows, :, : self.longest]
         v = self.pool.values[layer][self.rows, :, : self.longest]

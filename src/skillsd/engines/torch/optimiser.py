@@ -18,13 +18,9 @@ class MasterAdamW:
     master copies, whose `grad` is the one to clip.
     """
 
-    def __init__(
-        self, parameters: Iterable[Tensor], *, betas: tuple[float, float], weight_decay: float
-    ) -> None:
+    def __init__(self, parameters: Iterable[Tensor], *, betas: tuple[float, float], weight_decay: float) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.masters = [
-            p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
-        ]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters]
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter:
                 parameter.register_post_accumulate_grad_hook(partial(_accumulate, master))

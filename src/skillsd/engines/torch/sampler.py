@@ -44,9 +44,7 @@ class _Session:
 class Sampler:
     """The decode batch of one set of weights."""
 
-    def __init__(
-        self, forward: Forward, stop_tokens: frozenset[int], device: torch.device, max_sessions: int
-    ) -> None:
+    def __init__(self, forward: Forward, stop_tokens: frozenset[int], device: torch.device, max_sessions: int) -> None:
         self._forward, self._stop, self._device = forward, stop_tokens, device
         self._max_sessions = max_sessions
         self._pool = KVPool()
@@ -199,9 +197,7 @@ class Sampler:
 
     def _feed(self, sessions: list[_Session], counts: list[int], places: Tensor | None) -> Tensor:
         """Run the next `counts` tokens of each session; logits ``[sessions, vocabulary]`` at their last ones."""
-        plan = CachedPlan(
-            self._pool, [s.row for s in sessions], [s.cached for s in sessions], counts, self._device
-        )
+        plan = CachedPlan(self._pool, [s.row for s in sessions], [s.cached for s in sessions], counts, self._device)
         ids = [t for s, n in zip(sessions, counts, strict=True) for t in s.tokens[s.cached : s.cached + n]]
         logits = self._forward(torch.tensor(ids, device=self._device), plan, plan.last if places is None else places)
         for session, count in zip(sessions, counts, strict=True):
