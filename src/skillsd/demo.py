@@ -88,7 +88,8 @@ def _train_all(
         # The runs got the Ctrl-C as well and save a checkpoint after their iteration.
         for process in running.values():
             process.wait()
-        raise UserError("stopped; everything so far is kept: the same command goes on from there") from None
+        console.print("stopped; everything so far is kept: the same command goes on from there")
+        raise
     finally:
         for process in running.values():
             process.terminate()

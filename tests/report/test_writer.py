@@ -76,9 +76,12 @@ def test_figures_as_people_read_them() -> None:
 
 
 def test_learning_curves_of_runs_of_different_length(tmp_path: Path) -> None:
-    def curve(*accuracies: float) -> list[dict[str, float]]:
+    def curve(*accuracies: float) -> list[dict[str, float | None]]:
         return [{"episodes": 100.0 * i, "eval/accuracy": a} for i, a in enumerate(accuracies)]
 
-    runs = {"grpo": [curve(0.2, 0.3), curve(0.2, 0.4, 0.5)], "skill-sd": [curve(0.2)]}
+    runs = {
+        "grpo": [curve(0.2, 0.3), curve(0.2, 0.4, 0.5)],
+        "skill-sd": [[*curve(0.2), {"episodes": 100.0, "eval/accuracy": None}]],
+    }
     learning_curves(runs, tmp_path / "curves.png", title="t", split="tune")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

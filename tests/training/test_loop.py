@@ -505,6 +505,12 @@ def test_more_tasks_than_there_are_is_refused(make_run: MakeRun) -> None:
         make_run(rollout={"tasks_per_iteration": 8})
 
 
+def test_prompts_that_leave_no_room_are_no_training(make_run: MakeRun) -> None:
+    run = make_run(rollout={"trajectory_tokens": 3})
+    with pytest.raises(UserError, match=r"trajectory_tokens is 3, but the prompts alone have 3 tokens"):
+        go(run)
+
+
 def test_longer_trajectories_than_the_model_takes_are_refused(make_run: MakeRun) -> None:
     with pytest.raises(UserError, match=r"trajectory_tokens is 300"):
         make_run(rollout={"trajectory_tokens": 300})

@@ -25,7 +25,9 @@ def learning_curves(
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for colour, (method, seeds) in zip(COLOURS, runs.items(), strict=False):
         points: dict[float, list[float]] = {}
-        for records in seeds:
+        for measured in seeds:
+            # Without a single whole episode there is no accuracy.
+            records = [record for record in measured if record["eval/accuracy"] is not None]
             episodes = [float(record["episodes"]) for record in records]
             accuracies = [100 * float(record["eval/accuracy"]) for record in records]
             if len(seeds) > 1:

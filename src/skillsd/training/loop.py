@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from skillsd.errors import UserError
 from skillsd.rollouts.collect import collect
 from skillsd.seeds import derive_seed
 from skillsd.skills.bank import StoredSkill
@@ -81,6 +82,7 @@ async def iterate(run: Run, reporter: Reporter) -> Record:
             concurrency=config.rollout.concurrency,
         )
     groups = collected.groups
+    _check_room(run, groups)
 
     # The teacher is told a skill of each task's own bank, and re-scores what the student said.
     lessons = [_lesson(run, group.task) for group in groups]
@@ -151,6 +153,14 @@ async def measure(run: Run) -> Record:
         )
         record |= {f"{name}/{key}": value for key, value in figures.as_dict().items()}
     return record
+
+
+def _check_room(run: Run, groups: list[Group]) -> None:
+    if groups and not any(trajectory.turns for group in groups for trajectory in group.trajectories):
+        raise UserError(
+            f"rollout.trajectory_tokens is {run.config.rollout.trajectory_tokens}, but the prompts alone have "
+            f"{groups[0].trajectories[0].prompt_length} tokens: nobody could say anything"
+        )
 
 
 def _lesson(run: Run, task: Task) -> StoredSkill | None:
