@@ -264,3 +264,22 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 
     assert run_training(RunConfig.model_validate(slow), folder, resume=True)
     assert_same_run(folder, uninterrupted)  # the delay changes nothing
+
+
+def test_a_second_ctrl_c_stops_at_once_without_a_traceback(tiny_model: Path, tmp_path: Path) -> None:
+    slow = toy_settings(tiny_model, environment={"options": {"delay": 0.2}})
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(yaml.safe_dump(slow))
+    process = skillsd_process(["-m", "skillsd", "train", str(recipe), "--out", str(folder)])
+    assert process.stdout is not None
+    deadline = time.monotonic() + 60
+    while not (folder / "config.yaml").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Ctrl-C again: at once" in said
+    assert errors == "stopped\n"

@@ -4,6 +4,7 @@ checkpoint."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -124,6 +125,8 @@ def _stop_on_interrupt(note: Callable[[str], None]) -> Iterator[Callable[[], boo
     def handle(number: int, frame: Any) -> None:
         nonlocal asked
         if asked:
+            # The episodes that this tears down are no news, and asyncio would print a traceback for each.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             raise KeyboardInterrupt
         asked = True
         with suppress(RuntimeError):  # Ctrl-C came in the midst of a write to the same terminal
