@@ -502,9 +502,7 @@ def test_plain_k3_overflows_in_the_open_and_the_clamp_is_the_remedy():
     counts = {"action_tokens": 2, "teacher_tokens": 2}
     for clamp in (None, 20.0):
         student.grad = None
-        loss, _ = Objective(lambda_sdl=1.0, estimator="k3", distil_clamp=clamp)(
-            TokenLogprobs(student), signals, counts
-        )
+        loss, _ = Objective(lambda_sdl=1.0, estimator="k3", distil_clamp=clamp)(TokenLogprobs(student), signals, counts)
         loss.backward()
         assert bool(student.grad.isfinite().all()) == (clamp is not None)
 

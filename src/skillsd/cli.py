@@ -51,10 +51,10 @@ Overrides = Annotated[
 
 def main() -> None:
     """The entry point `skillsd`."""
-    # No hub is asked for a model that is here: loading must not wait for a network that may not be there.
+    # Tokenizers would warn about their own threads whenever this process starts another one.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(prog_name="skillsd", standalone_mode=False) or 0
     except UserError as error:
         _fail(str(error))
     except _UsageError as error:

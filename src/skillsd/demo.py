@@ -85,7 +85,9 @@ def _train_all(
                             log = (runs[key].parent / f"{runs[key].name}.log").read_text(errors="replace")
                             raise UserError(f"training {runs[key]} failed:\n{log[-2000:]}")
     except KeyboardInterrupt:
-        # The runs got the Ctrl-C as well and save a checkpoint after their iteration.
+        # A terminal's Ctrl-C reached the runs as well; SIGTERM tells those that it did not. They save and end.
+        for process in running.values():
+            process.terminate()
         for process in running.values():
             process.wait()
         console.print("stopped; everything so far is kept: the same command goes on from there")

@@ -49,9 +49,7 @@ class TokenLogprobs:
 # ----------------------------------------------------------------------------------------- the reward's term
 
 
-def group_advantages(
-    rewards: Sequence[float] | Tensor, *, eps: float = 1e-6, scale_by_std: bool = True
-) -> Tensor:
+def group_advantages(rewards: Sequence[float] | Tensor, *, eps: float = 1e-6, scale_by_std: bool = True) -> Tensor:
     """Group-relative advantages, A_i = (R_i - mean R) / (std R + eps) (GRPO; METHOD.md, "The losses").
 
     The paper does not say which std. This is the *population's*: the group is all that is compared, and the

@@ -135,9 +135,7 @@ def test_the_good_one_conforms() -> None:
     assert check(Good()) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "broken"), BROKEN, ids=[f"{i}-{name}" for i, (name, _) in enumerate(BROKEN)]
-)
+@pytest.mark.parametrize(("name", "broken"), BROKEN, ids=[f"{i}-{name}" for i, (name, _) in enumerate(BROKEN)])
 def test_each_check_can_fail(name: str, broken: type[Good]) -> None:
     assert name in {problem.check for problem in check(broken())}
     with pytest.raises(AssertionError, match=rf"\[{name}\] expected"):

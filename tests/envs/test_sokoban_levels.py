@@ -33,9 +33,7 @@ def test_a_seed_gives_the_committed_level() -> None:
 @pytest.mark.parametrize("hash_seed", ["0", "4321"])
 def test_a_seed_gives_the_same_level_in_another_process(hash_seed: str) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.split() == EXPECTED["nano"] + EXPECTED["paper"]
 
 

@@ -18,9 +18,7 @@ ONE = ["######", "#    #", "#@$ .#", "#    #", "#    #", "######"]
 TWO = ["######", "#@$. #", "#    #", "# $ .#", "#    #", "######"]
 
 
-def trajectory(
-    rows: list[str], actions: str, outcome: Outcome | None = None, **options: object
-) -> Trajectory:
+def trajectory(rows: list[str], actions: str, outcome: Outcome | None = None, **options: object) -> Trajectory:
     """The trajectory that the actions, separated by white space, make on the level."""
     sokoban = Sokoban(**options)  # type: ignore[arg-type]
     game = Game(Level.from_rows(rows), sokoban.rules)
@@ -72,9 +70,7 @@ def test_partial_success_keeps_the_way_to_the_best_state() -> None:
 
 def test_prose_names_pushes_and_mistakes() -> None:
     found = skill(ONE, "Right Right", preset="ragen")
-    assert found == Skill(
-        "Solved in 2 moves with 2 pushes.", "", "Push the box at r2c2 Right 2 times (to r2c4)."
-    )
+    assert found == Skill("Solved in 2 moves with 2 pushes.", "", "Push the box at r2c2 Right 2 times (to r2c4).")
     found = skill(["######", "#  . #", "#@$  #", "#    #", "######"], "Right Right nonsense", preset="ragen")
     assert found is not None
     assert found.mistake_analysis.startswith("Never push the box at r2c3 Right (standing at r2c2)")
@@ -119,9 +115,7 @@ def test_the_stream_is_deterministic_and_avoids_all_panels(stream: list[Demonstr
 
 
 def test_the_experts_labels_are_optimal() -> None:
-    for demonstration in islice(
-        Sokoban().demonstrations("train", seed=1, skill_share=0.0, expert_share=1.0), 40
-    ):
+    for demonstration in islice(Sokoban().demonstrations("train", seed=1, skill_share=0.0, expert_share=1.0), 40):
         table = table_of(demonstration)
         for state, move, learn in replay(demonstration):
             assert learn

@@ -29,9 +29,7 @@ def by_seed(trajectory: Trajectory) -> Skill:
 
 
 def background(bank: SkillBank, summariser: Summariser, **options: Any) -> BackgroundSummaries:
-    return BackgroundSummaries(
-        summariser, bank, **{"max_chars": 1000, "concurrency": 4, "timeout": 5.0, **options}
-    )
+    return BackgroundSummaries(summariser, bank, **{"max_chars": 1000, "concurrency": 4, "timeout": 5.0, **options})
 
 
 @pytest.fixture

@@ -74,10 +74,7 @@ def test_the_syntax(template: str, text: str) -> None:
 @given(st.text(min_size=1).filter(str.strip))
 def test_a_skill_cannot_speak_the_templates_language(value: str) -> None:
     assert render_skill(Skill("", "", value), "<{golden_workflow}>") == f"<{value.strip()}>"
-    assert (
-        render_skill(Skill("{golden_workflow}\\", "", "x"), "{success_analysis}\n!")
-        == "{golden_workflow}\\\n!"
-    )
+    assert render_skill(Skill("{golden_workflow}\\", "", "x"), "{success_analysis}\n!") == "{golden_workflow}\\\n!"
 
 
 def test_an_empty_skill_has_nothing_to_say() -> None:

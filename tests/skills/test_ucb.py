@@ -95,9 +95,7 @@ def test_random_depends_on_its_seed_and_the_arms_alone(arms: list[Arm], seed: in
 
 def test_random_tries_everything_and_seeds_differ() -> None:
     def draws(seed: int) -> list[int | None]:
-        return [
-            ucb.policy("random", seed=seed)(arms_of((n, 0.0), (0, 1.0), (0, 0.5)), 1.0) for n in range(60)
-        ]
+        return [ucb.policy("random", seed=seed)(arms_of((n, 0.0), (0, 1.0), (0, 0.5)), 1.0) for n in range(60)]
 
     assert set(draws(0)) == {0, 1, 2}
     assert min(draws(0).count(i) for i in range(3)) >= 10

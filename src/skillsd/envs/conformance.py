@@ -132,9 +132,7 @@ class _Checker:
             # Stop early, then start again: nothing may be left over.
             await self._attempt("reset_again", kept, task, seed, script[:2])
             third = await self._attempt("reset_again", kept, task, seed, script)
-            self._expect(
-                first == third, "reset_again", "a fresh start from reset()", "traces of what went before"
-            )
+            self._expect(first == third, "reset_again", "a fresh start from reset()", "traces of what went before")
             for bad in BAD_ACTIONS:
                 await self._attempt("bad_action", make(), task, seed, [bad])
         try:
@@ -152,9 +150,7 @@ class _Checker:
             self._expect(False, name, "an answer in words to any action", repr(error))
             return None
 
-    async def _play(
-        self, environment: Environment, task: Task, seed: int, script: Sequence[str]
-    ) -> list[Any]:
+    async def _play(self, environment: Environment, task: Task, seed: int, script: Sequence[str]) -> list[Any]:
         """Play the script and check what is promised of every step. Returns all that was answered."""
         prompt = await environment.reset(task, seed)
         good = isinstance(prompt, tuple) and bool(prompt) and all(isinstance(m, Message) for m in prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -126,4 +127,6 @@ def _wandb(folder: Path, project: str, name: str) -> Any:
         import wandb
     except ImportError as error:
         raise UserError("log.wandb needs the package wandb: pip install 'skillsd[wandb]'") from error
-    return wandb.init(project=project, name=name, dir=str(folder), resume="allow")
+    # One folder is one W&B run, so that a resumed run goes on there as well.
+    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, name=name, id=identity, dir=str(folder), resume="allow")

@@ -127,9 +127,7 @@ class SkillBank:
             self._db.close()
             raise
 
-    def add(
-        self, task: Task, skill: Skill, *, source: str, iteration: int, reward: float, outcome: Outcome
-    ) -> int:
+    def add(self, task: Task, skill: Skill, *, source: str, iteration: int, reward: float, outcome: Outcome) -> int:
         """Store a skill of `task` and return its id; a text that the task already has keeps its own.
 
         Raises:
@@ -310,9 +308,7 @@ class SkillBank:
     def _select(self, where: str = "", *values: object) -> list[StoredSkill]:
         rows = self._db.execute(f"SELECT {_COLUMNS} FROM skills {where} ORDER BY id", values)
         return [
-            StoredSkill(
-                row[0], row[1], row[2], Skill(*row[3:6]), row[6], row[7], row[8], Outcome(row[9]), *row[10:]
-            )
+            StoredSkill(row[0], row[1], row[2], Skill(*row[3:6]), row[6], row[7], row[8], Outcome(row[9]), *row[10:])
             for row in rows
         ]
 

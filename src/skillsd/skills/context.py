@@ -32,9 +32,7 @@ def with_context(messages: tuple[Message, ...], text: str) -> tuple[Message, ...
             extended = dataclasses.replace(messages[i], content=messages[i].content + text)
             return (*messages[:i], extended, *messages[i + 1 :])
     roles = ", ".join(message.role for message in messages) or "none"
-    raise ValueError(
-        f"the teacher's context goes into the last user message; the prompt's roles are: {roles}"
-    )
+    raise ValueError(f"the teacher's context goes into the last user message; the prompt's roles are: {roles}")
 
 
 def render_skill(skill: Skill, template: str) -> str:
@@ -52,9 +50,7 @@ def render_skill(skill: Skill, template: str) -> str:
         joined = line.endswith("\\")
         pieces = _parse(line.removesuffix("\\"))
         if all(field is None or values[field] for _, field in pieces):
-            text += separator + "".join(
-                literal + (values[field] if field else "") for literal, field in pieces
-            )
+            text += separator + "".join(literal + (values[field] if field else "") for literal, field in pieces)
             separator = "" if joined else "\n"
     return text
 

@@ -119,12 +119,13 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 @contextmanager
 def _stop_on_interrupt(note: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C asks for a stop after this iteration; the second one stops at once."""
+    """The first Ctrl-C (or SIGTERM, as when a machine is pre-empted) asks for a stop after this iteration; a second
+    Ctrl-C stops at once."""
     asked = False
 
     def handle(number: int, frame: Any) -> None:
         nonlocal asked
-        if asked:
+        if asked and number == signal.SIGINT:
             # The episodes that this tears down are no news, and asyncio would print a traceback for each.
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             raise KeyboardInterrupt
@@ -132,12 +133,14 @@ def _stop_on_interrupt(note: Callable[[str], None]) -> Iterator[Callable[[], boo
         with suppress(RuntimeError):  # Ctrl-C came in the midst of a write to the same terminal
             note("stopping after this iteration (Ctrl-C again: at once, back to the last checkpoint)")
 
+    signals = (signal.SIGINT, signal.SIGTERM)
     try:
-        previous = signal.signal(signal.SIGINT, handle)
+        previous = {number: signal.signal(number, handle) for number in signals}
     except ValueError:  # not in the main thread: whoever runs us handles signals
         yield lambda: False
         return
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -272,7 +273,10 @@ class TorchEngine(Engine):
         path = folder / "engine.pt"
         if not path.is_file():
             raise UserError(f"no engine state in {str(folder)!r}: expected the file engine.pt of a checkpoint")
-        state: Mapping[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+        try:
+            state: Mapping[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{str(path)!r} is damaged ({str(error).splitlines()[0]}): take an older one") from error
         if _forms(state["weights"]) != _forms(self._trainable):
             raise UserError(
                 f"the checkpoint {str(folder)!r} holds other weights than the recipe's model has: names, shapes or "

@@ -61,9 +61,7 @@ class Level:
         if len(players) != 1:
             raise UserError(f"level has {len(players)} players (@ or +); expected exactly 1")
         if not boxes or len(boxes) != len(targets):
-            raise UserError(
-                f"level has {len(boxes)} boxes and {len(targets)} targets; expected as many, at least 1"
-            )
+            raise UserError(f"level has {len(boxes)} boxes and {len(targets)} targets; expected as many, at least 1")
         return cls(height, width, tuple(cells["#"]), targets, boxes, players[0])
 
     @property

@@ -55,9 +55,7 @@ class Options:
             value = getattr(self, field.name)
             if field.name == "per_level":
                 if not isinstance(value, int) or value < 1:
-                    raise UserError(
-                        f"demonstrations: per_level is {value!r}; expected a whole number, at least 1"
-                    )
+                    raise UserError(f"demonstrations: per_level is {value!r}; expected a whole number, at least 1")
             elif not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise UserError(f"demonstrations: {field.name} is {value!r}; expected a share from 0 to 1")
 

@@ -130,15 +130,11 @@ def observe(level: Level, state: State, answer: Answer, style: Style, max_action
             "Answer with Up, Down, Left or Right, like this: <action>Up</action>."
         )
     if answer.dropped:
-        lines.append(
-            f"Only the first {max_actions} of your {max_actions + answer.dropped} moves were considered."
-        )
+        lines.append(f"Only the first {max_actions} of your {max_actions + answer.dropped} moves were considered.")
     if answer.blocked:
         lines.append(f"Blocked, nothing moved: {', '.join(MOVES[move] for move in answer.blocked)}.")
     lines.append(picture(level, state) if style == "grid" else _objects(level, state))
-    lines.append(
-        f"Boxes on targets: {level.on_target(state)}/{len(level.boxes)}. Moves left: {answer.steps_left}."
-    )
+    lines.append(f"Boxes on targets: {level.on_target(state)}/{len(level.boxes)}. Moves left: {answer.steps_left}.")
     if solved:
         lines.append("Solved!")
     elif answer.steps_left <= 0:
@@ -193,9 +189,7 @@ def plan(level: Level, state: State, moves: Sequence[int], style: Style) -> str:
             for _ in range(cells - 1):
                 origin = level.neighbours[origin][move ^ 1]  # Up/Down and Left/Right are neighbours in MOVES
             times = "" if cells == 1 else f" {cells} times"
-            sentences.append(
-                f"push the box at {level.names[origin]} {MOVES[move]}{times} (to {level.names[beyond]})"
-            )
+            sentences.append(f"push the box at {level.names[origin]} {MOVES[move]}{times} (to {level.names[beyond]})")
             last = (beyond, move, cells)
         state = after
     if walk:

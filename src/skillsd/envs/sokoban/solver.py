@@ -43,9 +43,7 @@ def solve(level: Level, state: State | None = None, *, limit: int = 2_000_000) -
             cost[after] = moves_so_far + 1
             counter += 1
             if counter > limit:
-                raise RuntimeError(
-                    f"no solution within {limit} states; the level is too large for this solver"
-                )
+                raise RuntimeError(f"no solution within {limit} states; the level is too large for this solver")
             estimate = moves_so_far + 1 + sum(distance[box] for box in after[1])
             heapq.heappush(heap, (estimate, -(moves_so_far + 1), counter, after))
     return None
