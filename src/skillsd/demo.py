@@ -180,7 +180,10 @@ def _show(
     )
     with SkillBank(skill_run / "skills.sqlite") as bank:
         stored = bank.skills()
-    taught = sorted((s for s in stored if s.credited), key=lambda s: (-s.mean_reward, s.id))[:3]
+    # The ones with a workflow say most to a reader.
+    taught = sorted(
+        (s for s in stored if s.credited), key=lambda s: (not s.skill.golden_workflow, -s.mean_reward, s.id)
+    )[:3]
     console.print(f"\nThree of the {len(stored)} skills that it wrote for its teacher:")
     for skill in taught:
         console.print(f"  task {skill.task_id}, taught {skill.credited} episodes, mean reward {skill.mean_reward:.2f}")

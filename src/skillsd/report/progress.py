@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,9 +43,10 @@ class Bars:
                 self._tasks[name] = self._progress.add_task(name, total=total, note=note)
             self._progress.update(self._tasks[name], completed=done, total=total, note=note)  # type: ignore[arg-type]
             return
-        if done < total and now - self._said.get(name, -LOG_SECONDS) < LOG_SECONDS:
+        said = self._said.get(name, -LOG_SECONDS)
+        if said == math.inf or (done < total and now - said < LOG_SECONDS):
             return
-        self._said[name] = now
+        self._said[name] = now if done < total else math.inf  # the end is told once
         rate = (done - start) / (now - begun) if now > begun else 0.0
         left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
         self._console.print(f"{name}: {done:g}/{total:g} {note}{left}", highlight=False)
