@@ -203,6 +203,16 @@ def demo(
 
 
 @app.command()
+def methods() -> None:
+    """List the methods: each a row of switches over the same loop."""
+    from skillsd.methods import METHODS, methods_table
+
+    console.print(methods_table(), highlight=False, soft_wrap=True)
+    for row in METHODS.values():
+        console.print(f"{row.name}: {row.description}", highlight=False)
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes that come with the package."""
     for name in configs.recipes():

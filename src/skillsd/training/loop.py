@@ -21,7 +21,7 @@ from skillsd.training.evaluate import evaluate
 from skillsd.training.optimise import optimise
 from skillsd.training.records import describe_batch, describe_rollouts, describe_skills, describe_system
 from skillsd.training.run import Run, actor_at
-from skillsd.types import Group, Task
+from skillsd.types import Group, Skill, Task
 
 Record = dict[str, Any]
 
@@ -84,7 +84,7 @@ async def iterate(run: Run, reporter: Reporter) -> Record:
     groups = collected.groups
     _check_room(run, groups)
 
-    # The teacher is told a skill of each task's own bank, and re-scores what the student said.
+    # The teacher is told more (a skill of each task's own bank), and re-scores what the student said.
     lessons = [_lesson(run, group.task) for group in groups]
     objective = run.objective()
     with clock("teacher"):
@@ -92,7 +92,7 @@ async def iterate(run: Run, reporter: Reporter) -> Record:
             run,
             lambda: build_batch(
                 groups,
-                [render_skill(lesson.skill, run.template) if lesson else "" for lesson in lessons],
+                [_told(run, group.task, lesson) for group, lesson in zip(groups, lessons, strict=True)],
                 run.engine,
                 run.renderer,
                 temperature=config.rollout.temperature,
@@ -165,6 +165,14 @@ def _check_room(run: Run, groups: list[Group]) -> None:
 
 def _lesson(run: Run, task: Task) -> StoredSkill | None:
     return run.bank.pick(task, c=run.config.skills.ucb_c) if run.method.context == "skill" else None
+
+
+def _told(run: Run, task: Task, lesson: StoredSkill | None) -> str:
+    """The teacher's extra context in words; empty where it has none."""
+    if run.method.context == "oracle":
+        # Worded as a skill's workflow, so that oracle and skill differ in what they say and not in how.
+        return render_skill(Skill("", "", run.task_set.oracle(task) or ""), run.template)
+    return render_skill(lesson.skill, run.template) if lesson else ""
 
 
 async def _summarise(run: Run, groups: list[Group]) -> int:

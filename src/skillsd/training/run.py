@@ -150,6 +150,11 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
             f"training.minibatches is {config.training.minibatches}, but an iteration collects "
             f"{config.rollout.tasks_per_iteration} groups (rollout.tasks_per_iteration), which are never split"
         )
+    if row.context == "oracle" and not all(task_set.oracle(task) for task in task_set.tasks(TRAIN_SPLIT)):
+        raise UserError(
+            f"method {row.name!r} tells its teacher a reference solution, but the environment "
+            f"{config.environment.name!r} has none for some of its training tasks"
+        )
     template = load_template(config.skills.template)
     uses_skills = row.context == "skill" or row.student_prompt == "skill"
     engine = engine or make_engine(config)
