@@ -52,5 +52,5 @@ nano-base: setup
 	$(BIN)/skillsd sft nano-base --out build/nano-base
 	@echo "To ship it: replace src/skillsd/assets/nano-base by build/nano-base"
 
-clean:
-	rm -rf $(VENV) build runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean:  # what can be made again; your runs/ and models/ stay
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache .hypothesis

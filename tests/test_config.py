@@ -181,7 +181,7 @@ def test_a_recipe_of_the_other_kind() -> None:
 def test_paths_that_are_no_recipes(tmp_path: Path) -> None:
     assert "is a folder" in problem(str(tmp_path))
     assert "Did you mean 'sokoban-nano'" in problem("sokoban-nan")
-    assert "unknown recipe" in problem(str(tmp_path / "none.yaml"))
+    assert "there is no recipe file" in problem(str(tmp_path / "none.yaml"))
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"name: \xff\xfe\x00")
     message = problem(str(binary))

@@ -112,7 +112,7 @@ def train(
             config, folder, resume=resume, on_record=on_record, on_note=lambda text: bars.print(f"  note: {text}")
         )
     if finished:
-        console.print(f"done: {folder}/  (skillsd eval {folder} --split test; skillsd skills list {folder})")
+        console.print(f"done: {folder}/  (next: skillsd eval {folder})")
     else:
         again = shlex.join(["skillsd", "train", recipe, *(overrides or ()), "--out", str(folder), "--resume"])
         console.print(f"stopped and saved. To go on: {again}", soft_wrap=True, highlight=False)
@@ -133,7 +133,8 @@ def evaluate(
     json_out: Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")] = None,  # noqa: UP045
 ) -> None:
     """Score a checkpoint, or any model, on a panel: sampled and greedily, with 95 % intervals."""
-    from skillsd.report.progress import duration
+    from skillsd.envs import registry
+    from skillsd.report.progress import Bars, duration
     from skillsd.report.tables import percent, table
     from skillsd.training.scoring import is_run, load_trained, load_untrained, score
 
@@ -149,7 +150,18 @@ def evaluate(
         config = configs.load(configs.RunConfig, recipe, overrides or ())
         engine = load_untrained(target, config)
     temperatures = (config.rollout.temperature, 0.0)
-    results = score(engine, config, split, samples=samples, limit=limit, temperatures=temperatures)
+    tasks = len(registry.load(config.environment.name, config.environment.options).tasks(split)[:limit])
+    bars, done = Bars(console), 0
+
+    def on_episode(trajectory: object) -> None:
+        nonlocal done
+        done += 1
+        bars.update(f"playing {split}", done, tasks * (samples + 1))
+
+    with bars.shown():
+        results = score(
+            engine, config, split, samples=samples, limit=limit, temperatures=temperatures, on_episode=on_episode
+        )
     rows = [
         [
             "greedy" if result.temperature == 0 else f"sampled at {result.temperature:g}",
@@ -377,7 +389,7 @@ def envs_play(
             raise UserError(f"the value of {option!r} is not readable as YAML") from error
     if name not in registry.names() and ":" not in name:
         raise unknown_name("environment", name, registry.names())
-    play(registry.load(name, given), split, int(task) if task.isdecimal() else task)
+    play(registry.load(name, given).for_people(), split, int(task) if task.isdecimal() else task)
 
 
 if __name__ == "__main__":

@@ -96,8 +96,12 @@ class SkillsSection(_Section):
     pick: Literal["ucb", "random", "last"] = "ucb"
     ucb_c: float = Field(1.0, ge=0)
     """Exploration constant c of UCB. Not given in the paper; 1 suits rewards in [0, 1]."""
+    max_per_task: int | None = Field(None, ge=1)
+    """The most skills kept of a task (those never tried apart); None keeps all."""
     template: str = "teacher"
-    """How a skill is worded in the teacher's prompt: a template of the package, or a path to one."""
+    """How a skill is worded in the teacher's prompt: a template of the package, or a path to one.
+
+    The paper's prompts are not given; these are ours."""
     teacher_extra_tokens: int = Field(512, ge=1)
     """The most tokens a skill may add to the teacher's prompt. One that does not fit is counted and skipped."""
     max_chars: int = Field(4000, ge=1)
@@ -111,6 +115,7 @@ class SkillsSection(_Section):
 class TrainingSection(_Section):
     iterations: int = Field(100, ge=0)
     learning_rate: float = Field(1e-6, gt=0)
+    """Not given in the paper; 1e-6 is the field's habit for full weights of this size."""
     warmup_iterations: int = Field(0, ge=0)
     minibatches: int = Field(1, ge=1)
     """Optimiser steps per epoch over the collected groups."""
@@ -135,7 +140,7 @@ class EvaluationSection(_Section):
     split: str = "tune"
     """Split that the learning curve is measured on. Never a training split; keep ``test`` for the end."""
     every: int = Field(10, ge=0)
-    """Iterations between evaluations; 0 evaluates only at the end."""
+    """Iterations between evaluations; 0 evaluates only before the first and after the last one."""
     limit: int | None = Field(None, ge=1)
     """Only the first so many tasks."""
     samples: int = Field(1, ge=1)
@@ -256,6 +261,8 @@ def load(kind: type[C], recipe: str, overrides: Iterable[str] = ()) -> C:
     if path.is_dir():
         raise UserError(f"{recipe!r} is a folder; a recipe is a YAML file, or one of: {', '.join(recipes())}")
     if not path.is_file():
+        if "/" in recipe or path.suffix:
+            raise UserError(f"there is no recipe file {recipe!r}; recipes of the package: {', '.join(recipes())}")
         raise unknown_name("recipe", recipe, recipes())
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))

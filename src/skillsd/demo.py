@@ -15,6 +15,7 @@ from rich.console import Console
 
 from skillsd import config as configs
 from skillsd.config import RunConfig
+from skillsd.envs import registry
 from skillsd.errors import UserError
 from skillsd.report.pictures import learning_curves
 from skillsd.report.progress import Bars, duration, training_note
@@ -22,6 +23,7 @@ from skillsd.report.tables import percent, table
 from skillsd.report.writer import EVALUATIONS, METRICS, read
 from skillsd.skills.bank import SkillBank
 from skillsd.training.evaluate import Evaluation, mean_interval
+from skillsd.types import Trajectory
 
 RECIPE = "sokoban-nano"
 METHODS = ("grpo", "skill-sd")
@@ -42,7 +44,7 @@ def run_demo(folder: Path, seeds: Sequence[int], overrides: Sequence[str], conso
     config = configs.load(RunConfig, RECIPE, overrides)
     folder.mkdir(parents=True, exist_ok=True)
     runs = {(method, seed): folder / f"{method}-seed{seed}" for seed in seeds for method in METHODS}
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     console.print(
         f"Training {' and '.join(METHODS)} on {len(seeds)} seed{'s' * (len(seeds) > 1)}, "
         f"{config.training.iterations * config.rollout.tasks_per_iteration * config.rollout.group_size} episodes each, "
@@ -74,10 +76,11 @@ def _train_all(
                 time.sleep(POLL_SECONDS)
                 for key in runs:
                     records = read(runs[key] / METRICS)
-                    if records:
-                        last = records[-1]
-                        total = config.training.iterations
-                        bars.update(f"{key[0]:8} seed {key[1]}", last["iteration"], total, training_note(last))
+                    if records or key in running:
+                        last = records[-1] if records else {"iteration": 0}
+                        note = training_note(last) if records else "starting"
+                        name = f"{key[0]:8} seed {key[1]}"
+                        bars.update(name, last["iteration"], config.training.iterations, note)
                 for key, process in list(running.items()):
                     if process.poll() is not None:
                         del running[key]
@@ -113,14 +116,21 @@ def _evaluate_all(
 
     bars, done = Bars(console), 0
     scores: dict[str, dict[int, Evaluation]] = {"base": {}}
-    jobs = [("base", seed, None) for seed in sorted({seed for _, seed in runs})]
+    jobs: list[tuple[str, int, Path | None]] = [("base", seed, None) for seed in sorted({seed for _, seed in runs})]
+    jobs += [(method, seed, folder) for (method, seed), folder in runs.items()]
+    tasks = len(registry.load(config.environment.name, config.environment.options).tasks(SPLIT))
     with bars.shown():
-        for name, seed, folder in [*jobs, *((m, s, path) for (m, s), path in runs.items())]:
+        for name, seed, folder in jobs:
+
+            def on_episode(trajectory: Trajectory, name: str = name) -> None:
+                nonlocal done
+                done += 1
+                bars.update(f"evaluating on {SPLIT}", done, tasks * len(jobs), name)
+
             engine = load_trained(str(folder))[0] if folder else load_untrained(config.model.name, config)
-            [figures] = score(engine, config, SPLIT, temperatures=(config.rollout.temperature,), seed=seed)
+            temperatures = (config.rollout.temperature,)
+            [figures] = score(engine, config, SPLIT, temperatures=temperatures, seed=seed, on_episode=on_episode)
             scores.setdefault(name, {})[seed] = figures
-            done += 1
-            bars.update(f"evaluating on {SPLIT}", done, len(jobs) + len(runs), f"{name} {figures.accuracy:.1%}")
     return scores
 
 
@@ -168,14 +178,16 @@ def _show(
                 duration(row["seconds"]) if row["episodes"] else "-",
             ]
         )
-    over = "the panel's tasks" if len(summary["seeds"]) == 1 else f"{len(summary['seeds'])} training seeds"
+    caption = "Intervals over the panel's tasks. One seed shows that both learn, not which is better."
+    if (seeds := len(summary["seeds"])) > 1:
+        caption = f"Intervals over {seeds} training seeds (of the base: over {seeds} draws of its answers)."
     console.print()
     console.print(
         table(
             f"Held-out Sokoban levels ({summary['tasks']}, split {SPLIT}), sampled, plain prompt",
             ["method", "accuracy [95 %]", "completion [95 %]", "episodes", "training"],
             rows,
-            caption=f"Intervals over {over}. One seed shows that both learn, not which is better.",
+            caption=caption,
         )
     )
     with SkillBank(skill_run / "skills.sqlite") as bank:

@@ -314,7 +314,7 @@ class Objective:
             signals: aligned with them: ``old_logprobs``, ``advantages``, ``teacher_logprobs`` (anything where
                 there is no teacher) ``[tokens]``, ``has_teacher`` ``[tokens]`` bool; if `needs_distribution`,
                 ``teacher_distribution`` ``[tokens, vocab]``.
-            normalisers: of the whole batch, ``action_tokens`` and ``teacher_tokens`` (those with a teacher).
+            normalisers: of the whole minibatch, ``action_tokens`` and ``teacher_tokens`` (those with a teacher).
         """
         _check_aligned(student.chosen, signals)
         old_logprobs, advantages, taught = (signals[k] for k in ("old_logprobs", "advantages", "has_teacher"))

@@ -486,13 +486,23 @@ def test_dropped_groups_are_counted_and_the_rest_is_trained(make_run: MakeRun) -
 
 def test_an_iteration_that_lost_every_group_changes_nothing(make_run: MakeRun) -> None:
     toy = Toy()
-    toy.faults = lambda at, e: (_ for _ in ()).throw(OSError("gone")) if at == "reset" else None
     run = make_run(toy=toy, training={"iterations": 2}, rollout={"retries": 0})
+    go_on = asyncio.run(train(run, Listener(), lambda: run.iteration == 1))
+    assert not go_on
+    toy.faults = lambda at, e: (_ for _ in ()).throw(OSError("gone")) if at == "reset" else None
     before = {n: p.detach().clone() for n, p in run.engine.model.named_parameters()}  # type: ignore[attr-defined]
     listener = go(run)
-    assert len(listener.iterations) == 2
+    assert len(listener.iterations) == 1
     assert same(before, dict(run.engine.model.named_parameters()))  # type: ignore[attr-defined]
-    assert listener.iterations[-1]["episodes"] == 0
+    assert listener.iterations[-1]["episodes"] == 12
+    assert "reset: OSError: gone" in listener.notes[0]
+
+
+def test_a_run_that_never_gets_an_episode_says_why(make_run: MakeRun) -> None:
+    toy = Toy()
+    toy.faults = lambda at, e: (_ for _ in ()).throw(OSError("no such world")) if at == "step" else None
+    with pytest.raises(UserError, match=r"every episode of iteration 1 failed .* no such world"):
+        go(make_run(toy=toy))
 
 
 def test_more_minibatches_than_groups_are_refused(make_run: MakeRun) -> None:

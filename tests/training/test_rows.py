@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -47,6 +48,13 @@ def test_without_a_reward_and_without_a_teacher_there_is_nothing_to_learn(make_r
     before = weights(run)
     go(run)
     assert same(weights(run), before)
+
+
+def test_a_row_whose_switches_are_not_built_is_refused(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    for change in ({"student_prompt": "skill"}, {"sampler": "teacher"}, {"teacher": "external"}):
+        monkeypatch.setitem(METHODS, "new", dataclasses.replace(METHODS["skill-sd"], name="new", **change))
+        with pytest.raises(UserError, match="not built yet"):
+            make_run(method="new")
 
 
 def test_an_environment_without_reference_solutions_has_no_oracle_to_tell(make_run: MakeRun) -> None:

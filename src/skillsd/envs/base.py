@@ -78,10 +78,18 @@ class TaskSet(ABC):
         """A fresh environment."""
 
     def fingerprint(self, split: str) -> str:
-        """Identifies a split's tasks and the turns they allow: other fingerprints, results not comparable."""
+        """Identifies a split's tasks and the rules they are played by: other fingerprints, results not comparable."""
         tasks = [[task.id, dict(task.payload)] for task in self.tasks(split)]
-        content = json.dumps([tasks, self.max_turns], sort_keys=True)
+        content = json.dumps([tasks, self.max_turns, dict(self.rules_in_words())], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def rules_in_words(self) -> Mapping[str, Any]:
+        """Whatever else makes results comparable or not (wording, actions a turn ...), JSON-able."""
+        return {}
+
+    def for_people(self) -> TaskSet:
+        """The same tasks as a person would like to be shown them (`skillsd envs play`)."""
+        return self
 
     def summariser(self) -> Callable[[Trajectory], Skill | None] | None:
         """A rule-based summariser of this environment's trajectories (no language model), if it has one."""

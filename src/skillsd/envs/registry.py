@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import os
+import sys
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -28,10 +31,17 @@ def load(name: str, options: dict[str, Any] | None = None) -> TaskSet:
     if target is None:
         raise unknown_name("environment", name, points)
     module, _, attribute = target.partition(":")
+    if ":" in name and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a module of the user's own lies where the command is given
     try:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"environment {name!r} names {target!r}, which can't be imported: {error}") from error
+    taken = inspect.signature(factory).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    for option in options or {}:
+        if option not in taken and not takes_any:
+            raise unknown_name(f"option of the environment {name!r}", str(option), taken)
     try:
         return factory(**(options or {}))
     except TypeError as error:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,8 @@ def _wandb(folder: Path, project: str, name: str) -> Any:
         import wandb
     except ImportError as error:
         raise UserError("log.wandb needs the package wandb: pip install 'skillsd[wandb]'") from error
-    # One folder is one W&B run, so that a resumed run goes on there as well.
-    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return wandb.init(project=project, name=name, id=identity, dir=str(folder), resume="allow")
+    # The folder remembers its W&B run, so that a resumed run goes on there as well.
+    kept = folder / "wandb-id"
+    if not kept.exists():
+        kept.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
+    return wandb.init(project=project, name=name, id=kept.read_text(), dir=str(folder), resume="allow")

@@ -19,11 +19,13 @@ class Collected:
     Attributes:
         groups: complete groups only, in the order of the tasks.
         broken: episodes that the infrastructure ended, the retried ones too, by outcome.
+        reason: what the last of them said.
         dropped: tasks whose whole group was given up because one of its episodes failed every time.
     """
 
     groups: list[Group] = field(default_factory=list)
     broken: dict[str, int] = field(default_factory=dict)
+    reason: str = ""
     dropped: list[Task] = field(default_factory=list)
 
 
@@ -55,8 +57,9 @@ async def collect(
     collected = Collected()
     slots = asyncio.Semaphore(concurrency)
 
-    def broken(outcome: Outcome) -> None:
+    def broken(outcome: Outcome, reason: str) -> None:
         collected.broken[outcome] = collected.broken.get(outcome, 0) + 1
+        collected.reason = reason
 
     async def play(task: Task, place: int, member: int) -> Trajectory | None:
         # `place` tells two visits of one task in the same collection apart.
@@ -65,8 +68,8 @@ async def collect(
             async with slots:
                 try:
                     environment = task_set.make()
-                except Exception:  # an environment that can't even be made is as broken as one that fails later
-                    broken(Outcome.ENV_ERROR)
+                except Exception as error:  # one that can't even be made is as broken as one that fails later
+                    broken(Outcome.ENV_ERROR, f"make: {type(error).__name__}: {error}")
                     continue
                 trajectory = await run_episode(
                     actor,
@@ -82,7 +85,7 @@ async def collect(
             if trajectory.outcome.has_reward:
                 on_episode(trajectory)
                 return trajectory
-            broken(trajectory.outcome)
+            broken(trajectory.outcome, trajectory.error)
         return None
 
     try:

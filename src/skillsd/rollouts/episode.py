@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from skillsd.config import RolloutSection
 from skillsd.engines.base import Engine, SampleRequest, Weights
-from skillsd.envs.base import Environment, Step
+from skillsd.envs.base import Environment, Step, TaskSet
 from skillsd.rollouts.tokens import ChatRenderer
 from skillsd.seeds import derive_seed
 from skillsd.skills.context import with_context
@@ -31,6 +33,16 @@ class Budget:
     trajectory_tokens: int
     step_seconds: float = 60.0
     """Deadline of each call to the environment."""
+
+    @classmethod
+    def of(cls, options: RolloutSection, task_set: TaskSet, max_length: int) -> Budget:
+        """A recipe's budget on these tasks, for a model that takes `max_length` tokens."""
+        return cls(
+            turns=task_set.max_turns,
+            turn_tokens=options.turn_tokens,
+            trajectory_tokens=min(options.trajectory_tokens, max_length),
+            step_seconds=options.step_seconds,
+        )
 
 
 @dataclass(frozen=True)
@@ -162,6 +174,9 @@ async def _checked(call: Awaitable[Step]) -> Step:
     step = await call
     if not isinstance(step, Step):
         raise TypeError(f"expected a Step, got {type(step).__name__}")
+    if not isinstance(step.observation, str):
+        raise TypeError(f"the observation is {type(step.observation).__name__}, expected str")
+    json.dumps(dict(step.info))  # it is going to be kept as JSON
     if not (math.isfinite(step.score) and 0 <= step.score <= 1):
         raise ValueError(f"the score is {step.score}, expected 0 to 1")
     return step

@@ -82,10 +82,12 @@ class StoredSkill:
     def mean_reward(self) -> float:
         """Mean reward of the rollouts trained under this skill (METHOD.md, step 3).
 
-        Until there is one (its first group is under way, or was dropped) the source trajectory's reward
-        stands in; the paper is silent there.
+        The paper is silent on a skill without any. Never picked, its source trajectory's reward stands in; picked but
+        never credited (it did not fit the teacher's budget, say) it counts 0, or it would be picked for ever.
         """
-        return self.reward_sum / self.credited if self.credited else self.source_reward
+        if self.credited:
+            return self.reward_sum / self.credited
+        return 0.0 if self.picks else self.source_reward
 
 
 class SkillBank:

@@ -40,7 +40,9 @@ def save(run: Run) -> Path:
     aside.rename(target)
     _sync_folder(parent)
     for old in _all(run.folder)[: -run.config.checkpoint.keep]:
-        shutil.rmtree(old)
+        going = parent / f".{old.name}.partial"
+        old.rename(going)  # gone at once: killed halfway, it would still look whole
+        shutil.rmtree(going)
     return target
 
 

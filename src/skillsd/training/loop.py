@@ -18,8 +18,8 @@ from skillsd.skills.context import render_skill
 from skillsd.training import checkpoint
 from skillsd.training.batches import build_batch
 from skillsd.training.evaluate import evaluate
+from skillsd.training.figures import describe_batch, describe_rollouts, describe_skills, describe_system
 from skillsd.training.optimise import optimise
-from skillsd.training.records import describe_batch, describe_rollouts, describe_skills, describe_system
 from skillsd.training.run import Run, actor_at
 from skillsd.types import Group, Skill, Task
 
@@ -82,10 +82,15 @@ async def iterate(run: Run, reporter: Reporter) -> Record:
             concurrency=config.rollout.concurrency,
         )
     groups = collected.groups
-    _check_room(run, groups)
+    if collected.dropped:
+        reporter.note(f"{len(collected.dropped)} of {len(tasks)} groups dropped; the environment: {collected.reason}")
+    _check_groups(run, groups, collected.reason)
 
     # The teacher is told more (a skill of each task's own bank), and re-scores what the student said.
-    lessons = [_lesson(run, group.task) for group in groups]
+    if run.summaries:
+        run.summaries.collect()  # what became ready meanwhile
+    with run.bank.batch():
+        lessons = [_lesson(run, group.task) for group in groups]
     objective = run.objective()
     with clock("teacher"):
         batch = await _compute(
@@ -106,10 +111,12 @@ async def iterate(run: Run, reporter: Reporter) -> Record:
     with clock("update"):
         updated = await _compute(run, lambda: optimise(run, batch, objective, reporter.note))
 
-    # A skill is credited with the rewards of the rollouts that were trained while it taught: not if it did not fit.
-    for group, lesson, taught in zip(groups, lessons, batch.taught, strict=True):
-        if lesson and taught:
-            run.bank.credit(lesson.id, group.rewards)
+    # A skill is credited with the rewards of the rollouts that were trained while it taught: not if it did not fit,
+    # nor if nothing was updated.
+    with run.bank.batch():
+        for group, lesson, taught in zip(groups, lessons, batch.taught, strict=True):
+            if lesson and taught and updated["step/applied"]:
+                run.bank.credit(lesson.id, group.rewards)
 
     # Finished trajectories become skills, for later iterations.
     with clock("summarise"):
@@ -155,7 +162,16 @@ async def measure(run: Run) -> Record:
     return record
 
 
-def _check_room(run: Run, groups: list[Group]) -> None:
+def _check_groups(run: Run, groups: list[Group], reason: str) -> None:
+    """A run that never gets anything to train on is told why, instead of ending with nothing learnt.
+
+    Once it had something, a lost iteration is an outage: it changes nothing, is noted, and training goes on.
+    """
+    if not groups and not run.totals["episodes"]:
+        raise UserError(
+            f"every episode of iteration {run.iteration + 1} failed in the environment "
+            f"{run.config.environment.name!r}, fresh tries included: {reason}"
+        )
     if groups and not any(trajectory.turns for group in groups for trajectory in group.trajectories):
         raise UserError(
             f"rollout.trajectory_tokens is {run.config.rollout.trajectory_tokens}, but the prompts alone have "

@@ -62,6 +62,7 @@ def optimise(run: Run, batch: Batch, objective: Objective, note: Callable[[str],
         **_gap_quantiles(gaps),
         "step/grad_norm": sum(norms) / len(norms) if norms else float("nan"),
         "step/learning_rate": run.learning_rate(),
+        "step/applied": float(len(norms)),
         "step/refused": float(refused),
     }
 

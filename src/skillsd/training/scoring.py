@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from skillsd import config as configs
@@ -18,6 +18,7 @@ from skillsd.training import checkpoint
 from skillsd.training.evaluate import Evaluation, evaluate
 from skillsd.training.run import make_engine
 from skillsd.training.session import CONFIG
+from skillsd.types import Trajectory
 
 
 def is_run(target: str) -> bool:
@@ -51,6 +52,7 @@ def score(
     limit: int | None = None,
     temperatures: Sequence[float] = (1.0, 0.0),
     seed: int | None = None,
+    on_episode: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> list[Evaluation]:
     """Play a split under the plain prompt at each temperature (0: greedily, once a task). No bank is opened.
 
@@ -59,12 +61,7 @@ def score(
     task_set = registry.load(config.environment.name, config.environment.options)
     task_set.tasks(split)
     options = config.rollout
-    budget = Budget(
-        turns=task_set.max_turns,
-        turn_tokens=options.turn_tokens,
-        trajectory_tokens=min(options.trajectory_tokens, engine.max_length),
-        step_seconds=options.step_seconds,
-    )
+    budget = Budget.of(options, task_set, engine.max_length)
     renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens)
     return [
         asyncio.run(
@@ -77,6 +74,7 @@ def score(
                 samples=samples if temperature > 0 else 1,
                 limit=limit,
                 concurrency=options.concurrency,
+                on_episode=on_episode,
             )
         )
         for temperature in temperatures

@@ -95,6 +95,8 @@ def train(config: SftConfig, task_set: TaskSet, folder: Path, on_step: Callable[
         UserError: if the environment brings no demonstrations, or the loss stops being finite.
     """
     options = config.warm_start
+    if config.model.lora:
+        raise UserError("the warm start trains all weights: leave out model.lora")
     template = load_template(options.template)
     model = config.model.name
     if config.new is not None:
@@ -112,6 +114,7 @@ def train(config: SftConfig, task_set: TaskSet, folder: Path, on_step: Callable[
         betas=(0.9, options.beta2),
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
+        gradient_checkpointing=config.model.gradient_checkpointing,
     )
     renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens)
     stream = _demonstrations(config, task_set, "demonstrations")

@@ -215,6 +215,7 @@ class CachedPlan:
         self.rows: slice | Tensor = slice(rows[0], rows[0] + batch) if block else torch.tensor(rows).to(device)
         distance = query_position.unsqueeze(2) - torch.arange(self.longest)
         self.distance = distance.unsqueeze(1).to(device)  # [batch, 1, most, longest], of a key behind its query
+        self._visible: dict[tuple[int | None, int], Tensor] = {}  # the same for all layers of one kind
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         self.pool.write(layer, self.row, self.position, key, value)
@@ -227,8 +228,14 @@ class CachedPlan:
         repeats = heads // kv_heads
         q = query.view(self.batch, self.most, kv_heads, repeats, dim).permute(0, 2, 3, 1, 4)
         q = q.reshape(self.batch, kv_heads, repeats * self.most, dim)
-        visible = self.distance >= 0 if window is None else (self.distance >= 0) & (self.distance < window)
-        out = F.scaled_dot_product_attention(q, k, v, visible.repeat(1, 1, repeats, 1), scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, self._mask(window, repeats), scale=scale)
         out = out.view(self.batch, kv_heads, repeats, self.most, -1).permute(0, 3, 1, 2, 4)
         out = out.reshape(self.batch * self.most, heads, -1)
         return out if self.place is None else out.index_select(0, self.place)
+
+    def _mask(self, window: int | None, repeats: int) -> Tensor:
+        """Which keys a query sees, ``[batch, 1, repeats * most, longest]``."""
+        if (window, repeats) not in self._visible:
+            seen = self.distance >= 0 if window is None else (self.distance >= 0) & (self.distance < window)
+            self._visible[window, repeats] = seen.repeat(1, 1, repeats, 1)
+        return self._visible[window, repeats]

@@ -140,6 +140,8 @@ class TorchEngine(Engine):
         distribution: bool = False,
     ) -> dict[str, Mean]:
         self._check_lengths([item.sequence for item in batch])
+        for sampler in self.samplers.values():
+            sampler.release()
         parts: list[dict[str, Mean]] = []
         for part in self._micro_batches([item.sequence for item in batch]):
             items = [batch[i] for i in part]
@@ -274,9 +276,12 @@ class TorchEngine(Engine):
         if not path.is_file():
             raise UserError(f"no engine state in {str(folder)!r}: expected the file engine.pt of a checkpoint")
         try:
-            state: Mapping[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+            state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{str(path)!r} is damaged ({str(error).splitlines()[0]}): take an older one") from error
+            raise UserError(
+                f"{str(path)!r} is damaged ({str(error).splitlines()[0]}): remove its folder to go on from the one "
+                "before it"
+            ) from error
         if _forms(state["weights"]) != _forms(self._trainable):
             raise UserError(
                 f"the checkpoint {str(folder)!r} holds other weights than the recipe's model has: names, shapes or "
@@ -291,7 +296,7 @@ class TorchEngine(Engine):
             for name, parameter in self._trainable.items():
                 parameter.copy_(state["weights"][name])
         if self._teacher is not None:
-            self._teacher = {name: t.clone() for name, t in (state["teacher"] or state["weights"]).items()}
+            self._teacher = {n: t.to(self.device, copy=True) for n, t in (state["teacher"] or state["weights"]).items()}
         self._student_moved = state["student_moved"]
         self._optimiser.load_state_dict(state["optimiser"])
         self._optimiser.zero_grad()

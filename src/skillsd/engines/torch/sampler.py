@@ -23,6 +23,9 @@ Forward = Callable[[Tensor, CachedPlan, Tensor], Tensor]
 LONG = 64
 """New tokens of one request from which on they are prefilled apart, lest one long prompt pad everyone's attention."""
 
+PREFILL = 16_384
+"""The most tokens, padding to the longest included, that one forward pass of prefill takes (a longer one: alone)."""
+
 
 @dataclass
 class _Session:
@@ -54,7 +57,6 @@ class Sampler:
         self._pump: asyncio.Task[None] | None = None
         self._clock = 0
         self._unnamed = 0  # requests so far that belong to no session
-        self.steps = 0  # decode steps so far, for the metrics
 
     async def sample(self, request: SampleRequest) -> Sample:
         future: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
@@ -82,6 +84,11 @@ class Sampler:
             raise RuntimeError("the weights were changed while something was being sampled with them")
         self._sessions.clear()
         self._rows.clear()
+
+    def release(self) -> None:
+        """Give the memory of keys and values back, if no episode is under way: the update needs it."""
+        if not self._rows and not self._queue:
+            self._pool = KVPool()
 
     # -- the decode loop ----------------------------------------------------------------------------------------
 
@@ -190,10 +197,14 @@ class Sampler:
 
     def _prefill(self, sessions: list[_Session]) -> None:
         """Compute keys and values of everything but the last token."""
+        nowhere = torch.empty(0, dtype=torch.long, device=self._device)  # no logits are wanted
         ready = [s for s in sessions if len(s.tokens) - s.cached > 1]
-        if ready:
-            counts = [len(s.tokens) - 1 - s.cached for s in ready]
-            self._feed(ready, counts, torch.empty(0, dtype=torch.long, device=self._device))
+        ready.sort(key=lambda s: len(s.tokens) - s.cached, reverse=True)  # of like length together
+        while ready:
+            fitting = max(1, PREFILL // (len(ready[0].tokens) - 1 - ready[0].cached))
+            part, ready = ready[:fitting], ready[fitting:]
+            part.sort(key=lambda s: s.row)
+            self._feed(part, [len(s.tokens) - 1 - s.cached for s in part], nowhere)
 
     def _feed(self, sessions: list[_Session], counts: list[int], places: Tensor | None) -> Tensor:
         """Run the next `counts` tokens of each session; logits ``[sessions, vocabulary]`` at their last ones."""
@@ -229,7 +240,6 @@ class Sampler:
         self._compact(active)
         active.sort(key=lambda session: session.row)
         logits = self._feed(active, [len(s.tokens) - s.cached for s in active], None)
-        self.steps += 1
         temperatures = [s.request.temperature for s in active if s.request]
         tokens, logprobs = choose(logits, temperatures, [s.rng.random() for s in active])
         for session, token, logprob in zip(active, tokens, logprobs, strict=True):

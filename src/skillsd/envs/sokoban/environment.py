@@ -101,6 +101,15 @@ class Sokoban(TaskSet):
             self._tasks[split] = tuple(task_of(entry.level, split, entry.moves) for entry in entries)
         return self._tasks[split]
 
+    def rules_in_words(self) -> Mapping[str, Any]:
+        rules = self.rules
+        return {"style": rules.style, "max_actions_per_turn": rules.max_actions_per_turn}
+
+    def for_people(self) -> Sokoban:
+        """With the room as a picture."""
+        rules = self.rules
+        return Sokoban(self.preset, "grid", rules.max_steps, rules.max_actions_per_turn)
+
     def make(self) -> Environment:
         return SokobanEnvironment(self.rules)
 
