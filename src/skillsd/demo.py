@@ -30,6 +30,9 @@ METHODS = ("grpo", "skill-sd")
 SPLIT = "test"
 POLL_SECONDS = 0.5
 
+Scores = tuple[Evaluation, Evaluation]
+"""Sampled at the training temperature, and greedily."""
+
 
 def run_demo(folder: Path, seeds: Sequence[int], overrides: Sequence[str], console: Console) -> dict[str, Any]:
     """Train each method on each seed, evaluate base and all on the test panel, and write ``summary.json``.
@@ -110,12 +113,12 @@ def _start(key: tuple[str, int], folder: Path, overrides: Sequence[str]) -> subp
 
 def _evaluate_all(
     runs: dict[tuple[str, int], Path], config: RunConfig, console: Console
-) -> dict[str, dict[int, Evaluation]]:
-    """method (and ``base``) -> seed -> its figures on the test panel, sampled at the training temperature."""
+) -> dict[str, dict[int, Scores]]:
+    """method (and ``base``) -> seed -> its figures on the test panel."""
     from skillsd.training.scoring import load_trained, load_untrained, score
 
     bars, done = Bars(console), 0
-    scores: dict[str, dict[int, Evaluation]] = {"base": {}}
+    scores: dict[str, dict[int, Scores]] = {"base": {}}
     jobs: list[tuple[str, int, Path | None]] = [("base", seed, None) for seed in sorted({seed for _, seed in runs})]
     jobs += [(method, seed, folder) for (method, seed), folder in runs.items()]
     tasks = len(registry.load(config.environment.name, config.environment.options).tasks(SPLIT))
@@ -125,27 +128,29 @@ def _evaluate_all(
             def on_episode(trajectory: Trajectory, name: str = name) -> None:
                 nonlocal done
                 done += 1
-                bars.update(f"evaluating on {SPLIT}", done, tasks * len(jobs), name)
+                bars.update(f"evaluating on {SPLIT}", done, 2 * tasks * len(jobs), name)
 
             engine = load_trained(str(folder))[0] if folder else load_untrained(config.model.name, config)
-            temperatures = (config.rollout.temperature,)
-            [figures] = score(engine, config, SPLIT, temperatures=temperatures, seed=seed, on_episode=on_episode)
-            scores.setdefault(name, {})[seed] = figures
+            temperatures = (config.rollout.temperature, 0.0)
+            figures = score(engine, config, SPLIT, temperatures=temperatures, seed=seed, on_episode=on_episode)
+            scores.setdefault(name, {})[seed] = (figures[0], figures[1])
     return scores
 
 
 def _summarise(
-    runs: dict[tuple[str, int], Path], scores: dict[str, dict[int, Evaluation]], config: RunConfig
+    runs: dict[tuple[str, int], Path], scores: dict[str, dict[int, Scores]], config: RunConfig
 ) -> dict[str, Any]:
+    first, _ = next(iter(scores["base"].values()))
     summary: dict[str, Any] = {
         "recipe": RECIPE,
         "split": SPLIT,
-        "tasks": next(iter(scores["base"].values())).tasks,
-        "fingerprint": next(iter(scores["base"].values())).fingerprint,
+        "tasks": first.tasks,
+        "fingerprint": first.fingerprint,
         "seeds": sorted(scores["base"]),
     }
     for name, by_seed in scores.items():
-        figures = list(by_seed.values())
+        figures = [sampled for sampled, _ in by_seed.values()]
+        greedy = [played.accuracy for _, played in by_seed.values()]
         accuracies = [f.accuracy for f in figures]
         last = [read(runs[name, seed] / METRICS)[-1] for seed in by_seed] if name != "base" else []
         summary[name.replace("-", "_")] = {
@@ -157,6 +162,8 @@ def _summarise(
             if len(figures) == 1
             else mean_interval([f.completion for f in figures]),
             "accuracy_by_seed": accuracies,
+            "greedy_accuracy": sum(greedy) / len(greedy),
+            "greedy_accuracy_by_seed": greedy,
             "episodes": int(last[0]["episodes"]) if last else 0,
             "seconds": sum(record["seconds"] for record in last) / len(last) if last else 0.0,
         }
@@ -174,6 +181,7 @@ def _show(
                 name,
                 percent(row["accuracy"], row["interval"]),
                 percent(row["completion"], row["completion_interval"]),
+                percent(row["greedy_accuracy"]),
                 f"{row['episodes']:,}",
                 duration(row["seconds"]) if row["episodes"] else "-",
             ]
@@ -185,7 +193,7 @@ def _show(
     console.print(
         table(
             f"Held-out Sokoban levels ({summary['tasks']}, split {SPLIT}), sampled, plain prompt",
-            ["method", "accuracy [95 %]", "completion [95 %]", "episodes", "training"],
+            ["method", "accuracy [95 %]", "completion [95 %]", "greedy", "episodes", "training"],
             rows,
             caption=caption,
         )
