@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from skillsd.config import RunConfig
+from skillsd.methods import method
 from skillsd.report.manifest import processor, versions
 
 EXTRAS = {"peft": "LoRA (skillsd[lora])", "wandb": "Weights & Biases (skillsd[wandb])"}
@@ -72,13 +73,18 @@ def _examine_recipe(console: Console, config: RunConfig, free: int) -> None:
     per_token = 2 * architecture.num_hidden_layers * heads * head * width
     episodes = config.rollout.tasks_per_iteration * config.rollout.group_size
     cache = min(episodes, config.rollout.concurrency) * config.rollout.trajectory_tokens * per_token
-    # Some 16 activations of the hidden size a layer are kept for the backward pass, and one logit row a sampled token.
+    # Some 16 activations of the hidden size a layer are kept for the backward pass. Logits stand as the model's, in
+    # float32, divided by the temperature and normalised; should every token be a sampled one, four rows each.
     tokens = max(config.training.micro_batch_tokens, config.rollout.trajectory_tokens)
     layers = 1 if config.model.gradient_checkpointing else architecture.num_hidden_layers
-    activations = tokens * 16 * architecture.hidden_size * width * layers + tokens * architecture.vocab_size * 4
+    activations = tokens * 16 * architecture.hidden_size * width * layers + tokens * architecture.vocab_size * 16
+    row = method(config.method)
+    own_teacher = row.teacher == "frozen" or (row.teacher == "synchronised" and config.teacher.sync_every > 1)
+    snapshot = trained * width if own_teacher else 0
     parts = {
         f"weights ({parameters / 1e6:.1f} M)": parameters * width,
         f"gradient and optimiser ({trained / 1e6:.1f} M trained)": learning,
+        "the teacher's own weights": snapshot,
         f"keys and values of {min(episodes, config.rollout.concurrency)} episodes": cache,
         "activations (rough)": activations,
     }
@@ -86,7 +92,7 @@ def _examine_recipe(console: Console, config: RunConfig, free: int) -> None:
     for name, size in parts.items():
         console.print(f"  {name:44} {size / (1 << 20):10,.0f} MiB", highlight=False)
     # Keys and values are needed while sampling, gradients and activations while updating.
-    need = parameters * width + learning + max(cache, activations)
+    need = parameters * width + learning + snapshot + max(cache, activations)
     verdict = "fits" if need < 0.9 * free else "does NOT fit"
     console.print(f"  {'at once, at most':44} {need / (1 << 20):10,.0f} MiB: {verdict}", highlight=False)
     if need >= 0.9 * free:

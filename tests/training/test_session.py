@@ -127,6 +127,17 @@ def test_a_run_can_be_made_longer(config: RunConfig, tmp_path: Path) -> None:
     assert configs.load(RunConfig, str(tmp_path / "run" / "config.yaml")).training.iterations == 3
 
 
+def test_a_run_does_not_go_on_with_other_tasks(config: RunConfig, tmp_path: Path) -> None:
+    short = changed(config, training={"iterations": 1})
+    run_training(short, tmp_path / "run")
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["panels"]["tune"] = "another"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="the tasks of tune are others"):
+        run_training(short, tmp_path / "run", resume=True)
+
+
 def test_folders_that_are_no_runs(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for resume in (False, True):

@@ -4,6 +4,7 @@ checkpoint."""
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +47,8 @@ def run_training(
     writer: RunWriter | None = None
     try:
         run = build(config, folder)
+        if start is not None:
+            _check_panels(run, folder)
         writer = RunWriter(
             folder,
             config.log,
@@ -100,6 +103,20 @@ def _write_config(config: RunConfig, folder: Path) -> None:
     aside = folder / f".{CONFIG}.partial"
     aside.write_text(configs.dump(config), encoding="utf-8")
     aside.replace(folder / CONFIG)
+
+
+def _check_panels(run: Run, folder: Path) -> None:
+    """A run goes on with the tasks it began with, or its figures would be of two panels."""
+    try:
+        before = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["panels"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{str(folder)!r} has no readable manifest.json, so what it trained on is unknown") from error
+    changed = [split for split in run.task_set.splits if before.get(split) != run.task_set.fingerprint(split)]
+    if changed:
+        raise UserError(
+            f"the tasks of {', '.join(changed)} are others than when {str(folder)!r} was begun: start anew in another "
+            "folder, with --out"
+        )
 
 
 def _iteration_of(start: Path | None) -> int | None:
