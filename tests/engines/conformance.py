@@ -356,9 +356,40 @@ def snapshot_teacher_stays(subject: Subject) -> None:
     assert torch.equal(_view(engine, "teacher"), _view(engine))
 
 
+def averaged_teacher_is_between(subject: Subject) -> None:
+    """One sync at a small rate moves the teacher a little; many of them bring it to a student that stands still."""
+    engine = subject.make(teacher_follows=False)
+    for rate in (0.0, -0.5, 1.5, math.nan):
+        with pytest.raises(ValueError, match="rate"):
+            engine.sync_teacher(rate)
+    old = _view(engine)
+    engine.sync_teacher(0.3)  # of two that are equal
+    assert _gap(_view(engine, "teacher"), old) <= subject.tolerance
+    _train(engine, 2)
+    new = _view(engine)
+    apart = _gap(new, old)
+    gaps = [_gap(_view(engine, "teacher"), new)]
+    for _ in range(3):
+        for _ in range(30):
+            engine.sync_teacher(0.01)
+        gaps.append(_gap(_view(engine, "teacher"), new))
+    assert apart > gaps[0] / 2 > 0
+    assert gaps == sorted(gaps, reverse=True)
+    assert 0.2 < gaps[-1] / gaps[0] < 0.7  # 0.99^90 is 0.4
+    for _ in range(12):
+        engine.sync_teacher(0.5)
+    assert _gap(_view(engine, "teacher"), new) <= subject.tolerance + apart / 1000
+    assert torch.equal(_view(engine), new)  # the student is not touched
+    _train(engine)
+    engine.sync_teacher()
+    assert torch.equal(_view(engine, "teacher"), _view(engine))
+
+
 def following_teacher_is_never_stale(subject: Subject) -> None:
     engine = subject.make(teacher_follows=True)
     assert torch.equal(_view(engine, "teacher"), _view(engine))
+    with pytest.raises(ValueError, match="rate"):
+        engine.sync_teacher(0.5)  # it has nothing to average with
     _train(engine)
     with pytest.raises(StaleTeacherError):
         engine.score(_sequences(), "teacher")
@@ -375,12 +406,12 @@ def following_teacher_is_never_stale(subject: Subject) -> None:
 
 
 def saved_and_loaded_goes_on_bit_for_bit(subject: Subject, folder: Path) -> None:
-    for teacher_follows in (True, False):
-        here = folder / str(teacher_follows)
+    for teacher_follows, rate in ((True, 1.0), (False, 1.0), (False, 0.01)):
+        here = folder / f"{teacher_follows} {rate}"
         here.mkdir()
         through = subject.make(teacher_follows=teacher_follows)
         _train(through, 2)
-        through.sync_teacher()
+        through.sync_teacher(rate)
         _train(through, 1)
         through.save(here)
         resumed = subject.make(teacher_follows=teacher_follows)
@@ -399,6 +430,10 @@ def saved_and_loaded_goes_on_bit_for_bit(subject: Subject, folder: Path) -> None
             assert _gap(_view(resumed, "teacher"), _view(resumed)) > 0
         assert _train(resumed, 3) == _train(through, 3)
         assert torch.equal(_view(resumed), _view(through))
+        for _ in range(20):  # what an average has gathered below the weights' own resolution is there, too
+            resumed.sync_teacher(rate)
+            through.sync_teacher(rate)
+        assert torch.equal(_view(resumed, "teacher"), _view(through, "teacher"))
 
 
 CHECKS: list[Callable[[Subject], None]] = [
@@ -415,6 +450,7 @@ CHECKS: list[Callable[[Subject], None]] = [
     sampling_follows_the_update,
     what_is_not_finite_is_refused,
     snapshot_teacher_stays,
+    averaged_teacher_is_between,
     following_teacher_is_never_stale,
 ]
 """All but `saved_and_loaded_goes_on_bit_for_bit`, which needs a folder."""

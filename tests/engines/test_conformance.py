@@ -191,6 +191,23 @@ def test_checkpoint_of_another_kind_is_refused_and_changes_nothing(
         engine.load(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_averaged_teacher_is_the_average_of_the_weights(dtype: str, model_folder: Callable[[str], Path]) -> None:
+    """Of the student's float32 weights, whatever the dtype that it computes in; its own is rounded once, at the end."""
+    engine = TorchEngine(str(model_folder("llama")), device="cpu", dtype=dtype, teacher_follows=False)
+    expected = [master.detach().double() for master in engine._optimiser.masters]
+    for rate in [1e-3] * 40 + [0.3]:
+        conformance._train(engine, learning_rate=1e-4)
+        engine.sync_teacher(rate)
+        masters = engine._optimiser.masters
+        expected = [(1 - rate) * e + rate * m.detach() for e, m in zip(expected, masters, strict=True)]
+    assert engine._teacher is not None
+    for weight, average in zip(engine._teacher.values(), expected, strict=True):
+        assert weight.dtype == getattr(torch, dtype)
+        limit = 1e-6 if dtype == "float32" else 2**-8
+        assert ((weight - average).abs() <= limit * average.abs() + 1e-7).all()
+
+
 def test_saved_model_is_in_the_ecosystems_format(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """Anyone's `from_pretrained` gives the trained model, with attention of its own."""
     engine = TorchEngine(str(model_folder("llama")), device="cpu")

@@ -163,8 +163,14 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def sync_teacher(self) -> None:
-        """From now on the teacher's weights are the student's of this moment."""
+    def sync_teacher(self, rate: float = 1.0) -> None:
+        """The teacher's weights become ``(1 - rate) * teacher + rate * student``, the student's as of this moment.
+
+        With 1 the teacher is the student; smaller rates, call by call, make it an exponential moving average.
+
+        Raises:
+            ValueError: if `rate` is not in (0, 1], or is below 1 where the teacher keeps no weights of its own.
+        """
 
     @abstractmethod
     def save(self, folder: Path) -> None:

@@ -42,7 +42,8 @@ class TorchEngine(Engine):
         lora: train adapters instead of all weights.
         teacher_follows: the teacher has no weights of its own: it is the student, as long as the student has not moved
             since the last `sync_teacher`. Right (and free) where every iteration begins with a sync. If False, a
-            snapshot of the trainable weights is kept.
+            snapshot of the trainable weights is kept, in their dtype. A moving average of bfloat16 weights
+            (`sync_teacher` with a rate below 1) is kept in float32 besides: rounded each time, it would never move.
         micro_batch_tokens: the most tokens in one forward pass of scoring or training (a longer sequence goes alone).
         max_sessions: the most episodes whose keys and values are kept at once.
     """
@@ -79,6 +80,7 @@ class TorchEngine(Engine):
         self._micro_batch_tokens = micro_batch_tokens
         self._teacher_follows = teacher_follows
         self._teacher: dict[str, Tensor] | None = None  # the snapshot; None where the teacher follows
+        self._averages: dict[str, Tensor] = {}  # in float32, of those weights of an averaged snapshot that are not
         self._student_moved = False  # since the last sync
         self._loss_is_finite = True  # of everything accumulated since the last step
         self.samplers = {
@@ -171,11 +173,31 @@ class TorchEngine(Engine):
 
     # -- the teacher --------------------------------------------------------------------------------------------
 
-    def sync_teacher(self) -> None:
+    def sync_teacher(self, rate: float = 1.0) -> None:
+        if not 0 < rate <= 1:
+            raise ValueError(f"the rate of a teacher's sync is {rate}; it must be above 0 and at most 1")
+        if self._teacher_follows and rate != 1:
+            raise ValueError(
+                f"a teacher that follows the student keeps no weights to average with (rate {rate}): sync with rate 1, "
+                "or make the engine with teacher_follows=False"
+            )
         if not self._teacher_follows:
             self.samplers["teacher"].clear()
-            self._teacher = {name: p.detach().clone() for name, p in self._trainable.items()}
+            if self._teacher is None or rate == 1:
+                self._teacher = {name: p.detach().clone() for name, p in self._trainable.items()}
+                self._averages = {}
+            else:
+                self._average_into(self._teacher, rate)
         self._student_moved = False
+
+    def _average_into(self, teacher: Mapping[str, Tensor], rate: float) -> None:
+        for (name, weight), master in zip(teacher.items(), self._optimiser.masters, strict=True):
+            if weight.dtype == torch.float32:
+                weight.lerp_(master.detach(), rate)
+                continue
+            if name not in self._averages:
+                self._averages[name] = weight.float()
+            weight.copy_(self._averages[name].lerp_(master.detach(), rate))
 
     def _check_teacher(self) -> None:
         if self._teacher is None and self._student_moved:
@@ -265,6 +287,7 @@ class TorchEngine(Engine):
                 "weights": {name: p.detach() for name, p in self._trainable.items()},
                 "optimiser": self._optimiser.state_dict(),
                 "teacher": self._teacher,
+                "teacher_averages": self._averages,
                 "student_moved": self._student_moved,
                 "rng": rng,
             },
@@ -296,7 +319,8 @@ class TorchEngine(Engine):
             for name, parameter in self._trainable.items():
                 parameter.copy_(state["weights"][name])
         if self._teacher is not None:
-            self._teacher = {n: t.to(self.device, copy=True) for n, t in (state["teacher"] or state["weights"]).items()}
+            self._teacher = _copies(state["teacher"] or state["weights"], self.device)
+            self._averages = _copies(state.get("teacher_averages", {}), self.device)  # older checkpoints have none
         self._student_moved = state["student_moved"]
         self._optimiser.load_state_dict(state["optimiser"])
         self._optimiser.zero_grad()
@@ -306,6 +330,10 @@ class TorchEngine(Engine):
             torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
         for sampler in self.samplers.values():
             sampler.clear()
+
+
+def _copies(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device, copy=True) for name, tensor in weights.items()}
 
 
 def _forms(weights: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
