@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from engines import conformance, tiny
 from engines.conformance import CHECKS, OF_ARCHITECTURE, Subject
-from skillsd.engines.base import TokenSequence, TrainItem
+from skillsd.engines.base import SampleRequest, TokenSequence, TrainItem
 from skillsd.engines.torch import attention
 from skillsd.engines.torch.engine import TorchEngine
 from skillsd.engines.torch.models import LoraOptions
@@ -206,6 +210,96 @@ def test_averaged_teacher_is_the_average_of_the_weights(dtype: str, model_folder
         assert weight.dtype == getattr(torch, dtype)
         limit = 1e-6 if dtype == "float32" else 2**-8
         assert ((weight - average).abs() <= limit * average.abs() + 1e-7).all()
+
+
+# -- a teacher that is another model --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, LORA, {"teacher_follows": False}], ids=["full", "lora", "snapshot"])
+def test_external_teacher_is_the_other_model(
+    options: dict[str, Any], model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Whatever happens to the student: its scores and samples are those of the other model by itself."""
+    folder, other = str(model_folder("llama")), str(model_folder("qwen3"))
+    alone = TorchEngine(other, device="cpu")
+    expected = conformance._view(alone)
+
+    def make() -> TorchEngine:
+        return TorchEngine(folder, device="cpu", teacher_model=other, **options)
+
+    engine = make()
+    requests = [SampleRequest(conformance._ids(9, n), 6, seed=n, session=str(n)) for n in range(3)]
+    samples = conformance._sample_all(alone, requests)
+    for rate in (1.0, 0.5):
+        conformance._train(engine, 2)
+        assert torch.equal(conformance._view(engine, "teacher"), expected)
+        of_teacher = [replace(request, weights="teacher") for request in requests]
+        assert conformance._sample_all(engine, of_teacher) == samples
+        for request in requests:
+            engine.end_session(request.session or "")
+        engine.sync_teacher(rate)
+        assert torch.equal(conformance._view(engine, "teacher"), expected)
+    with pytest.raises(ValueError, match="rate"):
+        engine.sync_teacher(2.0)
+    assert conformance._gap(conformance._view(engine), expected) > 0.1
+
+    engine.save(tmp_path)
+    assert torch.load(tmp_path / "engine.pt", weights_only=True)["teacher"] is None
+    resumed = make()
+    resumed.load(tmp_path)
+    assert torch.equal(conformance._view(resumed, "teacher"), expected)
+    assert conformance._train(resumed, 2) == conformance._train(engine, 2)
+    assert torch.equal(conformance._view(resumed), conformance._view(engine))
+
+
+def test_external_teacher_may_be_a_checkpoint(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    trained = TorchEngine(str(model_folder("llama")), device="cpu")
+    conformance._train(trained, 2)
+    trained.save(tmp_path)
+    engine = TorchEngine(str(model_folder("llama")), device="cpu", teacher_model=str(tmp_path / "model"))
+    assert torch.equal(conformance._view(engine, "teacher"), conformance._view(trained))
+
+
+def test_external_teacher_shortens_the_sequences_and_is_cut_to_the_students_logits(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Logits are padded to a round number, larger models' often to a larger one; the tokens are the same."""
+    width = len(tiny.tokenizer())
+    wide = tiny.write(tmp_path, "Llama", {**tiny.GROUPED, "vocab_size": width + 20, "max_position_embeddings": 100})
+    engine = TorchEngine(str(model_folder("llama")), device="cpu", teacher_model=str(wide))
+    assert engine.max_length == 100
+    sequence = TokenSequence(conformance._ids(20, 0), (False, *[True] * 19))
+    seen = engine.score([sequence], "teacher", distribution=True)[0]
+    plain = tiny.Plain(wide).logits(sequence.tokens)[:-1, :width].float().log_softmax(-1)
+    assert conformance._gap(seen, plain) < 1e-5
+    request = SampleRequest(conformance._ids(9, 0), 6, seed=0, weights="teacher")
+    assert max(conformance._sample_all(engine, [request])[0].tokens) < width
+    with pytest.raises(UserError, match=f"{width} logits and the student {width + 20}"):
+        TorchEngine(str(wide), device="cpu", teacher_model=str(model_folder("llama")))
+
+
+def test_external_teacher_that_reads_other_tokens_is_refused(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def changed(what: str) -> Path:
+        return shutil.copytree(model_folder("llama"), tmp_path / what)
+
+    vocabulary, stops, template = changed("vocabulary"), changed("stop tokens"), changed("template")
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(vocabulary)
+    GenerationConfig(eos_token_id=list(tiny.STOPS[:-1]), pad_token_id=0).save_pretrained(stops)
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.chat_template += " "
+    tokenizer.save_pretrained(template)
+    for folder, words in ((vocabulary, "vocabulary"), (stops, "ends its turns"), (template, "chat template")):
+        with pytest.raises(UserError, match=words):
+            TorchEngine(str(model_folder("llama")), device="cpu", teacher_model=str(folder))
+    with pytest.raises(UserError, match="no model in"):
+        TorchEngine(str(model_folder("llama")), device="cpu", teacher_model=str(tmp_path / "nowhere"))
+
+
+# -- what is saved --------------------------------------------------------------------------------------------------
 
 
 def test_saved_model_is_in_the_ecosystems_format(model_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -166,7 +166,8 @@ class Engine(ABC):
     def sync_teacher(self, rate: float = 1.0) -> None:
         """The teacher's weights become ``(1 - rate) * teacher + rate * student``, the student's as of this moment.
 
-        With 1 the teacher is the student; smaller rates, call by call, make it an exponential moving average.
+        With 1 the teacher is the student; smaller rates, call by call, make it an exponential moving average. A teacher
+        that is another model stays as it is.
 
         Raises:
             ValueError: if `rate` is not in (0, 1], or is below 1 where the teacher keeps no weights of its own.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,16 @@ from skillsd.engines.base import (
     Weights,
 )
 from skillsd.engines.torch.attention import CachedPlan, PackedPlan
-from skillsd.engines.torch.models import LoraOptions, add_lora, load_model, longest_sequence, pick_device
+from skillsd.engines.torch.models import (
+    LoraOptions,
+    add_lora,
+    load_model,
+    load_teacher,
+    longest_sequence,
+    pick_device,
+    stop_tokens,
+    vocabulary,
+)
 from skillsd.engines.torch.optimiser import MasterAdamW
 from skillsd.engines.torch.sampler import Sampler
 from skillsd.errors import UserError
@@ -44,6 +52,9 @@ class TorchEngine(Engine):
             since the last `sync_teacher`. Right (and free) where every iteration begins with a sync. If False, a
             snapshot of the trainable weights is kept, in their dtype. A moving average of bfloat16 weights
             (`sync_teacher` with a rate below 1) is kept in float32 besides: rounded each time, it would never move.
+        teacher_model: the teacher is this other model (named as `model`; a checkpoint's folder ``model`` is one), with
+            the student's tokenizer and no adapters. It has nothing to sync, is never stale, is in no checkpoint, and
+            `teacher_follows` plays no part. Sequences are limited to what both models take.
         micro_batch_tokens: the most tokens in one forward pass of scoring or training (a longer sequence goes alone).
         max_sessions: the most episodes whose keys and values are kept at once.
     """
@@ -56,6 +67,7 @@ class TorchEngine(Engine):
         device: str = "auto",
         lora: LoraOptions | None = None,
         teacher_follows: bool = True,
+        teacher_model: str | None = None,
         micro_batch_tokens: int = 8192,
         max_sessions: int = 256,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -65,8 +77,13 @@ class TorchEngine(Engine):
     ) -> None:
         self.device = pick_device(device)
         loaded, self.tokenizer = load_model(model, dtype=dtype, device=self.device)
-        self.stop_tokens = _stop_tokens(loaded, self.tokenizer)
+        self.stop_tokens = stop_tokens(loaded, self.tokenizer)
         self.max_length = longest_sequence(loaded.config)
+        self._vocabulary = vocabulary(loaded.config)
+        self._external: nn.Module | None = None  # the teacher, where it is another model
+        if teacher_model is not None:
+            self._external = load_teacher(teacher_model, loaded, self.tokenizer, dtype=dtype, device=self.device)
+            self.max_length = min(self.max_length, longest_sequence(self._external.config))
         self.lora = lora is not None
         self.model: nn.Module = add_lora(loaded, lora) if lora else loaded
         if gradient_checkpointing:
@@ -79,7 +96,7 @@ class TorchEngine(Engine):
         self._max_grad_norm = max_grad_norm
         self._micro_batch_tokens = micro_batch_tokens
         self._teacher_follows = teacher_follows
-        self._teacher: dict[str, Tensor] | None = None  # the snapshot; None where the teacher follows
+        self._teacher: dict[str, Tensor] | None = None  # the snapshot; None where the teacher follows or is another
         self._averages: dict[str, Tensor] = {}  # in float32, of those weights of an averaged snapshot that are not
         self._student_moved = False  # since the last sync
         self._loss_is_finite = True  # of everything accumulated since the last step
@@ -97,7 +114,7 @@ class TorchEngine(Engine):
             raise ValueError(f"{needed} tokens are asked of a model that takes {self.max_length}")
         if request.weights == "teacher":
             self._check_teacher()
-            if self._teacher is None:  # the very same weights: share the student's decode batch
+            if self._teacher_is_student:  # share its decode batch
                 return await self.samplers["student"].sample(request)
         return await self.samplers[request.weights].sample(request)
 
@@ -176,6 +193,8 @@ class TorchEngine(Engine):
     def sync_teacher(self, rate: float = 1.0) -> None:
         if not 0 < rate <= 1:
             raise ValueError(f"the rate of a teacher's sync is {rate}; it must be above 0 and at most 1")
+        if self._external is not None:
+            return
         if self._teacher_follows and rate != 1:
             raise ValueError(
                 f"a teacher that follows the student keeps no weights to average with (rate {rate}): sync with rate 1, "
@@ -199,8 +218,12 @@ class TorchEngine(Engine):
                 self._averages[name] = weight.float()
             weight.copy_(self._averages[name].lerp_(master.detach(), rate))
 
+    @property
+    def _teacher_is_student(self) -> bool:
+        return self._teacher is None and self._external is None
+
     def _check_teacher(self) -> None:
-        if self._teacher is None and self._student_moved:
+        if self._teacher_is_student and self._student_moved:
             raise StaleTeacherError(
                 "the teacher follows the student and keeps no weights of its own; the student has been updated since "
                 "the last sync_teacher(). Sync first, or make the engine with teacher_follows=False"
@@ -265,6 +288,8 @@ class TorchEngine(Engine):
             "logits_to_keep": places,
             "plan": plan,
         }
+        if weights == "teacher" and self._external is not None:
+            return self._external(**inputs).logits[0, :, : self._vocabulary]
         if weights == "teacher" and self._teacher is not None:
             return torch.func.functional_call(self.model, self._teacher, (), inputs).logits[0]
         return self.model(**inputs).logits[0]
@@ -313,7 +338,7 @@ class TorchEngine(Engine):
         if self._teacher is not None and state["teacher"] is None and state["student_moved"]:
             raise UserError(
                 f"the checkpoint {str(folder)!r} has no teacher: it was written by an engine whose teacher follows the "
-                "student. Load it with teacher_follows=True"
+                "student, or is another model. Load it with the same settings of the teacher"
             )
         with torch.no_grad():
             for name, parameter in self._trainable.items():
@@ -338,16 +363,3 @@ def _copies(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
 
 def _forms(weights: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
-
-
-def _stop_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a turn: the tokenizer's, and those of the model's generation config."""
-    configured = model.generation_config.eos_token_id  # type: ignore[union-attr]
-    ids = configured if isinstance(configured, list) else [configured]
-    stops = frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
-    if not stops:
-        raise UserError(
-            f"the model has no end-of-turn token: set eos_token_id in its generation_config.json "
-            f"(found {json.dumps(configured)})"
-        )
-    return stops

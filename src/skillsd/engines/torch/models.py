@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,59 @@ def load_model(name: str, *, dtype: str, device: torch.device) -> tuple[nn.Modul
     model = model.to(device).eval()  # type: ignore[arg-type]
     verify_attention(model, name)
     return model, tokenizer
+
+
+def load_teacher(name: str, student: nn.Module, tokenizer: Any, *, dtype: str, device: torch.device) -> nn.Module:
+    """Another model to learn from, frozen, that reads the same ids as the student.
+
+    Its logits may be padded to more than the student has: those beyond stand for no token.
+
+    Raises:
+        UserError: as `load_model`, or if an id, the end of a turn or a rendered chat means something else to it.
+    """
+    teacher, its_tokenizer = load_model(name, dtype=dtype, device=device)
+    ours, theirs = tokenizer.get_vocab(), its_tokenizer.get_vocab()
+    different = [token for token, _ in sorted(ours.items() ^ theirs.items())]
+    if different:
+        raise UserError(
+            f"the teacher {name!r} can't read the student's tokens: its vocabulary is another one (they differ in "
+            f"{len(set(different))} tokens, e.g. {different[0]!r}). Give a teacher with the student's tokenizer"
+        )
+    stops, its_stops = stop_tokens(student, tokenizer), stop_tokens(teacher, its_tokenizer)
+    if stops != its_stops:
+        raise UserError(
+            f"the teacher {name!r} ends its turns with other tokens ({sorted(its_stops)}) than the student "
+            f"({sorted(stops)}): set eos_token_id in its generation_config.json, if it means the same"
+        )
+    if tokenizer.chat_template != its_tokenizer.chat_template:
+        raise UserError(
+            f"the teacher {name!r} has another chat template than the student, so it would read prompts of a form that "
+            "it does not know. Give a teacher with the student's template"
+        )
+    width, its_width = vocabulary(student.config), vocabulary(teacher.config)
+    if its_width < width:
+        raise UserError(
+            f"the teacher {name!r} has {its_width} logits and the student {width}: it must have as many, or more"
+        )
+    return teacher.requires_grad_(False)
+
+
+def stop_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
+    """Every id that ends a turn: the tokenizer's, and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ids = configured if isinstance(configured, list) else [configured]
+    stops = frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+    if not stops:
+        raise UserError(
+            f"the model has no end-of-turn token: set eos_token_id in its generation_config.json "
+            f"(found {json.dumps(configured)})"
+        )
+    return stops
+
+
+def vocabulary(config: Any) -> int:
+    """The width of the logits, which may be more than the tokenizer's tokens."""
+    return int(config.get_text_config().vocab_size)
 
 
 def longest_sequence(config: Any) -> int:
