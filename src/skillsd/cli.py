@@ -130,25 +130,37 @@ def evaluate(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Sampled episodes per task.")] = 1,
     limit: Annotated[Optional[int], typer.Option(min=1, help="Only the first so many tasks.")] = None,  # noqa: UP045
+    at: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(metavar="ITERATION", help="This checkpoint of a run instead of the last one; may be repeated."),
+    ] = None,
     json_out: Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")] = None,  # noqa: UP045
 ) -> None:
     """Score a checkpoint, or any model, on a panel: sampled and greedily, with 95 % intervals."""
     from skillsd.envs import registry
+    from skillsd.report import manifest
     from skillsd.report.progress import Bars, duration
     from skillsd.report.tables import percent, table
-    from skillsd.training.scoring import is_run, load_trained, load_untrained, score
+    from skillsd.report.writer import write_whole
+    from skillsd.training import checkpoint
+    from skillsd.training.scoring import as_record, is_run, load_trained, load_untrained, score
 
     if json_out:
         _check_writable(json_out)  # now, not after minutes of playing
     if is_run(target):
         if recipe or overrides:
             raise UserError("a run brings its own recipe: leave out --recipe and KEY=VALUE")
-        engine, config = load_trained(target)
+        wanted = [checkpoint.find(Path(target), iteration) for iteration in dict.fromkeys(at or ())]
+        checkpoints: list[Path | None] = [*(wanted or [checkpoint.find(Path(target))])]
+        engine, config = load_trained(target, at[0] if at else None)
     else:
         if recipe is None:
             raise UserError(f"{target!r} is not a run's folder; for a model, --recipe says which environment to play")
+        if at:
+            raise UserError(f"--at is for a run's checkpoints; {target!r} is not a run's folder")
         config = configs.load(configs.RunConfig, recipe, overrides or ())
         engine = load_untrained(target, config)
+        checkpoints = [None]
     temperatures = (config.rollout.temperature, 0.0)
     tasks = len(registry.load(config.environment.name, config.environment.options).tasks(split)[:limit])
     bars, done = Bars(console), 0
@@ -156,14 +168,20 @@ def evaluate(
     def on_episode(trajectory: object) -> None:
         nonlocal done
         done += 1
-        bars.update(f"playing {split}", done, tasks * (samples + 1))
+        bars.update(f"playing {split}", done, tasks * (samples + 1) * len(checkpoints))
 
+    results = []
     with bars.shown():
-        results = score(
-            engine, config, split, samples=samples, limit=limit, temperatures=temperatures, on_episode=on_episode
-        )
+        for path in checkpoints:
+            if path and path != checkpoints[0]:  # that one is loaded
+                engine.load(path)
+            for figures in score(
+                engine, config, split, samples=samples, limit=limit, temperatures=temperatures, on_episode=on_episode
+            ):
+                results.append((checkpoint.number(path) if path else None, figures))
     rows = [
         [
+            *([str(iteration)] if len(checkpoints) > 1 else []),
             "greedy" if result.temperature == 0 else f"sampled at {result.temperature:g}",
             percent(result.accuracy, result.interval),
             percent(result.completion, result.completion_interval),
@@ -171,13 +189,21 @@ def evaluate(
             f"{result.mean_turns:.1f}",
             duration(result.seconds),
         ]
-        for result in results
+        for iteration, result in results
     ]
     columns = ["", "accuracy [95 %]", "completion [95 %]", "episodes", "turns", "took"]
-    caption = f"Intervals over {results[0].tasks} tasks; panel {results[0].fingerprint}"
+    columns = ["iteration", *columns] if len(checkpoints) > 1 else columns
+    first = results[0][1]
+    caption = f"Intervals over {first.tasks} tasks; panel {first.fingerprint}"
     console.print(table(f"{target} on {config.environment.name}, split {split}", columns, rows, caption))
     if json_out:
-        json_out.write_text(json.dumps([result.as_dict() for result in results], indent=2), encoding="utf-8")
+        run = target if is_run(target) else None
+        model = manifest.model(config.model.name if run else target)
+        records = [
+            as_record(result, engine, config, model=model, run=run, iteration=iteration, samples=samples)
+            for iteration, result in results
+        ]
+        write_whole(json_out, json.dumps(records, indent=2))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -56,6 +57,45 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def model(name: str) -> dict[str, str | None]:
+    """A base model's name, and the fingerprint of its weights: one name may stand for others tomorrow."""
+    return {"name": name, "weights": weights_fingerprint(name)}
+
+
+def weights_fingerprint(name: str) -> str | None:
+    """The first 16 hex digits of the SHA-256 of a model's weight files (``*.safetensors``, else ``*.bin``), in order
+    of their names. Of a hub's model: of the files in the local cache. None if there are none.
+    """
+    from skillsd.engines.torch.models import resolve
+
+    folder = Path(resolve(name)).expanduser()
+    if not (folder / "config.json").is_file():
+        cached = _cached(name)
+        if cached is None:
+            return None
+        folder = cached
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _cached(name: str) -> Path | None:
+    """The folder of a hub's model that was loaded before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name of a hub
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def write(folder: Path, config: RunConfig, task_set: TaskSet) -> dict[str, Any]:
     """Write manifest.json."""
     import torch
@@ -67,6 +107,7 @@ def write(folder: Path, config: RunConfig, task_set: TaskSet) -> dict[str, Any]:
         "commit": commit(),
         "seed": config.seed,
         "method": config.method,
+        "model": model(config.model.name),
         "panels": {split: task_set.fingerprint(split) for split in task_set.splits},
         "machine": {
             "system": platform.platform(),

@@ -99,6 +99,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
 def keep_until(path: Path, iteration: int) -> None:
     """Drop a file's records of iterations after `iteration`."""
     records = read(path)

@@ -52,6 +52,33 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def iterations(folder: Path) -> list[int]:
+    """Iterations of which the run has checkpoints, ascending."""
+    return [number(path) for path in _all(folder)]
+
+
+def number(path: Path) -> int:
+    """Finished iterations of a checkpoint."""
+    return int(path.name.removeprefix("step-"))
+
+
+def find(folder: Path, iteration: int | None = None) -> Path:
+    """The checkpoint of a run at an iteration; the newest one if none is given.
+
+    Raises:
+        UserError: if the run has none there, with those that it has.
+    """
+    known = iterations(folder)
+    if not known:
+        raise UserError(f"the run {str(folder)!r} has no checkpoint yet")
+    if iteration is not None and iteration not in known:
+        raise UserError(
+            f"the run {str(folder)!r} has no checkpoint of iteration {iteration}; it has those of "
+            + ", ".join(map(str, known))
+        )
+    return folder / "checkpoints" / f"step-{known[-1] if iteration is None else iteration}"
+
+
 def load(run: Run, path: Path) -> None:
     """Take up a checkpoint: training then goes on bit for bit.
 

@@ -28,6 +28,8 @@ class Evaluation:
         tasks, episodes: how many were played; episodes that the infrastructure broke are not among them.
         mean_turns: turns an episode took.
         fingerprint: identifies the panel; figures with different ones are not comparable.
+        successes, scores: of each task of the panel, in its order: the mean over its episodes. None for a task that the
+            infrastructure broke.
     """
 
     accuracy: float
@@ -41,8 +43,15 @@ class Evaluation:
     split: str
     fingerprint: str
     temperature: float
+    successes: tuple[float | None, ...] = ()
+    scores: tuple[float | None, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
+        """The figures of the whole panel, without those of single tasks."""
+        return {key: value for key, value in self.with_tasks().items() if key not in ("successes", "scores")}
+
+    def with_tasks(self) -> dict[str, Any]:
+        """The figures, with those of each task."""
         return asdict(self)
 
 
@@ -100,6 +109,8 @@ async def evaluate(
     # Episodes of one task are not independent: the task's mean is the unit of the interval.
     successes = [sum(t.success for t in g.trajectories) / samples for g in collected.groups]
     scores = [sum(g.rewards) / samples for g in collected.groups]
+    played = {g.task.id: place for place, g in enumerate(collected.groups)}
+    places = [played.get(task.id) for task in tasks]
     turns = [len(t.turns) for g in collected.groups for t in g.trajectories]
     return Evaluation(
         accuracy=_mean(successes),
@@ -113,6 +124,8 @@ async def evaluate(
         split=split,
         fingerprint=task_set.fingerprint(split) + (f":{limit}" if limit else ""),
         temperature=actor.temperature,
+        successes=tuple(None if place is None else successes[place] for place in places),
+        scores=tuple(None if place is None else scores[place] for place in places),
     )
 
 

@@ -1,16 +1,17 @@
-"""`skillsd eval`: a run's last checkpoint, or any model, on a panel."""
+"""`skillsd eval`: a run's checkpoints, or any model, on a panel."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from skillsd import config as configs
 from skillsd.config import RunConfig
 from skillsd.engines.base import Engine
 from skillsd.envs import registry
-from skillsd.errors import UserError
 from skillsd.rollouts.episode import Actor, Budget
 from skillsd.rollouts.tokens import ChatRenderer
 from skillsd.seeds import derive_seed
@@ -26,14 +27,16 @@ def is_run(target: str) -> bool:
     return (Path(target) / CONFIG).is_file()
 
 
-def load_trained(folder: str) -> tuple[Engine, RunConfig]:
-    """The engine with the weights of a run's last checkpoint, and the run's configuration."""
+def load_trained(folder: str, iteration: int | None = None) -> tuple[Engine, RunConfig]:
+    """The engine with the weights of a run's checkpoint (the last one, if none is asked for), and its configuration.
+
+    Raises:
+        UserError: if the run has no such checkpoint.
+    """
     config = configs.load(RunConfig, str(Path(folder) / CONFIG))
-    newest = checkpoint.latest(Path(folder))
-    if newest is None:
-        raise UserError(f"the run {folder!r} has no checkpoint yet")
+    path = checkpoint.find(Path(folder), iteration)
     engine = make_engine(config)
-    engine.load(newest)
+    engine.load(path)
     return engine, config
 
 
@@ -79,3 +82,45 @@ def score(
         )
         for temperature in temperatures
     ]
+
+
+def as_record(
+    figures: Evaluation,
+    engine: Engine,
+    config: RunConfig,
+    *,
+    model: Mapping[str, str | None],
+    run: str | None,
+    iteration: int | None,
+    samples: int,
+) -> dict[str, Any]:
+    """An evaluation as JSON says it: its figures, those of each task, and all that makes them comparable or not.
+
+    Args:
+        model: the base model (`skillsd.report.manifest.model`).
+        run: the folder of the run that was evaluated; None for a model that is not a run's.
+        iteration: of the run's checkpoint.
+    """
+    task_set = registry.load(config.environment.name, config.environment.options)
+    budget = Budget.of(config.rollout, task_set, engine.max_length)
+    return {
+        **figures.with_tasks(),
+        "iteration": iteration,
+        "samples": samples if figures.temperature > 0 else 1,
+        "seed": config.seed,
+        "budget": {
+            "turns": budget.turns,
+            "turn_tokens": budget.turn_tokens,
+            "trajectory_tokens": budget.trajectory_tokens,
+        },
+        "model": dict(model),
+        "run": started(Path(run)) if run else None,
+    }
+
+
+def started(folder: Path) -> str | None:
+    """When a run was begun, as its manifest says: two runs in one folder, one after the other, are not the same."""
+    try:
+        return str(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["started"])
+    except (OSError, ValueError, KeyError):
+        return None

@@ -88,14 +88,23 @@ def _prepare(config: RunConfig, folder: Path, resume: bool) -> Path | None:
         return None
     if not resume:
         raise UserError(f"{str(folder)!r} holds a run already: go on with --resume, or give another folder with --out")
-    before = configs.load(RunConfig, str(folder / CONFIG))
-    differences = _differences(comparable(before).model_dump(), comparable(config).model_dump())
-    if differences:
-        raise UserError(f"{str(folder)!r} holds a run with other settings: " + "; ".join(differences))
+    check_settings(config, folder)
     start = checkpoint.latest(folder)
     if start is None:  # it ended before its first checkpoint: begin again
         (folder / BANK).unlink(missing_ok=True)
     return start
+
+
+def check_settings(config: RunConfig, folder: Path) -> None:
+    """Whether the run in `folder` may be gone on with as `config`.
+
+    Raises:
+        UserError: with the keys that differ, if it is another run.
+    """
+    before = configs.load(RunConfig, str(folder / CONFIG))
+    differences = _differences(comparable(before).model_dump(), comparable(config).model_dump())
+    if differences:
+        raise UserError(f"{str(folder)!r} holds a run with other settings: " + "; ".join(differences))
 
 
 def _write_config(config: RunConfig, folder: Path) -> None:
