@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from skillsd.errors import UserError
-from skillsd.methods import METHODS, Method, method, methods_table
+from skillsd.methods import METHODS, method, methods_table
 
 
 def test_grpo_has_no_teacher_and_skill_sd_is_the_papers_row():
@@ -50,19 +50,25 @@ def test_switches_that_contradict_each_other_are_refused(changes):
 
 
 @pytest.mark.parametrize(
-    "switches",
-    [
-        (0, 1, "none", "external", "plain", "student"),  # OPD
-        (0, 1, "skill", "synchronised", "plain", "student"),  # OPD
-        (0, 1, "oracle", "frozen", "plain", "student"),  # OPSD
-        (1, 0.01, "oracle", "synchronised", "plain", "student"),  # GRPO + OPSD
-        (1, 0, "none", "none", "skill", "student"),  # skill-augmented GRPO
-        (1, 0.001, "skill", "frozen", "plain", "student"),  # frozen teacher
-        (1, 0.001, "skill", "synchronised", "plain", "teacher"),  # teacher rollouts
+    ("name", "switches"),
+    [  # reward weight, lambda, imitation, teacher's context, teacher's weights, student's prompt, sampler
+        ("grpo", (1, 0, 0, "none", "none", "plain", "student")),
+        ("opd", (0, 1, 0, "skill", "synchronised", "plain", "student")),
+        ("opd-external", (0, 1, 0, "none", "external", "plain", "student")),
+        ("opsd", (0, 1, 0, "oracle", "frozen", "plain", "student")),
+        ("grpo-opsd", (1, 0.001, 0, "oracle", "frozen", "plain", "student")),
+        ("skill-grpo", (1, 0, 0, "none", "none", "skill", "student")),
+        ("skill-sd", (1, 0.001, 0, "skill", "synchronised", "plain", "student")),
+        ("skill-sd-frozen", (1, 0.001, 0, "skill", "frozen", "plain", "student")),
+        ("teacher-rollouts", (1, 0.001, 0, "skill", "synchronised", "plain", "teacher")),
+        ("teacher-rollouts-frozen", (1, 0.001, 0, "skill", "frozen", "plain", "teacher")),
+        ("grpo-imitation", (1, 0, 0.1, "none", "none", "plain", "student")),
     ],
 )
-def test_the_switches_have_room_for_every_row_of_the_papers_tables(switches):
-    Method("row", *switches, description="")
+def test_the_rows_are_those_of_the_papers_tables_and_the_control(name, switches):
+    _, *values, _ = dataclasses.astuple(METHODS[name])
+    assert tuple(values) == switches
+    assert len(METHODS) == 11
 
 
 def test_the_table_shows_every_switch_of_every_row():
@@ -70,5 +76,5 @@ def test_the_table_shows_every_switch_of_every_row():
     assert len({len(line) for line in (header, rule, *rows)}) == 1
     assert [row.split("|")[1].strip() for row in rows] == list(METHODS)
     cells = [cell.strip() for cell in rows[list(METHODS).index("skill-sd")].strip("|").split("|")]
-    assert cells == ["skill-sd", "1", "0.001", "skill", "synchronised", "plain", "student"]
+    assert cells == ["skill-sd", "1", "0.001", "0", "skill", "synchronised", "plain", "student"]
     assert len(methods_table([method("grpo")]).splitlines()) == 3

@@ -74,8 +74,13 @@ class ObjectiveSection(_Section):
     lambda_sdl: float | None = Field(None, ge=0)
     """Weight of the distillation; None takes the method's (the paper's 0.001). Without a teacher it is ignored."""
     lambda_schedule: Literal["constant", "linear_decay", "cosine"] = "constant"
+    imitation_weight: float | None = Field(None, ge=0)
+    """Weight of the self-imitation; None takes the method's. Ignored by a method without it."""
     estimator: Literal["iw_k3", "iw_k1", "k1", "k2", "k3", "reverse_kl", "forward_kl"] = "iw_k3"
     """How the divergence is estimated (`skillsd.objective.ESTIMATORS`); ``iw_k3`` is the paper's."""
+    top_k: int | None = Field(None, ge=1)
+    """For ``reverse_kl`` and ``forward_kl`` with a large vocabulary: the teacher's k most likely tokens, and one bucket
+    for the rest. None takes the whole vocabulary."""
     clip_low: float = Field(0.2, ge=0)
     """Not given in the paper; 0.2 is the field's habit."""
     clip_high: float = Field(0.2, ge=0)
@@ -88,12 +93,33 @@ class ObjectiveSection(_Section):
 class TeacherSection(_Section):
     sync_every: int = Field(1, ge=1)
     """A synchronised teacher takes the student's weights every so many iterations; 1 needs no copy of the weights."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """A synchronised teacher keeps this share of its own weights each time: an exponential moving average."""
+    model: str | None = None
+    """An external teacher: a model's name or folder, with the student's tokenizer. Only for methods with one."""
+    max_group_reward: float | None = Field(None, ge=0, le=1)
+    """A change of method, off by default: a group whose mean reward is above it gets no teacher."""
 
 
 class SkillsSection(_Section):
     summariser: Literal["rules"] = "rules"
     """``rules``: the environment's own, without a language model."""
-    pick: Literal["ucb", "random", "last"] = "ucb"
+    sources: Literal["all", "successes", "failures"] = "all"
+    """Which trajectories are summarised. The paper's: all."""
+    hindsight: bool = False
+    """Summarise a group before its own update, so that its skills may teach it; the paper's teach later visits."""
+    content: Literal["own", "shuffled", "empty"] = "own"
+    """What the teacher is told where it would be told a skill: that one, another task's (``shuffled``), or nothing.
+    The last two ask whether what a skill *says* matters."""
+    credit: Literal["reward", "source", "uplift"] = "reward"
+    """What a skill earns when it was used: the rewards of the rollouts it taught (the paper's), the reward of the
+    trajectory it was written from, or its measured uplift, which costs `uplift_episodes`."""
+    uplift_episodes: int = Field(4, ge=1)
+    """Episodes with the skill in the student's prompt by which its uplift is measured; nothing is trained on them, but
+    they count as episodes."""
+    pick: Literal["ucb", "random", "last", "best"] = "ucb"
+    """``last`` is no bank at all: the newest skill only. ``best`` is UCB without exploration: the highest mean reward,
+    for a skill never used its source's."""
     ucb_c: float = Field(1.0, ge=0)
     """Exploration constant c of UCB. Not given in the paper; 1 suits rewards in [0, 1]."""
     max_per_task: int | None = Field(None, ge=1)
@@ -181,6 +207,14 @@ class RunConfig(_Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+
+    @property
+    def episodes_per_iteration(self) -> int:
+        """The most episodes that an iteration plays, those that measure uplift included."""
+        measured = METHODS[self.method].uses_skills and self.skills.credit == "uplift"
+        return self.rollout.tasks_per_iteration * (
+            self.rollout.group_size + (self.skills.uplift_episodes if measured else 0)
+        )
 
     @field_validator("method")
     @classmethod

@@ -6,7 +6,7 @@ A method whose switches the training loop can run is added by a row in `METHODS`
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from skillsd.errors import unknown_name
@@ -20,11 +20,14 @@ class Method:
         name: as recipes and tables write it.
         reward_weight: weight of the reward's term, L_GRPO; 0 is distillation alone.
         lambda_sdl: weight of the teacher's term, L_SDL; 0 is no teacher. A recipe may set another value.
+        imitation_weight: weight of the likelihood of the task's best success so far; 0 is no self-imitation. A recipe
+            may set another value.
         context: what the teacher is told beside the task: a skill from the bank, or a reference solution.
         teacher: whose weights the teacher has: the student's, copied every few iterations (``synchronised``)
             or once at the start (``frozen``), or another model's (``external``).
         student_prompt: what the student is told *in training*; at test time it is always ``plain``.
-        sampler: who acts in the training rollouts.
+        sampler: who acts in the training rollouts; a teacher acts under its own prompt, the skill in it, and the
+            student is trained on the actions under the student's.
         description: one line for people.
 
     Raises:
@@ -34,6 +37,7 @@ class Method:
     name: str
     reward_weight: float
     lambda_sdl: float
+    imitation_weight: float
     context: Literal["none", "skill", "oracle"]
     teacher: Literal["synchronised", "frozen", "external", "none"]
     student_prompt: Literal["plain", "skill"]
@@ -41,7 +45,8 @@ class Method:
     description: str
 
     def __post_init__(self) -> None:
-        if self.reward_weight < 0 or self.lambda_sdl < 0 or self.reward_weight == self.lambda_sdl == 0:
+        weights = (self.reward_weight, self.lambda_sdl, self.imitation_weight)
+        if min(weights) < 0 or max(weights) == 0:
             raise ValueError(f"method {self.name!r}: weights must be 0 or more, and one of them more")
         if (self.teacher == "none") != (self.lambda_sdl == 0):
             raise ValueError(f"method {self.name!r}: lambda {self.lambda_sdl}, but teacher {self.teacher!r}")
@@ -50,67 +55,99 @@ class Method:
         if self.teacher == "synchronised" and self.context == "none" and self.student_prompt == "plain":
             raise ValueError(f"method {self.name!r}: its teacher is the student and is told nothing more")
 
+    @property
+    def uses_skills(self) -> bool:
+        """Whether anybody is told a skill in training."""
+        return "skill" in (self.context, self.student_prompt)
 
+    @property
+    def actor_is_told(self) -> bool:
+        """Whether who acts in training is told more than the task, so that it must be known before the rollouts."""
+        return self.student_prompt == "skill" or (self.sampler == "teacher" and self.context != "none")
+
+
+_GRPO = Method(
+    name="grpo",
+    reward_weight=1.0,
+    lambda_sdl=0.0,
+    imitation_weight=0.0,
+    context="none",
+    teacher="none",
+    student_prompt="plain",
+    sampler="student",
+    description="Group-relative policy gradient from the reward alone.",
+)
+_SKILL_SD = replace(
+    _GRPO,
+    name="skill-sd",
+    lambda_sdl=0.001,  # the paper's, for its 4B model
+    context="skill",
+    teacher="synchronised",
+    description="GRPO, plus distillation from the student itself once it has read a skill.",
+)
+_OPD = replace(
+    _SKILL_SD,
+    name="opd",
+    reward_weight=0.0,
+    lambda_sdl=1.0,
+    description="Distillation alone, from the teacher that has read a skill; no reward.",
+)
+_OPSD = replace(
+    _OPD,
+    name="opsd",
+    context="oracle",
+    teacher="frozen",
+    description="Distillation alone, from a frozen teacher that has read the reference solution.",
+)
 _ROWS = (
-    Method(
-        name="grpo",
-        reward_weight=1.0,
-        lambda_sdl=0.0,
+    _GRPO,
+    _SKILL_SD,
+    replace(
+        _GRPO,
+        name="skill-grpo",
+        student_prompt="skill",
+        description="Skill-augmented GRPO: the skill stands in the student's own prompt in training, and not at test.",
+    ),
+    _OPD,
+    replace(
+        _OPD,
+        name="opd-external",
         context="none",
-        teacher="none",
-        student_prompt="plain",
-        sampler="student",
-        description="Group-relative policy gradient from the reward alone.",
+        teacher="external",
+        description="Distillation alone, from another model under the plain prompt (teacher.model).",
     ),
-    Method(
-        name="skill-sd",
-        reward_weight=1.0,
-        lambda_sdl=0.001,  # the paper's, for its 4B model
-        context="skill",
-        teacher="synchronised",
-        student_prompt="plain",
-        sampler="student",
-        description="GRPO, plus distillation from the student itself once it has read a skill.",
-    ),
-    Method(
-        name="skill-sd-frozen",
-        reward_weight=1.0,
-        lambda_sdl=0.001,
-        context="skill",
-        teacher="frozen",
-        student_prompt="plain",
-        sampler="student",
-        description="Skill-SD whose teacher keeps the base model's weights (an ablation of the paper's).",
-    ),
-    Method(
-        name="opd",
-        reward_weight=0.0,
-        lambda_sdl=1.0,
-        context="skill",
-        teacher="synchronised",
-        student_prompt="plain",
-        sampler="student",
-        description="Distillation alone, from the teacher that has read a skill; no reward.",
-    ),
-    Method(
-        name="opsd",
-        reward_weight=0.0,
-        lambda_sdl=1.0,
-        context="oracle",
-        teacher="frozen",
-        student_prompt="plain",
-        sampler="student",
-        description="Distillation alone, from a frozen teacher that has read the reference solution.",
-    ),
-    Method(
+    _OPSD,
+    replace(
+        _OPSD,
         name="grpo-opsd",
         reward_weight=1.0,
         lambda_sdl=0.001,
-        context="oracle",
-        teacher="frozen",
-        student_prompt="plain",
-        sampler="student",
         description="GRPO and OPSD together.",
+    ),
+    replace(
+        _SKILL_SD,
+        name="skill-sd-frozen",
+        teacher="frozen",
+        description="Skill-SD whose teacher keeps the base model's weights (an ablation of the paper's).",
+    ),
+    replace(
+        _SKILL_SD,
+        name="teacher-rollouts",
+        sampler="teacher",
+        description="Skill-SD on rollouts that the synchronised teacher acted (an ablation of the paper's).",
+    ),
+    replace(
+        _SKILL_SD,
+        name="teacher-rollouts-frozen",
+        teacher="frozen",
+        sampler="teacher",
+        description="Skill-SD on rollouts that the frozen teacher acted (an ablation of the paper's).",
+    ),
+    replace(
+        _GRPO,
+        name="grpo-imitation",
+        imitation_weight=0.1,
+        description="GRPO, plus the likelihood of its own best success on the task: no skill, no teacher (a control).",
     ),
 )
 
@@ -130,9 +167,9 @@ def method(name: str) -> Method:
 
 def methods_table(methods: Iterable[Method] | None = None) -> str:
     """Names and switches as a Markdown table, aligned so that it reads well as plain text too."""
-    rows = [["method", "reward", "lambda", "teacher told", "teacher", "student's prompt", "sampler"]]
+    rows = [["method", "reward", "lambda", "imitation", "teacher told", "teacher", "student's prompt", "sampler"]]
     for m in METHODS.values() if methods is None else methods:
-        weights = [f"{m.reward_weight:g}", f"{m.lambda_sdl:g}"]
+        weights = [f"{weight:g}" for weight in (m.reward_weight, m.lambda_sdl, m.imitation_weight)]
         rows.append([m.name, *weights, m.context, m.teacher, m.student_prompt, m.sampler])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])

@@ -270,12 +270,19 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """L = reward_weight * L_GRPO + lambda_sdl * L_SDL.
+    """L = reward_weight * L_GRPO + lambda_sdl * L_SDL + imitation_weight * L_SI.
+
+    L_SI, a control that is not the paper's, is the mean of -log pi over the tokens of the task's best success so far
+    (self-imitation). Those tokens take part in nothing else.
 
     Attributes:
         reward_weight: 1, or 0 for distillation alone.
         lambda_sdl: the paper's lambda; 0.001 is its value for a 4B model.
+        imitation_weight: of L_SI; 0 is none.
         estimator: a name in `ESTIMATORS`.
+        top_k: the distributions that an exact estimator gets are those of the teacher's `top_k` most likely tokens and
+            one bucket for the rest, so it is a lower bound of the divergence (data processing inequality). None: the
+            whole vocabulary.
         clip_low, clip_high: of the policy term. The paper gives none; 0.2 is PPO's.
         distil_clamp: a change of method, hence off (None). If set, tokens with |l| above it give the
             distillation no gradient; they stay in its denominator, and `distil_clamped` counts them.
@@ -283,7 +290,9 @@ class Objective:
 
     reward_weight: float = 1.0
     lambda_sdl: float = 0.001
+    imitation_weight: float = 0.0
     estimator: str = "iw_k3"
+    top_k: int | None = None
     clip_low: float = 0.2
     clip_high: float = 0.2
     distil_clamp: float | None = None
@@ -291,7 +300,13 @@ class Objective:
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
             raise unknown_name("estimator", self.estimator, ESTIMATORS)
-        for name in ("reward_weight", "lambda_sdl", "clip_low", "clip_high", "distil_clamp"):
+        if self.top_k is not None and not ESTIMATORS[self.estimator].needs_distribution:
+            exact = [name for name, estimator in ESTIMATORS.items() if estimator.needs_distribution]
+            raise UserError(
+                f"top_k is {self.top_k}, but the estimator {self.estimator!r} looks at the sampled token alone; top_k "
+                f"is for {' and '.join(exact)}"
+            )
+        for name in ("reward_weight", "lambda_sdl", "imitation_weight", "clip_low", "clip_high", "distil_clamp"):
             given = getattr(self, name)
             if given is not None and not given >= 0:
                 raise UserError(f"{name} is {given}; it must be 0 or more")
@@ -312,11 +327,28 @@ class Objective:
         Args:
             student: log-probs of the action tokens, with gradient.
             signals: aligned with them: ``old_logprobs``, ``advantages``, ``teacher_logprobs`` (anything where
-                there is no teacher) ``[tokens]``, ``has_teacher`` ``[tokens]`` bool; if `needs_distribution`,
-                ``teacher_distribution`` ``[tokens, vocab]``.
-            normalisers: of the whole minibatch, ``action_tokens`` and ``teacher_tokens`` (those with a teacher).
+                there is no teacher) ``[tokens]``, ``has_teacher`` ``[tokens]`` bool; where there is something to
+                imitate, ``imitated`` ``[tokens]`` bool; if `needs_distribution`, ``teacher_distribution``
+                ``[tokens, vocab]`` (or ``[tokens, top_k + 1]``).
+            normalisers: of the whole minibatch, ``action_tokens``, ``teacher_tokens`` (those with a teacher) and
+                ``imitated_tokens`` (not among the action tokens).
         """
         _check_aligned(student.chosen, signals)
+        again = signals.get("imitated")
+        if again is None or not bool(again.any()):
+            return self._of_own_tokens(student, signals, normalisers)
+        likelihood = student.chosen[again]
+        imitation = -_wide(likelihood).sum() / max(normalisers["imitated_tokens"], 1)
+        loss, metrics = self.imitation_weight * imitation, _means({"imitation_loss": -likelihood})
+        if bool(again.all()):
+            return loss, metrics
+        own = {name: signal[~again] for name, signal in signals.items()}
+        rest, more = self._of_own_tokens(student.at(~again), own, normalisers)
+        return loss + rest, metrics | more
+
+    def _of_own_tokens(
+        self, student: TokenLogprobs, signals: Mapping[str, Tensor], normalisers: Mapping[str, float]
+    ) -> tuple[Tensor, Metrics]:
         old_logprobs, advantages, taught = (signals[k] for k in ("old_logprobs", "advantages", "has_teacher"))
         policy = clipped_policy_loss(
             student.chosen, old_logprobs, advantages, clip_low=self.clip_low, clip_high=self.clip_high
@@ -329,7 +361,7 @@ class Objective:
             # unbiased for KL(pi_old || pi), as the tokens are pi_old's
             "kl_old_new": _k3_value(_log_ratio(old_logprobs, student.chosen)),
         }
-        if student.distribution is not None:
+        if student.distribution is not None and self.top_k is None:
             p = _wide(student.distribution.detach()).exp()
             logged["entropy"] = -torch.special.xlogy(p, p).sum(-1)
         metrics = _means(logged)
@@ -373,7 +405,7 @@ def _means(values: Mapping[str, Tensor]) -> Metrics:
 def _check_aligned(logprobs: Tensor, signals: Mapping[str, Tensor]) -> None:
     """A shape that is off by an axis would broadcast to a wrong loss without a word."""
     for name, signal in signals.items():
-        shape = signal.shape[:1] if name == "teacher_distribution" else signal.shape
+        shape = signal.shape[:1] if name in ("teacher_distribution", "candidates") else signal.shape
         if logprobs.ndim != 1 or shape != logprobs.shape:
             raise ValueError(f"{name} is {list(signal.shape)}; the log-probs are {list(logprobs.shape)}")
 

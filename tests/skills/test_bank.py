@@ -16,7 +16,7 @@ import pytest
 
 from skillsd.errors import UserError
 from skillsd.skills import ucb
-from skillsd.skills.bank import HeldOutTaskError, SkillBank
+from skillsd.skills.bank import HeldOutTaskError, SkillBank, StoredSkill
 from skillsd.types import Outcome, Skill, Task
 
 
@@ -37,6 +37,15 @@ def put(bank: SkillBank, task: Task, text: str = "a", reward: float = 1.0) -> in
     )
 
 
+def pick(bank: SkillBank, task: Task, c: float = 1.0) -> StoredSkill | None:
+    """As training does it: choose, and have it counted."""
+    chosen = bank.peek(task, c=c)
+    if chosen is None:
+        return None
+    bank.record_pick(chosen.id)
+    return next(skill for skill in bank.skills() if skill.id == chosen.id)
+
+
 def test_what_is_stored_comes_back(bank: SkillBank, task: Task) -> None:
     skill = Skill("müde\n\tΩ", 'it\'s "quoted" \x00 {x}', "'; DROP TABLE skills; --")
     id = bank.add(task, skill, source="iteration-3/t/1", iteration=3, reward=0.5, outcome=Outcome.FAILED)
@@ -50,14 +59,14 @@ def test_what_is_stored_comes_back(bank: SkillBank, task: Task) -> None:
 
 
 def test_the_first_visit_has_no_skill(bank: SkillBank, task: Task) -> None:
-    assert bank.pick(task, c=1.0) is None
+    assert pick(bank, task) is None
     assert bank.counts() == {"tasks": 0, "skills": 0, "picked": 0, "picks": 0, "credited": 0}
 
 
 def test_a_pick_is_recorded_and_a_peek_is_not(bank: SkillBank, task: Task) -> None:
     put(bank, task)
     assert bank.peek(task, c=1.0) == bank.skills()[0]
-    picked = bank.pick(task, c=1.0)
+    picked = pick(bank, task)
     assert picked is not None
     assert picked.picks == 1
     assert bank.skills() == [picked]
@@ -67,7 +76,7 @@ def test_ucb_over_a_bank_by_hand(bank: SkillBank, task: Task) -> None:
     poor, good = put(bank, task, "poor"), put(bank, task, "good")
 
     def visit(rewards: list[float]) -> int:
-        picked = bank.pick(task, c=0.5)
+        picked = pick(bank, task, 0.5)
         assert picked is not None
         bank.credit(picked.id, rewards)
         return picked.id
@@ -103,7 +112,7 @@ def test_tasks_have_banks_of_their_own(bank: SkillBank, task: Task) -> None:
     ids = {put(bank, t) for t in (task, other, namesake)}
     assert len(ids) == 3
     for t in (task, other, namesake):
-        picked = bank.pick(t, c=1.0)
+        picked = pick(bank, t)
         assert picked is not None
         assert (picked.env, picked.task_id) == (t.env, t.id)
     assert bank.counts()["tasks"] == 3
@@ -111,7 +120,7 @@ def test_tasks_have_banks_of_their_own(bank: SkillBank, task: Task) -> None:
 
 def test_a_text_is_stored_once_a_task(bank: SkillBank, task: Task) -> None:
     id = put(bank, task, reward=1.0)
-    bank.pick(task, c=1.0)
+    pick(bank, task)
     assert put(bank, task, reward=0.0) == id
     assert len(bank) == bank.created == 1
     assert (bank.skills()[0].source_reward, bank.skills()[0].picks) == (1.0, 1)
@@ -126,7 +135,7 @@ def test_what_would_poison_a_mean_is_refused(bank: SkillBank, task: Task, reward
         bank.credit(id, [0.5, reward])
     assert bank.skills()[0].credited == 0
     with pytest.raises(ValueError, match="c is"):
-        bank.pick(task, c=reward)
+        pick(bank, task, reward)
 
 
 def test_an_empty_skill_is_refused(bank: SkillBank, task: Task) -> None:
@@ -145,14 +154,14 @@ class TestSplitGuard:
         put(bank, task)
         before = bank.skills()
         held_out = dataclasses.replace(task, split=split)
-        for touch in (put, lambda b, t: b.pick(t, c=1.0), lambda b, t: b.peek(t, c=1.0)):
+        for touch in (put, lambda b, t: b.peek(t, c=1.0)):
             with pytest.raises(HeldOutTaskError, match="level-1"):
                 touch(bank, held_out)
         assert bank.skills() == before
 
     def test_a_forbidden_task_is_refused_whatever_it_claims(self, task: Task) -> None:
         with SkillBank(":memory:", forbidden=[task.id]) as bank:
-            for touch in (put, lambda b, t: b.pick(t, c=1.0)):
+            for touch in (put, pick):
                 with pytest.raises(HeldOutTaskError, match="splits overlap"):
                     touch(bank, task)
             assert len(bank) == 0
@@ -180,7 +189,7 @@ class TestCap:
         with SkillBank(":memory:", max_per_task=2) as bank:
             a, b = put(bank, task, "a"), put(bank, task, "b")
             for id, reward in ((b, 0.1), (a, 0.9)):
-                picked = bank.pick(task, c=1.0)
+                picked = pick(bank, task)
                 assert picked is not None
                 assert picked.id == id
                 bank.credit(id, [reward])
@@ -195,14 +204,14 @@ class TestCap:
             for text in "abc":
                 put(bank, task, text)
             assert len(bank) == 3
-            bank.pick(task, c=1.0)
+            pick(bank, task)
             put(bank, task, "d")
             assert [stored.skill.golden_workflow for stored in bank.skills()] == ["a", "b", "d"]
 
     def test_other_tasks_are_left_alone(self, task: Task) -> None:
         with SkillBank(":memory:", max_per_task=1) as bank:
             put(bank, task)
-            bank.pick(task, c=1.0)
+            pick(bank, task)
             put(bank, dataclasses.replace(task, id="level-2"))
             assert len(bank) == 2
 
@@ -216,18 +225,18 @@ def test_a_policy_decides(task: Task) -> None:
         put(bank, task, "a")
         last = put(bank, task, "b")
         for _ in range(3):
-            picked = bank.pick(task, c=1.0)
+            picked = pick(bank, task)
             assert picked is not None
             assert picked.id == last
     with SkillBank(":memory:", policy=lambda arms, c: None) as bank:
         put(bank, task)
-        assert bank.pick(task, c=1.0) is None
+        assert pick(bank, task) is None
         assert bank.counts()["picks"] == 0
 
 
 def test_random_picks_go_on_after_a_restore_as_without(tmp_path: Path, task: Task) -> None:
     def picks(bank: SkillBank, times: int) -> list[int]:
-        return [picked.id for _ in range(times) if (picked := bank.pick(task, c=1.0))]
+        return [picked.id for _ in range(times) if (picked := pick(bank, task))]
 
     with SkillBank(":memory:", policy=ucb.policy("random", seed=5)) as bank:
         for text in "abcdef":
@@ -245,7 +254,7 @@ class TestFile:
         path = tmp_path / "skills.sqlite"
         with SkillBank(path) as bank:
             put(bank, task)
-            bank.pick(task, c=1.0)
+            pick(bank, task)
             expected = bank.skills()
         assert os.listdir(tmp_path) == ["skills.sqlite"]
         with SkillBank(path) as bank:
@@ -278,7 +287,7 @@ class TestFile:
         assert len(bank) == 0
         with bank.batch():
             put(bank, task, "a")
-            bank.pick(task, c=1.0)
+            pick(bank, task)
         assert bank.counts()["picks"] == 1
 
     @pytest.mark.parametrize("content", [b"not a database, but long enough to look like one" * 50, b"x"])
@@ -345,12 +354,12 @@ class TestSnapshot:
     def test_restore_brings_everything_back(self, tmp_path: Path, task: Task) -> None:
         with SkillBank(tmp_path / "live.sqlite", max_per_task=1) as bank:
             put(bank, task, "a")
-            bank.pick(task, c=1.0)
+            pick(bank, task)
             put(bank, task, "b")
             expected = bank.skills()
             bank.snapshot(tmp_path / "snapshot.sqlite")
             put(bank, task, "c")
-            bank.pick(task, c=1.0)
+            pick(bank, task)
             bank.restore(tmp_path / "snapshot.sqlite")
             assert bank.skills() == expected
             assert bank.created == 2
@@ -401,7 +410,9 @@ with SkillBank(sys.argv[1]) as bank:
         with bank.batch():  # a unit: three skills, one pick and its credit
             for j in range(3):
                 add(bank, f"{i} {j} " + "x" * 5000)
-            bank.credit(bank.pick(task, c=1.0).id, [1.0])
+            chosen = bank.peek(task, c=1.0)
+            bank.record_pick(chosen.id)
+            bank.credit(chosen.id, [1.0])
         print(i, flush=True)
     with bank.batch():
         for i in range(600):  # more than SQLite's page cache holds: the file itself is half written

@@ -19,7 +19,9 @@ from skillsd.objective import Objective
 from skillsd.rollouts.collect import collect
 from skillsd.rollouts.episode import Actor, Budget
 from skillsd.rollouts.tokens import ChatRenderer
-from skillsd.training.batches import Batch, build_batch, minibatches, normalisers, teacher_sequence
+from skillsd.training.batches import Batch, build_batch, minibatches, normalisers, view
+from skillsd.training.imitation import BestSuccesses
+from skillsd.training.lessons import Told
 from skillsd.types import Group
 
 SKILL = " Workflow: Up Left"
@@ -47,8 +49,9 @@ def groups(engine: TorchEngine, renderer: ChatRenderer) -> list[Group]:
 
 
 def make_batch(groups: list[Group], contexts: list[str], engine: Any, renderer: ChatRenderer, **changes: Any) -> Batch:
-    options = {"temperature": 1.3, "extra_tokens": 64, "scale_by_std": True, "distribution": False, **changes}
-    return build_batch(groups, contexts, engine, renderer, **options)
+    """`contexts`: the teacher's; where it is empty there is no teacher."""
+    told = [Told(teacher=context or None) for context in contexts]
+    return build_batch(groups, told, engine, renderer, **{"temperature": 1.3, "scale_by_std": True, **changes})
 
 
 # -- the teacher's view ---------------------------------------------------------------------------------------------
@@ -59,11 +62,11 @@ def test_the_teacher_reads_the_students_ids_verbatim_after_its_own_prompt(
 ) -> None:
     skill = tuple(engine.tokenizer.encode(SKILL, add_special_tokens=False))
     for trajectory in (t for group in groups for t in group.trajectories):
-        view = teacher_sequence(trajectory, SKILL, renderer)
+        told = view(trajectory, SKILL, renderer)
         begin = trajectory.prompt_length
-        assert view.tokens == trajectory.tokens[:begin] + skill + trajectory.tokens[begin:]
-        assert view.mask == trajectory.action_mask[:begin] + (False,) * len(skill) + trajectory.action_mask[begin:]
-        assert view.marked == trajectory.action_tokens > 0
+        assert told.tokens == trajectory.tokens[:begin] + skill + trajectory.tokens[begin:]
+        assert told.mask == trajectory.action_mask[:begin] + (False,) * len(skill) + trajectory.action_mask[begin:]
+        assert told.marked == trajectory.action_tokens > 0
 
 
 def test_teacher_logprobs_are_those_of_its_own_view(
@@ -73,8 +76,7 @@ def test_teacher_logprobs_are_those_of_its_own_view(
     assert batch.taught == [True] * 4
     for group, items in zip(groups, batch.groups, strict=True):
         for trajectory, item in zip(group.trajectories, items, strict=True):
-            view = teacher_sequence(trajectory, SKILL, renderer)
-            [expected] = engine.score([view], "teacher", temperature=1.3)
+            [expected] = engine.score([view(trajectory, SKILL, renderer)], "teacher", temperature=1.3)
             assert item.signals["teacher_logprobs"] == pytest.approx(expected, abs=1e-5)
             assert bool(item.signals["has_teacher"].all())
             old = [p for p, m in zip(trajectory.logprobs, trajectory.action_mask, strict=True) if m]
@@ -93,32 +95,10 @@ def test_without_a_context_there_is_no_teacher(
             assert item.signals["has_teacher"].tolist() == [told] * item.sequence.marked
 
 
-def test_a_skill_over_the_budget_is_counted_and_skipped_never_cut(
-    groups: list[Group], engine: TorchEngine, renderer: ChatRenderer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scored: list[TokenSequence] = []
-    score = engine.score
-
-    def watch(sequences: Any, *rest: Any, **options: Any) -> Any:
-        scored.extend(sequences)
-        return score(sequences, *rest, **options)
-
-    monkeypatch.setattr(engine, "score", watch)
-    size = len(engine.tokenizer.encode(SKILL, add_special_tokens=False))
-    contexts = [SKILL, SKILL + " Up", SKILL, ""]
-    batch = make_batch(groups, contexts, engine, renderer, extra_tokens=size)
-    assert batch.taught == [True, False, True, False]
-    assert batch.untold == 1
-    assert len(scored) == 8
-    expected = [teacher_sequence(t, SKILL, renderer) for g in (groups[0], groups[2]) for t in g.trajectories]
-    assert scored == expected
-    assert not any(bool(item.signals["has_teacher"].any()) for item in batch.groups[1])
-
-
 def test_a_skill_that_makes_a_sequence_longer_than_the_model_takes_is_skipped(
     groups: list[Group], engine: TorchEngine, renderer: ChatRenderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    longest = max(len(teacher_sequence(t, SKILL, renderer).tokens) for t in groups[0].trajectories)
+    longest = max(len(view(t, SKILL, renderer).tokens) for t in groups[0].trajectories)
     monkeypatch.setattr(engine, "max_length", longest)
     assert make_batch(groups[:1], [SKILL], engine, renderer).taught == [True]
     monkeypatch.setattr(engine, "max_length", longest - 1)
@@ -191,14 +171,93 @@ def test_minibatches_depend_on_the_seed_alone() -> None:
 
 
 def test_normalisers_count_the_minibatchs_tokens() -> None:
-    def item(marks: int, taught: bool) -> TrainItem:
+    def item(marks: int, taught: bool, imitated: bool = False) -> TrainItem:
         return TrainItem(
             TokenSequence((0,) * (marks + 2), (False, False, *[True] * marks)),
-            {"has_teacher": torch.full((marks,), taught)},
+            {"has_teacher": torch.full((marks,), taught), "imitated": torch.full((marks,), imitated)},
         )
 
-    counts = normalisers([item(3, True), item(2, False), item(5, True)])
-    assert counts == {"action_tokens": 10.0, "teacher_tokens": 8.0}
+    counts = normalisers([item(3, True), item(2, False), item(5, True), item(4, False, imitated=True)])
+    assert counts == {"action_tokens": 10.0, "teacher_tokens": 8.0, "imitated_tokens": 4.0}
+
+
+# -- who was told what ----------------------------------------------------------------------------------------------
+
+
+def test_a_student_that_was_told_is_trained_under_the_prompt_it_acted_under(
+    engine: TorchEngine, renderer: ChatRenderer
+) -> None:
+    """Skill-augmented GRPO: the very tokens that were sampled, the skill among them."""
+    [group] = acted(engine, renderer, SKILL)
+    batch = build_batch([group], [Told(SKILL, SKILL)], engine, renderer, temperature=1.3, scale_by_std=True)
+    for trajectory, item in zip(group.trajectories, batch.groups[0], strict=True):
+        assert item.sequence.tokens == trajectory.tokens == view(trajectory, SKILL, renderer).tokens
+    [[first, *_]] = batch.groups
+    [again] = engine.score([first.sequence], temperature=1.3)
+    assert again == pytest.approx(first.signals["old_logprobs"], abs=1e-5)
+
+
+def test_of_a_teachers_rollouts_the_student_is_trained_under_its_own_prompt(
+    engine: TorchEngine, renderer: ChatRenderer
+) -> None:
+    """The actions are the teacher's, and so is pi_old; the history before them begins with the plain prompt."""
+    [group] = acted(engine, renderer, SKILL)
+    batch = build_batch([group], [Told(SKILL, "", SKILL)], engine, renderer, temperature=1.3, scale_by_std=True)
+    for trajectory, item in zip(group.trajectories, batch.groups[0], strict=True):
+        assert item.sequence == view(trajectory, "", renderer)
+        plain = renderer.prompt(trajectory.prompt)
+        assert item.sequence.tokens[: len(plain)] == plain
+        assert item.sequence.tokens[len(plain) :] == trajectory.tokens[trajectory.prompt_length :]
+        assert len(plain) < trajectory.prompt_length
+        old = [p for p, m in zip(trajectory.logprobs, trajectory.action_mask, strict=True) if m]
+        assert item.signals["old_logprobs"].tolist() == pytest.approx(old, abs=1e-6)
+        # the teacher, asked again, says what it said when it acted
+        assert item.signals["teacher_logprobs"] == pytest.approx(item.signals["old_logprobs"], abs=1e-5)
+
+
+def test_a_teacher_that_is_told_nothing_says_what_the_student_said(
+    groups: list[Group], engine: TorchEngine, renderer: ChatRenderer
+) -> None:
+    """The control with an empty skill: with the same weights the signal is exactly zero."""
+    batch = build_batch(groups, [Told(teacher="")] * 4, engine, renderer, temperature=1.3, scale_by_std=True)
+    assert batch.taught == [True] * 4
+    items = [item for part in batch.groups for item in part]
+    objective = Objective(reward_weight=0.0, lambda_sdl=1.0)
+    metrics = engine.forward_backward(items, lambda s, g: objective(s, g, normalisers(items)), temperature=1.3)
+    gradient = max(float(p.grad.abs().max()) for p in engine.model.parameters() if p.grad is not None)
+    engine.step(0.0)  # forgets the gradient
+    engine.sync_teacher()
+    assert metrics["teacher_k3"].value == 0.0
+    assert gradient == 0.0
+
+
+def test_a_success_is_imitated_beside_the_group_and_takes_part_in_nothing_else(
+    groups: list[Group], engine: TorchEngine, renderer: ChatRenderer
+) -> None:
+    best = BestSuccesses()
+    best.update(groups)
+    expected = [best.of(group.task.id) for group in groups]
+    assert sum(success is not None for success in expected) > 0
+    told = [Told(teacher=SKILL)] * 4
+    plain = build_batch(groups, told, engine, renderer, temperature=1.3, scale_by_std=True)
+    batch = build_batch(groups, told, engine, renderer, temperature=1.3, scale_by_std=True, best=best)
+    assert batch.imitated == sum(success is not None for success in expected)
+    for items, before, success in zip(batch.groups, plain.groups, expected, strict=True):
+        own = [item for item in items if not item.signals["imitated"].any()]
+        assert [item.sequence for item in own] == [item.sequence for item in before]
+        again = [item for item in items if item.signals["imitated"].any()]
+        assert [item.sequence.tokens for item in again] == ([success.tokens] if success else [])
+        for item in again:
+            assert not item.signals["has_teacher"].any()
+
+
+def acted(engine: TorchEngine, renderer: ChatRenderer, context: str) -> list[Group]:
+    """A group whose actor was told `context`."""
+    toy = Toy()
+    budget = Budget(turns=3, turn_tokens=2, trajectory_tokens=60)
+    actor = Actor(engine, renderer, 1.3)
+    tasks = toy.tasks("train")[:1]
+    return asyncio.run(collect(actor, toy, tasks, budget, group_size=4, seed=3, contexts=[context])).groups
 
 
 # -- a whole step ---------------------------------------------------------------------------------------------------
@@ -253,9 +312,9 @@ def test_the_gradient_of_a_step_equals_one_written_by_hand(
             policy = policy - torch.minimum(rho * advantage, rho.clamp(1 - clip, 1 + clip) * advantage).sum()
             tokens += len(now)
             if context:
-                view = teacher_sequence(trajectory, context, renderer)
+                told = view(trajectory, context, renderer)
                 with torch.no_grad():
-                    teacher = logprobs(base, view.tokens, view.mask)
+                    teacher = logprobs(base, told.tokens, told.mask)
                 log_ratio = now - teacher
                 distilled = distilled + (rho * ((-log_ratio).exp() - 1 + log_ratio)).sum()
                 taught += len(now)

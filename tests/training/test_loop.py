@@ -209,12 +209,16 @@ def test_lambdas_schedule_and_the_warm_up_reach_the_update(
 
 
 def test_the_teacher_is_synchronised_when_the_recipe_says(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(teacher={"sync_every": 2}, evaluation={"every": 0})
-    at: list[int] = []
-    sync = run.engine.sync_teacher
-    monkeypatch.setattr(run.engine, "sync_teacher", lambda: at.append(run.iteration) or sync())
-    go(run)
-    assert at == [0, 2, 4]
+    def synchronised(folder: str, **teacher: Any) -> list[tuple[int, float]]:
+        run = make_run(folder, teacher=teacher, evaluation={"every": 0})
+        at: list[tuple[int, float]] = []
+        sync = run.engine.sync_teacher
+        monkeypatch.setattr(run.engine, "sync_teacher", lambda rate: at.append((run.iteration, rate)) or sync(rate))
+        go(run)
+        return at
+
+    assert synchronised("a", sync_every=2) == [(0, 1.0), (2, 1.0), (4, 1.0)]
+    assert synchronised("b", sync_every=3, ema=0.75) == [(0, 0.25), (3, 0.25)]
 
 
 # -- skills ---------------------------------------------------------------------------------------------------------
@@ -245,7 +249,7 @@ def test_the_teacher_reads_the_tasks_own_skill_and_the_student_none(
     asked: list[tuple[int, ...]] = []
     scored: list[list[TokenSequence]] = []
     picked: list[StoredSkill] = []
-    sample, score, pick = engine.sample, engine.score, run.bank.pick
+    sample, score, peek = engine.sample, engine.score, run.bank.peek
 
     async def watch_sample(request: SampleRequest) -> Any:
         asked.append(request.tokens)
@@ -256,8 +260,8 @@ def test_the_teacher_reads_the_tasks_own_skill_and_the_student_none(
         scored.append(list(sequences))
         return score(sequences, weights, **options)
 
-    def watch_pick(task: Any, **options: Any) -> Any:
-        found = pick(task, **options)
+    def watch_peek(task: Any, **options: Any) -> Any:
+        found = peek(task, **options)
         if found:
             assert found.task_id == task.id
             picked.append(found)
@@ -265,7 +269,7 @@ def test_the_teacher_reads_the_tasks_own_skill_and_the_student_none(
 
     monkeypatch.setattr(engine, "sample", watch_sample)
     monkeypatch.setattr(engine, "score", watch_score)
-    monkeypatch.setattr(run.bank, "pick", watch_pick)
+    monkeypatch.setattr(run.bank, "peek", watch_peek)
     listener = go(run)
     words = {run.renderer._encode(f" {word}")[0] for word in ("Workflow:", "Mistake:", "never")}
     assert picked

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,30 @@ from toy_run import MakeRun, go
 
 from skillsd.errors import UserError
 from skillsd.methods import METHODS
+from skillsd.training import loop
+from skillsd.training.evaluate import evaluate
 from skillsd.types import Task
 
 
 class WithOracle(Toy):
     def oracle(self, task: Task) -> str | None:
         return f"@r1c1 {task.payload['target']}"
+
+
+@pytest.fixture
+def other_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """The same tokenizer, other weights."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_model, folder)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder
 
 
 def weights(run: Any) -> dict[str, torch.Tensor]:
@@ -28,19 +47,84 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
+def settings_for(name: str, model: Path) -> dict[str, Any]:
+    """What a row cannot do without."""
+    return {"teacher": {"model": str(model)}} if METHODS[name].teacher == "external" else {}
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_a_row_trains(name: str, make_run: MakeRun) -> None:
+def test_a_row_trains(name: str, make_run: MakeRun, other_model: Path) -> None:
     row = METHODS[name]
-    run = make_run(method=name, toy=WithOracle(), training={"iterations": 3})
+    run = make_run(method=name, toy=WithOracle(), training={"iterations": 4}, **settings_for(name, other_model))
     before = weights(run)
     heard = go(run)
     assert not same(weights(run), before)
     taught = [record["batch/groups_with_teacher"] for record in heard.iterations]
-    told = {"none": [0.0] * 3, "oracle": [1.0] * 3}.get(row.context)
-    assert taught == told if told else (taught[0] == 0 and taught[-1] > 0)
-    assert (len(run.bank) > 0) == (row.context == "skill")
+    if row.teacher == "none":
+        assert taught == [0.0] * 4
+    elif row.context == "skill":
+        assert taught[0] == 0 < taught[-1]
+    else:
+        assert taught == [1.0] * 4
+    assert (len(run.bank) > 0) == row.uses_skills
+    assert (run.bank.counts()["credited"] > 0) == row.uses_skills
     if row.teacher == "frozen":
         assert same(run.engine._teacher, {n: before[n] for n in run.engine._teacher}), "the teacher moved"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_who_acts_is_told_what_the_row_says(
+    name: str, make_run: MakeRun, other_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The skill stands in an actor's prompt where the table says so, and nowhere else; never in an evaluation."""
+    row = METHODS[name]
+    run = make_run(method=name, toy=WithOracle(), training={"iterations": 4}, **settings_for(name, other_model))
+    engine: Any = run.engine
+    sample = engine.sample
+    words = {run.renderer._encode(f" {word}")[0] for word in ("Workflow:", "Mistake:")}
+    asked: list[tuple[str, bool]] = []
+    evaluating = False
+
+    async def watch(request: Any) -> Any:
+        told = bool(words & set(request.tokens))
+        assert not (evaluating and (told or request.weights == "teacher"))
+        if not evaluating:
+            asked.append((request.weights, told))
+        return await sample(request)
+
+    async def measure(*args: Any, **options: Any) -> Any:
+        nonlocal evaluating
+        evaluating = True
+        try:
+            return await evaluate(*args, **options)
+        finally:
+            evaluating = False
+
+    monkeypatch.setattr(engine, "sample", watch)
+    monkeypatch.setattr(loop, "evaluate", measure)
+    go(run)
+    assert {who for who, _ in asked} == {row.sampler}
+    assert {told for _, told in asked} == ({False, True} if row.actor_is_told else {False})
+
+
+def test_what_a_teacher_acted_is_trained_under_the_plain_prompt(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(method="teacher-rollouts", training={"iterations": 4})
+    engine: Any = run.engine
+    trained: list[tuple[int, ...]] = []
+    forward_backward = engine.forward_backward
+
+    def watch(items: Any, *rest: Any, **options: Any) -> Any:
+        trained.extend(item.sequence.tokens for item in items)
+        return forward_backward(items, *rest, **options)
+
+    monkeypatch.setattr(engine, "forward_backward", watch)
+    heard = go(run)
+    word = run.renderer._encode(" Workflow:")[0]
+    acted = [t.tokens for group in heard.groups for t in group.trajectories]
+    assert any(word in tokens[: len(tokens) // 2] for tokens in acted)
+    assert not any(word in tokens for tokens in trained)
 
 
 def test_without_a_reward_and_without_a_teacher_there_is_nothing_to_learn(make_run: MakeRun) -> None:
@@ -50,11 +134,25 @@ def test_without_a_reward_and_without_a_teacher_there_is_nothing_to_learn(make_r
     assert same(weights(run), before)
 
 
-def test_a_row_whose_switches_are_not_built_is_refused(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    for change in ({"student_prompt": "skill"}, {"sampler": "teacher"}, {"teacher": "external"}):
-        monkeypatch.setitem(METHODS, "new", dataclasses.replace(METHODS["skill-sd"], name="new", **change))
-        with pytest.raises(UserError, match="not built yet"):
-            make_run(method="new")
+@pytest.mark.parametrize(
+    ("method", "sections", "said"),
+    [
+        ("opd-external", {}, "give its name or folder"),
+        ("skill-sd", {"teacher": {"model": "nano"}}, "not external"),
+        ("skill-sd-frozen", {"teacher": {"ema": 0.5}}, "not synchronised"),
+        ("skill-grpo", {"skills": {"hindsight": True}}, "before the group is played"),
+        ("skill-sd", {"skills": {"hindsight": True, "deterministic": False}}, "not be ready in time"),
+        ("skill-grpo", {"skills": {"credit": "uplift"}}, "no episodes without the skill"),
+        ("skill-sd", {"skills": {"content": "shuffled"}, "rollout": {"tasks_per_iteration": 1},
+                      "training": {"minibatches": 1}}, "no other task's skill"),
+        ("skill-sd", {"objective": {"top_k": 3}}, "top_k is for"),
+    ],
+)  # fmt: skip
+def test_switches_that_do_not_fit_the_row_are_refused(
+    method: str, sections: dict[str, Any], said: str, make_run: MakeRun
+) -> None:
+    with pytest.raises(UserError, match=said):
+        make_run(method=method, **sections)
 
 
 def test_an_environment_without_reference_solutions_has_no_oracle_to_tell(make_run: MakeRun) -> None:

@@ -75,6 +75,10 @@ class ChatRenderer:
                 break
         return self._encode(said)
 
+    def count(self, text: str) -> int:
+        """How many tokens `text` has as part of a message."""
+        return len(self._encode(self._as_letters(text)))
+
     def text(self, tokens: Sequence[int]) -> str:
         """What the student said, for the environment and for people."""
         ids = list(tokens)

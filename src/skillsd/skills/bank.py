@@ -95,7 +95,7 @@ class SkillBank:
 
     Args:
         path: the database file, made if there is none; ``":memory:"`` for a bank that lives in memory only.
-        policy: how `pick` chooses, see `skillsd.skills.ucb.policy`; UCB unless given.
+        policy: how `peek` chooses, see `skillsd.skills.ucb.policy`; UCB unless given.
         forbidden: ids of the tasks of the evaluation splits. They are refused whatever split a task claims.
         max_per_task: where a new skill would exceed it, the task's skill with the lowest mean reward goes.
             Skills that were never picked are not thrown away untried, so a bank may exceed it by those.
@@ -158,29 +158,25 @@ class SkillBank:
             ).fetchone()
             return int(row[0])
 
-    def pick(self, task: Task, *, c: float) -> StoredSkill | None:
-        """S(x): the skill that the teacher of `task` gets now, recorded as a pick (n(e) += 1).
+    def peek(self, task: Task, *, c: float) -> StoredSkill | None:
+        """S(x): the skill that the teacher of `task` gets now; None if there is none, or the policy wants none.
 
-        None if the task has no skill yet, or the policy wants none. The returned record includes this pick.
+        Nothing is recorded: that is `record_pick`'s, once the skill is really used.
 
         Raises:
             HeldOutTaskError: for a task that is not a training task.
         """
-        with self.batch():
-            chosen = self.peek(task, c=c)
-            if chosen is None:
-                return None
-            self._db.execute("UPDATE skills SET picks = picks + 1 WHERE id = ?", (chosen.id,))
-            return self._select("WHERE id = ?", chosen.id)[0]
-
-    def peek(self, task: Task, *, c: float) -> StoredSkill | None:
-        """What `pick` would return, with nothing recorded."""
         self.guard(task)
         if not (math.isfinite(c) and c >= 0):
             raise ValueError(f"UCB's c is {c}; expected a finite number >= 0")
         arms = self._of(task)
         index = self._policy(arms, c) if arms else None
         return None if index is None else arms[index]
+
+    def record_pick(self, skill_id: int) -> None:
+        """n(e) += 1. One that has made room for others meanwhile is nobody's any more."""
+        with self.batch():
+            self._db.execute("UPDATE skills SET picks = picks + 1 WHERE id = ?", (skill_id,))
 
     def credit(self, skill_id: int, rewards: Sequence[float]) -> bool:
         """Add the rewards of rollouts that were trained while this was the teacher's skill.

@@ -59,6 +59,11 @@ def pick(arms: Sequence[Arm], c: float) -> int:
     return max(range(len(arms)), key=rank)
 
 
+def best(arms: Sequence[Arm], c: float) -> int:
+    """The highest mean reward, nothing explored; ties go to the newest."""
+    return max(range(len(arms)), key=lambda index: (arms[index].mean_reward, index))
+
+
 def last(arms: Sequence[Arm], c: float) -> int:
     """The newest skill, whatever its record."""
     return len(arms) - 1
@@ -76,12 +81,12 @@ def random_policy(seed: int) -> Policy:
 
 
 def policy(name: str, *, seed: int = 0) -> Policy:
-    """The policy called `name`: ``ucb``, ``random`` (which alone uses `seed`) or ``last``.
+    """The policy called `name`: ``ucb``, ``random`` (which alone uses `seed`), ``last`` or ``best``.
 
     Raises:
         UserError: for a name that does not exist.
     """
-    policies: dict[str, Policy] = {"ucb": pick, "random": random_policy(seed), "last": last}
+    policies: dict[str, Policy] = {"ucb": pick, "random": random_policy(seed), "last": last, "best": best}
     if name not in policies:
         raise unknown_name("skill policy", name, policies)
     return policies[name]

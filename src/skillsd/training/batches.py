@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from skillsd.engines.base import Engine, TokenSequence, TrainItem
 from skillsd.objective import group_advantages
 from skillsd.rollouts.tokens import ChatRenderer
 from skillsd.seeds import derive_seed
 from skillsd.skills.context import with_context
+from skillsd.training.imitation import BestSuccesses
+from skillsd.training.lessons import Told
 from skillsd.types import Group, Trajectory
+
+Signals = dict[str, Tensor]
 
 
 @dataclass
@@ -22,18 +27,21 @@ class Batch:
     Attributes:
         groups: the items of each group's trajectories, those without a single action token left out.
         taught: for each group, whether it has a teacher's signal.
-        untold: groups whose context did not fit the teacher's budget; they are trained without a teacher.
+        untold: groups whose context made a sequence longer than the model takes; they are trained without a teacher.
         flat: groups whose rewards are all equal: no advantage, so nothing to learn from the reward.
+        imitated: items that are a task's best success, said again.
     """
 
     groups: list[list[TrainItem]] = field(default_factory=list)
     taught: list[bool] = field(default_factory=list)
     untold: int = 0
     flat: int = 0
+    imitated: int = 0
 
 
-def teacher_sequence(trajectory: Trajectory, context: str, renderer: ChatRenderer) -> TokenSequence:
-    """The teacher's view: its own first prompt (x + S(x), same chat template), then the student's ids verbatim."""
+def view(trajectory: Trajectory, context: str, renderer: ChatRenderer) -> TokenSequence:
+    """The trajectory as somebody else sees it: a first prompt of its own (x + context, same chat template), then the
+    sampled and heard ids verbatim."""
     prompt = renderer.prompt(with_context(trajectory.prompt, context))
     return TokenSequence(
         (*prompt, *trajectory.tokens[trajectory.prompt_length :]),
@@ -43,81 +51,104 @@ def teacher_sequence(trajectory: Trajectory, context: str, renderer: ChatRendere
 
 def build_batch(
     groups: Sequence[Group],
-    contexts: Sequence[str],
+    told: Sequence[Told],
     engine: Engine,
     renderer: ChatRenderer,
     *,
     temperature: float,
-    extra_tokens: int,
     scale_by_std: bool,
-    distribution: bool,
+    distribution: bool = False,
+    top_k: int | None = None,
+    best: BestSuccesses | None = None,
 ) -> Batch:
-    """Advantages of each group, and the teacher's log-probs of the groups that have a context.
+    """Advantages of each group, and the teacher's log-probs of the groups that have a teacher.
 
     Args:
-        contexts: what the teacher is told about each group's task; empty where there is no teacher.
-        extra_tokens: the most tokens that a context may add to the prompt. One that adds more, or makes a sequence
-            longer than the model takes, is never cut: its group goes without a teacher, and is counted.
+        told: what actor, student and teacher were told about each group's task. Where the student is told something
+            else than who acted, it is trained on the same actions under its own prompt, and pi_old stays the actor's.
         distribution: ask the teacher for its whole distribution ``[tokens, vocabulary]`` at each token.
+        top_k: then only for its `top_k` most likely tokens, and one bucket for the rest.
+        best: successes to imitate; adds an item, without advantage or teacher, to each group whose task has one.
     """
     batch = Batch()
-    told: list[tuple[TokenSequence, dict[str, torch.Tensor]]] = []
-    for group, context in zip(groups, contexts, strict=True):
+    asked: list[tuple[TokenSequence, Signals]] = []
+    for group, words in zip(groups, told, strict=True):
         advantages = group_advantages(group.rewards, scale_by_std=scale_by_std)
         batch.flat += not bool(advantages.any())
-        views: list[TokenSequence] | None = None
-        if context:
-            views = [teacher_sequence(t, context, renderer) for t in group.trajectories]
-            if not _fits(views, group, extra_tokens, engine.max_length):
+        views = None
+        if words.teacher is not None:
+            views = [view(t, words.teacher, renderer) for t in group.trajectories]
+            if max(len(v.tokens) for v in views) > engine.max_length:  # never cut: half a skill is another skill
                 batch.untold, views = batch.untold + 1, None
         batch.taught.append(views is not None)
         items: list[TrainItem] = []
         for place, (trajectory, advantage) in enumerate(zip(group.trajectories, advantages.tolist(), strict=True)):
-            count = trajectory.action_tokens
-            if not count:
+            if not trajectory.action_tokens:
                 continue
-            old = [p for p, sampled in zip(trajectory.logprobs, trajectory.action_mask, strict=True) if sampled]
-            signals = {
-                "old_logprobs": torch.tensor(old, dtype=torch.float32),
-                "advantages": torch.full((count,), advantage, dtype=torch.float32),
-                "teacher_logprobs": torch.zeros(count),
-                "has_teacher": torch.full((count,), views is not None),
-            }
+            item = _item(trajectory, advantage, taught=views is not None)
+            if words.student != words.actor:
+                item = replace(item, sequence=view(trajectory, words.student, renderer))
             if views is not None:
-                told.append((views[place], signals))
-            items.append(TrainItem(TokenSequence(trajectory.tokens, trajectory.action_mask), signals))
+                asked.append((views[place], item.signals))
+            items.append(item)
+        if best is not None and (success := best.of(group.task.id)) is not None:
+            item = _item(success, 0.0, taught=False, imitated=True)
+            items.append(replace(item, sequence=view(success, words.student, renderer)))
+            batch.imitated += 1
         batch.groups.append(items)
-    _ask_teacher(batch, told, engine, temperature, distribution)
+    _ask_teacher(batch, asked, engine, temperature, distribution, top_k)
     return batch
 
 
-def _fits(views: Sequence[TokenSequence], group: Group, extra_tokens: int, max_length: int) -> bool:
-    added = len(views[0].tokens) - len(group.trajectories[0].tokens)
-    return added <= extra_tokens and max(len(view.tokens) for view in views) <= max_length
+def _item(trajectory: Trajectory, advantage: float, *, taught: bool, imitated: bool = False) -> TrainItem:
+    count = trajectory.action_tokens
+    old = [p for p, sampled in zip(trajectory.logprobs, trajectory.action_mask, strict=True) if sampled]
+    signals = {
+        "old_logprobs": torch.tensor(old, dtype=torch.float32),
+        "advantages": torch.full((count,), advantage, dtype=torch.float32),
+        "teacher_logprobs": torch.zeros(count),
+        "has_teacher": torch.full((count,), taught),
+        "imitated": torch.full((count,), imitated),
+    }
+    return TrainItem(TokenSequence(trajectory.tokens, trajectory.action_mask), signals)
 
 
 def _ask_teacher(
     batch: Batch,
-    told: Sequence[tuple[TokenSequence, dict[str, torch.Tensor]]],
+    asked: Sequence[tuple[TokenSequence, Signals]],
     engine: Engine,
     temperature: float,
     distribution: bool,
+    top_k: int | None,
 ) -> None:
-    if not told:
+    """Put the teacher's answers among the signals of the items that they belong to."""
+    if not asked:
         return
-    views = [view for view, _ in told]
-    scores = engine.score(views, "teacher", temperature=temperature, distribution=distribution)
-    for (view, signals), score in zip(told, scores, strict=True):
-        if distribution:
-            signals["teacher_distribution"] = score
-            marked = torch.tensor([t for t, m in zip(view.tokens, view.mask, strict=True) if m])
-            score = score.gather(1, marked.unsqueeze(1)).squeeze(1)
-        signals["teacher_logprobs"] = score
-    if distribution:  # every item of a batch carries the same signals
-        width = scores[0].shape[1]
-        for item in (item for items in batch.groups for item in items):
-            if "teacher_distribution" not in item.signals:
-                item.signals["teacher_distribution"] = torch.zeros(item.sequence.marked, width)  # type: ignore[index]
+    views = [sequence for sequence, _ in asked]
+    answers: list[dict[str, Tensor]]
+    if not distribution:
+        answers = [{"teacher_logprobs": score} for score in engine.score(views, "teacher", temperature=temperature)]
+    elif top_k is not None:
+        tops = engine.score_top_k(views, top_k, "teacher", temperature=temperature)
+        answers = [
+            {"teacher_logprobs": top.chosen, "teacher_distribution": top.logprobs, "candidates": top.ids}
+            for top in tops
+        ]
+    else:
+        answers = []
+        full = engine.score(views, "teacher", temperature=temperature, distribution=True)
+        for sequence, score in zip(views, full, strict=True):
+            marked = torch.tensor([t for t, m in zip(sequence.tokens, sequence.mask, strict=True) if m])
+            chosen = score.gather(1, marked.unsqueeze(1)).squeeze(1)
+            answers.append({"teacher_logprobs": chosen, "teacher_distribution": score})
+    for (_, signals), answer in zip(asked, answers, strict=True):
+        signals.update(answer)
+    # Every item of a batch carries the same signals.
+    for item in (item for items in batch.groups for item in items):
+        for name, like in answers[0].items():
+            if name not in item.signals:
+                shape = (item.sequence.marked, *like.shape[1:])
+                item.signals[name] = torch.zeros(shape, dtype=like.dtype)  # type: ignore[index]
 
 
 def minibatches(batch: Batch, count: int, seed: int) -> list[list[TrainItem]]:
@@ -129,8 +160,11 @@ def minibatches(batch: Batch, count: int, seed: int) -> list[list[TrainItem]]:
 
 
 def normalisers(items: Sequence[TrainItem]) -> dict[str, float]:
-    """Global counts of a minibatch: action tokens, and those of them that have a teacher."""
+    """Global counts of a minibatch: the student's own action tokens, those of them that have a teacher, and the
+    tokens of successes that are imitated."""
+    imitated = float(sum(int(item.signals["imitated"].sum()) for item in items))
     return {
-        "action_tokens": float(sum(item.sequence.marked for item in items)),
+        "action_tokens": float(sum(item.sequence.marked for item in items)) - imitated,
         "teacher_tokens": float(sum(int(item.signals["has_teacher"].sum()) for item in items)),
+        "imitated_tokens": imitated,
     }

@@ -15,7 +15,8 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 def save(run: Run) -> Path:
-    """Write ``checkpoints/step-N``: weights, optimiser, RNG, curriculum, bank and UCB counts, pending summaries."""
+    """Write ``checkpoints/step-N``: weights, optimiser, RNG, curriculum, bank and UCB counts, pending
+    summaries, successes to imitate."""
     parent = run.folder / "checkpoints"
     parent.mkdir(exist_ok=True)
     target = parent / f"step-{run.iteration}"
@@ -31,6 +32,7 @@ def save(run: Run) -> Path:
         "curriculum": run.curriculum.state(),
         "pending_summaries": run.summaries.pending() if run.summaries else [],
         "summary_stats": run.summaries.stats() if run.summaries else {},
+        "best_successes": run.best.state() if run.best else {},
     }
     (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
     _sync(aside)
@@ -97,6 +99,8 @@ def load(run: Run, path: Path) -> None:
     if run.summaries:
         run.summaries.restore_stats(state["summary_stats"])
         run.summaries.resume(state["pending_summaries"])
+    if run.best:
+        run.best.restore(state["best_successes"])
     run.iteration = state["iteration"]
     run.totals = state["totals"]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from skillsd.engines.base import Engine
 from skillsd.rollouts.collect import Collected, outcome_counts
 from skillsd.training.batches import Batch
+from skillsd.training.lessons import Lesson
 
 if TYPE_CHECKING:
     from skillsd.training.run import Run
@@ -31,13 +33,14 @@ def describe_rollouts(collected: Collected, seconds: float) -> dict[str, float]:
     }
 
 
-def describe_batch(batch: Batch) -> dict[str, float]:
+def describe_batch(batch: Batch, lessons: Sequence[Lesson]) -> dict[str, float]:
     """What the batch gave to learn from, as shares of its groups."""
     count = max(1, len(batch.groups))
     return {
         "batch/groups_of_equal_reward": batch.flat / count,
         "batch/groups_with_teacher": sum(batch.taught) / count,
-        "batch/skills_over_budget": batch.untold / count,
+        "batch/skills_over_budget": (batch.untold + sum(lesson.too_long for lesson in lessons)) / count,
+        **({"batch/imitated": batch.imitated / count} if batch.imitated else {}),
     }
 
 

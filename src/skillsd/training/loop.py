@@ -6,22 +6,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 from skillsd.errors import UserError
 from skillsd.rollouts.collect import collect
 from skillsd.seeds import derive_seed
-from skillsd.skills.bank import StoredSkill
-from skillsd.skills.context import render_skill
 from skillsd.training import checkpoint
+from skillsd.training import lessons as lessons_of
 from skillsd.training.batches import build_batch
 from skillsd.training.evaluate import evaluate
 from skillsd.training.figures import describe_batch, describe_rollouts, describe_skills, describe_system
+from skillsd.training.lessons import Lesson, Told, told
 from skillsd.training.optimise import optimise
 from skillsd.training.run import Run, actor_at
-from skillsd.types import Group, Skill, Task
+from skillsd.training.uplift import measure_uplift
+from skillsd.types import Group
 
 Record = dict[str, Any]
 
@@ -64,22 +66,27 @@ async def train(run: Run, reporter: Reporter, should_stop: Callable[[], bool] = 
 async def iterate(run: Run, reporter: Reporter) -> Record:
     """One iteration of Algorithm 1."""
     config, number, clock = run.config, run.iteration, Stopwatch()
+    hindsight = run.summaries is not None and config.skills.hindsight
 
     if run.method.teacher == "synchronised" and number % config.teacher.sync_every == 0:
-        run.engine.sync_teacher()
+        run.engine.sync_teacher(1 - (config.teacher.ema or 0))
     tasks = run.curriculum.pick(number)
+    if run.summaries:
+        run.summaries.collect()  # what became ready meanwhile
+    lessons = lessons_of.choose(run, tasks)
 
-    # The student acts, under the plain prompt.
+    # The student acts, under the plain prompt. (In two of the paper's ablations it does not: see `Method`.)
     with clock("rollout"):
         collected = await collect(
             run.actor,
             run.task_set,
             tasks,
-            run.budget,
+            run.acting_budget,
             group_size=config.rollout.group_size,
             seed=derive_seed(config.seed, "rollout", number),
             retries=config.rollout.retries,
             concurrency=config.rollout.concurrency,
+            contexts=[told(run, lesson).actor for lesson in lessons] if run.method.actor_is_told else None,
         )
     groups = collected.groups
     if collected.dropped:
@@ -87,40 +94,53 @@ async def iterate(run: Run, reporter: Reporter) -> Record:
     _check_groups(run, groups, collected.reason)
 
     # The teacher is told more (a skill of each task's own bank), and re-scores what the student said.
-    if run.summaries:
-        run.summaries.collect()  # what became ready meanwhile
-    with run.bank.batch():
-        lessons = [_lesson(run, group.task) for group in groups]
+    written = 0
+    if hindsight:
+        with clock("summarise"):
+            written = await _summarise(run, groups)
+        lessons = lessons_of.choose(run, [group.task for group in groups])
+    else:
+        kept = {group.task.id for group in groups}
+        lessons = [lesson for lesson, task in zip(lessons, tasks, strict=True) if task.id in kept]
+    lessons_of.record(run, lessons)
+    if run.best:
+        run.best.update(groups)
     objective = run.objective()
     with clock("teacher"):
         batch = await _compute(
             run,
             lambda: build_batch(
                 groups,
-                [_told(run, group.task, lesson) for group, lesson in zip(groups, lessons, strict=True)],
+                [_told(run, group, lesson) for group, lesson in zip(groups, lessons, strict=True)],
                 run.engine,
                 run.renderer,
                 temperature=config.rollout.temperature,
-                extra_tokens=config.skills.teacher_extra_tokens,
                 scale_by_std=config.objective.scale_by_std,
                 distribution=objective.needs_distribution,
+                top_k=objective.top_k,
+                best=run.best,
             ),
         )
+
+    # A skill's uplift is that of the policy which it taught, so it is measured before the update.
+    with clock("uplift"):
+        worth = await _worth(run, groups, lessons)
 
     # L = L_GRPO + lambda * L_SDL
     with clock("update"):
         updated = await _compute(run, lambda: optimise(run, batch, objective, reporter.note))
 
-    # A skill is credited with the rewards of the rollouts that were trained while it taught: not if it did not fit,
-    # nor if nothing was updated.
+    # A skill is credited for what was trained while it was used: not if it did not fit, nor if nothing was updated.
     with run.bank.batch():
-        for group, lesson, taught in zip(groups, lessons, batch.taught, strict=True):
-            if lesson and taught and updated["step/applied"]:
-                run.bank.credit(lesson.id, group.rewards)
+        for lesson, taught, values in zip(lessons, batch.taught, worth, strict=True):
+            used = taught or (run.method.student_prompt == "skill" and lesson.text)
+            if lesson.skill and used and updated["step/applied"]:
+                run.bank.credit(lesson.skill.id, values)
 
     # Finished trajectories become skills, for later iterations.
-    with clock("summarise"):
-        written = await _summarise(run, groups)
+    if not hindsight:
+        with clock("summarise"):
+            written = await _summarise(run, groups)
 
     run.iteration += 1
     run.totals["episodes"] += sum(len(group.trajectories) for group in groups)
@@ -131,7 +151,7 @@ async def iterate(run: Run, reporter: Reporter) -> Record:
         "iteration": run.iteration,
         **run.totals,
         **describe_rollouts(collected, clock.seconds["rollout"]),
-        **describe_batch(batch),
+        **describe_batch(batch, lessons),
         **updated,
         **describe_skills(run, written),
         **describe_system(run.engine),
@@ -179,16 +199,34 @@ def _check_groups(run: Run, groups: list[Group], reason: str) -> None:
         )
 
 
-def _lesson(run: Run, task: Task) -> StoredSkill | None:
-    return run.bank.pick(task, c=run.config.skills.ucb_c) if run.method.context == "skill" else None
+def _told(run: Run, group: Group, lesson: Lesson) -> Told:
+    """Who is told what about a group's task, now that it is known how the group fared."""
+    words, most = told(run, lesson), run.config.teacher.max_group_reward
+    if most is not None and sum(group.rewards) > most * len(group.rewards):
+        return replace(words, teacher=None)
+    return words
 
 
-def _told(run: Run, task: Task, lesson: StoredSkill | None) -> str:
-    """The teacher's extra context in words; empty where it has none."""
-    if run.method.context == "oracle":
-        # Worded as a skill's workflow, so that oracle and skill differ in what they say and not in how.
-        return render_skill(Skill("", "", run.task_set.oracle(task) or ""), run.template)
-    return render_skill(lesson.skill, run.template) if lesson else ""
+async def _worth(run: Run, groups: list[Group], lessons: list[Lesson]) -> list[Sequence[float]]:
+    """What each lesson's skill is to be credited with."""
+    if run.config.skills.credit == "source":
+        return [[lesson.skill.source_reward] if lesson.skill else [] for lesson in lessons]
+    if run.config.skills.credit == "reward":
+        return [group.rewards for group in groups]
+    asked = [(group, lesson.text) for group, lesson in zip(groups, lessons, strict=True) if lesson.text]
+    measured = await measure_uplift(
+        run.student,
+        run.task_set,
+        [(group.task, text) for group, text in asked],
+        run.budget,
+        episodes=run.config.skills.uplift_episodes,
+        seed=derive_seed(run.config.seed, "uplift", run.iteration),
+        concurrency=run.config.rollout.concurrency,
+        plain={group.task.id: sum(group.rewards) / len(group.rewards) for group, _ in asked},
+    )
+    run.totals["episodes"] += sum(uplift.episodes for uplift in measured)
+    by_task = {uplift.task_id: uplift.score for uplift in measured}
+    return [[by_task[group.task.id]] if group.task.id in by_task else [] for group in groups]
 
 
 async def _summarise(run: Run, groups: list[Group]) -> int:
@@ -196,8 +234,11 @@ async def _summarise(run: Run, groups: list[Group]) -> int:
     if run.summaries is None:
         return 0
     number = run.iteration + 1  # as metrics.jsonl and the trajectories' files count it
+    wanted = {"all": (True, False), "successes": (True,), "failures": (False,)}[run.config.skills.sources]
     for group in groups:
         for member, trajectory in enumerate(group.trajectories):
+            if trajectory.success not in wanted:
+                continue
             source = f"iteration-{number}/{group.task.id}/{member}"
             run.summaries.submit(trajectory, source=source, iteration=number)
     if run.config.skills.deterministic:

@@ -34,8 +34,8 @@ def optimise(run: Run, batch: Batch, objective: Objective, note: Callable[[str],
     for epoch in range(options.epochs):
         order = derive_seed(run.config.seed, "minibatches", run.iteration, epoch)
         for place, items in enumerate(minibatches(batch, options.minibatches, order)):
-            # Before the first step the student is pi_old: what differs is the sampler from the scorer.
-            watched = gaps if epoch == place == 0 else None
+            # Before the first step a student that acted is pi_old: what differs is the sampler from the scorer.
+            watched = gaps if epoch == place == 0 and run.method.sampler == "student" else None
             parts.append(
                 run.engine.forward_backward(
                     items,
@@ -70,7 +70,8 @@ def optimise(run: Run, batch: Batch, objective: Objective, note: Callable[[str],
 def _loss(objective: Objective, counts: Mapping[str, float], gaps: list[Tensor] | None) -> Any:
     def loss(student: TokenLogprobs, signals: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Mean]]:
         if gaps is not None:
-            gaps.append((student.chosen.detach() - signals["old_logprobs"]).abs().cpu())
+            own = ~signals["imitated"]
+            gaps.append((student.chosen.detach() - signals["old_logprobs"])[own].abs().cpu())
         return objective(student, signals, counts)
 
     return loss

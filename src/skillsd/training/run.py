@@ -22,6 +22,7 @@ from skillsd.skills.bank import SkillBank
 from skillsd.skills.context import load_template
 from skillsd.skills.summarise import RuleSummariser, Summariser
 from skillsd.training.curriculum import Curriculum
+from skillsd.training.imitation import BestSuccesses
 from skillsd.types import TRAIN_SPLIT
 
 BANK = "skills.sqlite"
@@ -43,28 +44,47 @@ class Run:
     bank: SkillBank
     summaries: BackgroundSummaries | None
     """None where the method has no use for skills."""
+    best: BestSuccesses | None = None
+    """What the student imitates of its own; None where it does not."""
     iteration: int = 0
     """Finished iterations."""
     totals: dict[str, float] = field(default_factory=lambda: {"episodes": 0, "sampled_tokens": 0, "seconds": 0.0})
 
     @property
     def budget(self) -> Budget:
+        """Of an episode under the plain prompt."""
         return Budget.of(self.config.rollout, self.task_set, self.engine.max_length)
 
     @property
-    def actor(self) -> Actor:
+    def acting_budget(self) -> Budget:
+        """Of a training episode: whoever is told a lesson has room for it beside."""
+        budget = self.budget
+        if not self.method.actor_is_told:
+            return budget
+        room = budget.trajectory_tokens + self.config.skills.teacher_extra_tokens
+        return dataclasses.replace(budget, trajectory_tokens=min(room, self.engine.max_length))
+
+    @property
+    def student(self) -> Actor:
         """The student as it samples for training."""
         return Actor(self.engine, self.renderer, self.config.rollout.temperature)
+
+    @property
+    def actor(self) -> Actor:
+        """Who acts in the training rollouts."""
+        return dataclasses.replace(self.student, weights=self.method.sampler)
 
     def objective(self) -> Objective:
         """The method's weights, the recipe's where it gives them, lambda as scheduled for this iteration."""
         options, row = self.config.objective, self.method
-        lambda_sdl = row.lambda_sdl if options.lambda_sdl is None else options.lambda_sdl
+        lambda_sdl = _or(options.lambda_sdl, row.lambda_sdl)
         progress = self.iteration / max(1, self.config.training.iterations)
         return Objective(
-            reward_weight=row.reward_weight if options.reward_weight is None else options.reward_weight,
+            reward_weight=_or(options.reward_weight, row.reward_weight),
             lambda_sdl=0.0 if row.teacher == "none" else scheduled(lambda_sdl, options.lambda_schedule, progress),
+            imitation_weight=0.0 if not row.imitation_weight else _or(options.imitation_weight, row.imitation_weight),
             estimator=options.estimator,
+            top_k=options.top_k,
             clip_low=options.clip_low,
             clip_high=options.clip_high,
             distil_clamp=options.distil_clamp,
@@ -92,7 +112,8 @@ def make_engine(config: RunConfig) -> Engine:
     lora = config.model.lora
     row, options = method(config.method), config.training
     # A teacher that takes the student's weights at the start of every iteration needs no weights of its own.
-    follows = row.teacher == "none" or (row.teacher == "synchronised" and config.teacher.sync_every == 1)
+    every_time = config.teacher.sync_every == 1 and config.teacher.ema is None
+    follows = row.teacher == "none" or (row.teacher == "synchronised" and every_time)
     torch.manual_seed(derive_seed(config.seed, "torch"))
     return TorchEngine(
         config.model.name,
@@ -100,6 +121,7 @@ def make_engine(config: RunConfig) -> Engine:
         device=config.model.device,
         lora=LoraOptions(lora.rank, lora.alpha, lora.target_modules) if lora else None,
         teacher_follows=follows,
+        teacher_model=config.teacher.model,
         micro_batch_tokens=options.micro_batch_tokens,
         max_sessions=config.rollout.concurrency,
         betas=(options.beta1, options.beta2),
@@ -119,12 +141,7 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
         UserError: for anything in the recipe that does not fit together.
     """
     row = method(config.method)
-    # The table has room for them, the loop does not run them yet: better no run than another one under that name.
-    if row.student_prompt != "plain" or row.sampler != "student" or row.teacher == "external":
-        raise UserError(
-            f"method {row.name!r} has switches that are not built yet (the skill in the student's prompt, a "
-            "teacher that samples, an external teacher)"
-        )
+    _check_switches(config, row)
     task_set = task_set or registry.load(config.environment.name, config.environment.options)
     held_out = {task.id for split in task_set.splits if split != TRAIN_SPLIT for task in task_set.tasks(split)}
     if both := sorted(held_out.intersection(task.id for task in task_set.tasks(TRAIN_SPLIT))):
@@ -153,7 +170,6 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
             f"{config.environment.name!r} has none for some of its training tasks"
         )
     template = load_template(config.skills.template)
-    uses_skills = row.context == "skill"
     engine = engine or make_engine(config)
     if config.rollout.trajectory_tokens > engine.max_length:
         raise UserError(
@@ -167,7 +183,7 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
         max_per_task=config.skills.max_per_task,
     )
     summaries = None
-    if uses_skills:
+    if row.uses_skills:
         summaries = BackgroundSummaries(
             _summariser(config, task_set),
             bank,
@@ -186,9 +202,39 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
         template=template,
         bank=bank,
         summaries=summaries,
+        best=BestSuccesses() if row.imitation_weight else None,
     )
     run.objective()  # an unknown estimator is told now
     return run
+
+
+def _or(given: float | None, default: float) -> float:
+    return default if given is None else given
+
+
+def _check_switches(config: RunConfig, row: Method) -> None:
+    """What a recipe asks of a method must be something that the method has."""
+
+    def refuse(key: str, given: object, reason: str) -> None:
+        raise UserError(f"{key} is {given!r}, but {reason}")
+
+    teacher, skills = config.teacher, config.skills
+    if row.teacher == "external" and teacher.model is None:
+        refuse("teacher.model", None, f"method {row.name!r} has another model for a teacher: give its name or folder")
+    if row.teacher != "external" and teacher.model is not None:
+        refuse("teacher.model", teacher.model, f"the teacher of method {row.name!r} is {row.teacher}, not external")
+    if row.teacher in ("frozen", "external") and teacher.ema is not None:
+        refuse("teacher.ema", teacher.ema, f"the teacher of method {row.name!r} is not synchronised")
+    if not row.uses_skills:
+        return
+    if skills.hindsight and row.actor_is_told:
+        refuse("skills.hindsight", True, f"method {row.name!r} tells the skill before the group is played")
+    if skills.hindsight and not skills.deterministic:
+        refuse("skills.hindsight", True, "skills.deterministic is false: a group's skills would not be ready in time")
+    if skills.credit == "uplift" and row.actor_is_told:
+        refuse("skills.credit", "uplift", f"method {row.name!r} plays no episodes without the skill to compare with")
+    if skills.content == "shuffled" and config.rollout.tasks_per_iteration == 1:
+        refuse("skills.content", "shuffled", "rollout.tasks_per_iteration is 1: there is no other task's skill")
 
 
 def _summariser(config: RunConfig, task_set: TaskSet) -> Summariser:
@@ -217,4 +263,4 @@ def comparable(config: RunConfig) -> RunConfig:
 
 def actor_at(run: Run, temperature: float) -> Actor:
     """The student at another temperature (0: greedy)."""
-    return dataclasses.replace(run.actor, temperature=temperature)
+    return dataclasses.replace(run.student, temperature=temperature)

@@ -1,0 +1,43 @@
+"""Self-imitation (Oh et al., arXiv 1806.05635): the student's own best success on each task, to be said again.
+
+The control that a claim for skills needs: what a success brings when it is replayed, without a skill or a teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from skillsd.records import trajectory_from_json, trajectory_to_json
+from skillsd.types import TRAIN_SPLIT, Group, Trajectory
+
+
+class BestSuccesses:
+    """The best success so far of each training task: the fewest turns; of equals, the newest."""
+
+    def __init__(self) -> None:
+        self._best: dict[str, Trajectory] = {}
+
+    def update(self, groups: Iterable[Group]) -> None:
+        """Look through new trajectories.
+
+        Raises:
+            ValueError: for a task that is not a training task.
+        """
+        for group in groups:
+            if group.task.split != TRAIN_SPLIT:
+                raise ValueError(f"task {group.task.id!r} is of split {group.task.split!r}: nothing of it is imitated")
+            for trajectory in group.trajectories:
+                best = self._best.get(group.task.id)
+                if trajectory.success and (best is None or len(trajectory.turns) <= len(best.turns)):
+                    self._best[group.task.id] = trajectory
+
+    def of(self, task_id: str) -> Trajectory | None:
+        return self._best.get(task_id)
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {task: trajectory_to_json(trajectory) for task, trajectory in self._best.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._best = {task: trajectory_from_json(record) for task, record in state.items()}
