@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -227,6 +228,43 @@ def order_and_micro_batches_do_not_matter_to_scores(subject: Subject) -> None:
     assert subject.make().score([]) == []
 
 
+def top_k_is_the_head_of_the_distribution(subject: Subject) -> None:
+    engine, sequences = subject.make(micro_batch_tokens=40), _sequences()
+    sequences.insert(2, TokenSequence(_ids(4, 99), (False,) * 4))  # nothing wanted of this one
+    full = engine.score(sequences, temperature=0.5, distribution=True)
+    chosen = engine.score(sequences, temperature=0.5)
+    for k in (1, 7):
+        tops = engine.score_top_k(sequences, k, temperature=0.5)
+        plainly = Engine.score_top_k(engine, sequences, k, temperature=0.5)
+        assert len(tops) == len(sequences)
+        for sequence, top, plain, whole, own in zip(sequences, tops, plainly, full, chosen, strict=True):
+            assert top.ids.dtype == torch.int64
+            assert top.logprobs.dtype == torch.float32
+            assert top.ids.device.type == top.logprobs.device.type == top.chosen.device.type == "cpu"
+            for ours, theirs in ((top.chosen, plain.chosen), (top.ids, plain.ids), (top.logprobs, plain.logprobs)):
+                assert ours.shape == theirs.shape
+            assert top.chosen.shape == (sequence.marked,)
+            assert top.ids.shape == (sequence.marked, k)
+            assert top.logprobs.shape == (sequence.marked, k + 1)
+            if not sequence.marked:
+                continue
+            assert _gap(top.chosen, own) <= subject.tolerance
+            assert _gap(plain.chosen, own) <= 2 * subject.tolerance
+            best = whole.sort(dim=1, descending=True).values
+            # Two tokens that are nearly as likely may change places.
+            for logprobs in (top.logprobs, plain.logprobs):
+                assert _gap(logprobs[:, :k], best[:, :k]) <= 2 * subject.tolerance
+                assert _gap(logprobs[:, k], best[:, k:].logsumexp(1)) <= 2 * subject.tolerance
+            assert _gap(top.logprobs[:, :k], whole.gather(1, top.ids)) <= 2 * subject.tolerance
+            assert all(len(set(row)) == k for row in top.ids.tolist())
+    width = full[0].shape[1]
+    for k in (0, width, width + 1):
+        for score in (engine.score_top_k, partial(Engine.score_top_k, engine)):
+            with pytest.raises(ValueError, match="whole distribution"):
+                score(sequences, k)
+    assert engine.score_top_k(sequences[:1], width - 1)[0].logprobs.shape[1] == width
+
+
 def marks_are_checked(subject: Subject) -> None:
     with pytest.raises(ValueError, match="first token"):
         TokenSequence((1, 2), (True, False))
@@ -272,6 +310,64 @@ def gradients_accumulate(subject: Subject) -> None:
         parts.forward_backward(part, _weighted)
     assert parts.step(1e-3).grad_norm == pytest.approx(expected, rel=subject.relative)
     assert parts.step(1e-3).grad_norm == 0
+
+
+def candidates_coarse_grain_the_distribution(subject: Subject) -> None:
+    """The loss sees the candidates and the rest, and its gradient is that of the same sums over the whole."""
+    sequences = _sequences()
+    k = 5
+    teacher = subject.make()
+    _train(teacher, 3)
+    items = [
+        TrainItem(s, {"candidates": top.ids, "q": top.logprobs})
+        for s, top in zip(sequences, teacher.score_top_k(sequences, k), strict=True)
+    ]
+    seen: list[Tensor] = []
+
+    def divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, dict[str, Mean]]:
+        seen.append(log_p.detach())
+        loss = (log_p.exp() * (log_p - log_q)).sum()
+        return loss, {"loss": Mean(loss.item(), len(log_p))}
+
+    def coarse(logprobs: TokenLogprobs, signals: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Mean]]:
+        assert logprobs.distribution is not None
+        assert logprobs.distribution.shape == (len(logprobs.chosen), k + 1)
+        return divergence(logprobs.distribution, signals["q"])
+
+    def by_hand(logprobs: TokenLogprobs, signals: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Mean]]:
+        assert logprobs.distribution is not None
+        p, ids = logprobs.distribution.exp(), signals["ids"]
+        others = torch.ones_like(p).scatter(1, ids, 0.0)
+        return divergence(torch.cat([p.gather(1, ids), (p * others).sum(1, keepdim=True)], 1).log(), signals["q"])
+
+    hidden = [TrainItem(i.sequence, {"ids": i.signals["candidates"], "q": i.signals["q"]}) for i in items]
+    for budget in (10_000, 40):
+        seen.clear()
+        ours, theirs = subject.make(micro_batch_tokens=budget), subject.make(micro_batch_tokens=budget)
+        loss = ours.forward_backward(items, coarse, distribution=True)["loss"].total
+        expected = theirs.forward_backward(hidden, by_hand, distribution=True)["loss"].total
+        half = len(seen) // 2
+        assert _gap(torch.cat(seen[:half]), torch.cat(seen[half:])) <= subject.tolerance
+        assert loss == pytest.approx(expected, rel=10 * subject.relative)
+        assert expected > 0
+        norms = [engine.step(1e-3).grad_norm for engine in (ours, theirs)]
+        assert norms[0] == pytest.approx(norms[1], rel=subject.relative)
+        assert norms[0] > 0
+        assert _gap(_view(ours), _view(theirs)) <= 20 * subject.tolerance
+
+    engine = subject.make()
+    # Without `distribution` they are a signal like any other.
+    engine.forward_backward(items, lambda p, signals: (p.chosen.sum() + signals["q"].sum(), {}))
+    width = engine.score(sequences[:1], distribution=True)[0].shape[1]
+    ids = items[0].signals["candidates"]
+    wrong = [ids[1:], ids[:, 0], ids.float(), ids - width, ids + width, torch.arange(width).expand(len(ids), width)]
+    for bad in wrong:
+        with pytest.raises(ValueError, match="candidates"):
+            engine.forward_backward([TrainItem(sequences[0], {"candidates": bad})], coarse, distribution=True)
+    fewer = TrainItem(sequences[1], {"candidates": items[1].signals["candidates"][:, 1:]})
+    for other in (fewer, TrainItem(sequences[1], {})):
+        with pytest.raises(ValueError, match="candidates"):
+            engine.forward_backward([items[0], other], coarse, distribution=True)
 
 
 def training_moves_towards_the_loss(subject: Subject) -> None:
@@ -443,9 +539,11 @@ CHECKS: list[Callable[[Subject], None]] = [
     bad_requests_are_refused,
     score_reads_every_marked_position,
     order_and_micro_batches_do_not_matter_to_scores,
+    top_k_is_the_head_of_the_distribution,
     marks_are_checked,
     gradient_does_not_depend_on_micro_batches,
     gradients_accumulate,
+    candidates_coarse_grain_the_distribution,
     training_moves_towards_the_loss,
     sampling_follows_the_update,
     what_is_not_finite_is_refused,

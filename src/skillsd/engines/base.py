@@ -75,11 +75,28 @@ class TrainItem:
 
     Attributes:
         sequence: marked where the loss applies.
-        signals: what the loss needs beside the student's log-probs, a tensor ``[marked]`` or ``[marked, ...]`` each.
+        signals: what the loss needs beside the student's log-probs, a tensor ``[marked]`` or ``[marked, ...]`` each,
+            of the same names in every item of a batch. The engine itself reads one name, ``candidates``: see
+            `Engine.forward_backward`.
     """
 
     sequence: TokenSequence
     signals: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The most likely tokens at each marked place of a sequence, and how much mass is left for all others.
+
+    Attributes:
+        chosen: log-probs of the marked tokens themselves, as `Engine.score` gives them, ``[marked]``.
+        ids: the k most likely tokens, the most likely first, int64 ``[marked, k]``.
+        logprobs: theirs and, last, the log of the mass of all other tokens together, ``[marked, k + 1]``.
+    """
+
+    chosen: Tensor
+    ids: Tensor
+    logprobs: Tensor
 
 
 LossFunction = Callable[["TokenLogprobs", Mapping[str, "Tensor"]], "tuple[Tensor, dict[str, Mean]]"]
@@ -143,6 +160,29 @@ class Engine(ABC):
             StaleTeacherError: for the teacher, where it keeps no copy and the student moved since the last sync.
         """
 
+    def score_top_k(
+        self,
+        sequences: Sequence[TokenSequence],
+        k: int,
+        weights: Weights = "student",
+        *,
+        temperature: float = 1.0,
+    ) -> list[TopK]:
+        """What `score` says of the whole vocabulary in ``[marked, k + 1]`` numbers, one `TopK` per sequence.
+
+        In float32, on the CPU. This one is made from whole distributions, a sequence at a time; an engine that holds
+        them elsewhere should not bring them here.
+
+        Raises:
+            ValueError: as `score`, or if `k` is not at least 1 and less than the vocabulary.
+        """
+        from skillsd.engines.candidates import whole_to_top_k
+
+        return [
+            whole_to_top_k(sequence, self.score([sequence], weights, temperature=temperature, distribution=True)[0], k)
+            for sequence in sequences
+        ]
+
     @abstractmethod
     def forward_backward(
         self,
@@ -152,7 +192,17 @@ class Engine(ABC):
         temperature: float = 1.0,
         distribution: bool = False,
     ) -> dict[str, Mean]:
-        """Accumulate the gradient of `loss`, summed over micro-batches. The caller normalises by global counts."""
+        """Accumulate the gradient of `loss`, summed over micro-batches. The caller normalises by global counts.
+
+        The loss gets the log-probs of the marked tokens and, with `distribution`, of all ``[tokens, vocabulary]``; or,
+        if the items have a signal ``candidates`` (int64 ids ``[marked, k]``, distinct in each row), of the candidates
+        and, last, the log of the mass of all other tokens, ``[tokens, k + 1]``. With a teacher's `TopK.ids` as
+        candidates that is aligned with its `TopK.logprobs`. The loss gets ``candidates`` like any other signal.
+
+        Raises:
+            ValueError: if a sequence is longer than `max_length`, or `candidates` are of another shape or type, as many
+                as the vocabulary, or beyond it.
+        """
 
     @abstractmethod
     def step(self, learning_rate: float) -> StepReport:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from skillsd.engines.base import (
     StaleTeacherError,
     StepReport,
     TokenSequence,
+    TopK,
     TrainItem,
     Weights,
 )
+from skillsd.engines.candidates import check_candidates, check_k, coarse_grain, nothing, top_k
 from skillsd.engines.torch.attention import CachedPlan, PackedPlan
 from skillsd.engines.torch.models import (
     LoraOptions,
@@ -138,16 +140,39 @@ class TorchEngine(Engine):
         temperature: float = 1.0,
         distribution: bool = False,
     ) -> list[Tensor]:
+        wanted = self._score(sequences, weights, temperature, lambda *both: both[1:] if distribution else both[:1])
+        return [found[0] if found else torch.empty(0) for found in wanted]
+
+    def score_top_k(
+        self,
+        sequences: Sequence[TokenSequence],
+        k: int,
+        weights: Weights = "student",
+        *,
+        temperature: float = 1.0,
+    ) -> list[TopK]:
+        check_k(k, self._vocabulary)
+        wanted = self._score(sequences, weights, temperature, lambda chosen, full: (chosen, *top_k(full, k)))
+        return [TopK(*found) if found else nothing(k) for found in wanted]
+
+    def _score(
+        self,
+        sequences: Sequence[TokenSequence],
+        weights: Weights,
+        temperature: float,
+        wanted: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    ) -> list[list[Tensor]]:
+        """What `wanted` makes of ``[marked]`` and ``[marked, vocabulary]``, for each sequence; on the CPU."""
         if weights == "teacher":
             self._check_teacher()
         self._check_lengths(sequences)
-        results: list[Tensor] = [torch.empty(0)] * len(sequences)
+        results: list[list[Tensor]] = [[] for _ in sequences]
         with torch.inference_mode():
             for part in self._micro_batches(sequences):
-                chosen, full = self._logprobs([sequences[i] for i in part], weights, temperature, distribution)
-                wanted = (full if distribution else chosen).cpu()  # type: ignore[union-attr]
-                for i, piece in zip(part, wanted.split([sequences[i].marked for i in part]), strict=True):
-                    results[i] = piece.clone()
+                counts = [sequences[i].marked for i in part]
+                for found in wanted(*self._logprobs([sequences[i] for i in part], weights, temperature)):
+                    for i, piece in zip(part, found.cpu().split(counts), strict=True):
+                        results[i].append(piece.clone())
         return results
 
     def forward_backward(
@@ -159,19 +184,25 @@ class TorchEngine(Engine):
         distribution: bool = False,
     ) -> dict[str, Mean]:
         self._check_lengths([item.sequence for item in batch])
+        coarse = distribution and any("candidates" in item.signals for item in batch)
+        if coarse:
+            check_candidates(batch, self._vocabulary)
         for sampler in self.samplers.values():
             sampler.release()
         parts: list[dict[str, Mean]] = []
         for part in self._micro_batches([item.sequence for item in batch]):
             items = [batch[i] for i in part]
             with self._checkpoints():
-                chosen, full = self._logprobs([i.sequence for i in items], "student", temperature, distribution)
                 names = items[0].signals.keys()
                 signals = {name: torch.cat([item.signals[name] for item in items]).to(self.device) for name in names}
-                value, metrics = loss(TokenLogprobs(chosen, full), signals)
+                chosen, full = self._logprobs([i.sequence for i in items], "student", temperature)
+                if coarse:
+                    full = coarse_grain(full, signals["candidates"])
+                value, metrics = loss(TokenLogprobs(chosen, full if distribution else None), signals)
                 # A loss can be infinite while its gradient is not: `step` has to refuse that too.
                 self._loss_is_finite &= bool(torch.isfinite(value.detach()))
                 value.backward()
+                del full  # [marked, vocabulary] is not to stand beside the next forward pass
             parts.append(metrics)
         return add_metrics(parts)
 
@@ -267,8 +298,8 @@ class TorchEngine(Engine):
                 layer.training = False
 
     def _logprobs(
-        self, sequences: Sequence[TokenSequence], weights: Weights, temperature: float, distribution: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self, sequences: Sequence[TokenSequence], weights: Weights, temperature: float
+    ) -> tuple[Tensor, Tensor]:
         """Log-probs of the marked tokens of all sequences, flat ``[marked]``, and ``[marked, vocabulary]``."""
         ids = torch.tensor([t for s in sequences for t in s.tokens])
         marked = torch.tensor([m for s in sequences for m in s.mask]).nonzero().squeeze(1)
@@ -277,7 +308,7 @@ class TorchEngine(Engine):
         # The token at place i is predicted from place i - 1: lm_head runs there and nowhere else.
         logits = self._logits(ids.to(self.device), plan, (marked - 1).to(self.device), weights)
         full = torch.log_softmax(logits.float() / temperature, dim=-1)
-        return full.gather(1, targets.unsqueeze(1)).squeeze(1), full if distribution else None
+        return full.gather(1, targets.unsqueeze(1)).squeeze(1), full
 
     def _logits(self, ids: Tensor, plan: PackedPlan | CachedPlan, places: Tensor, weights: Weights) -> Tensor:
         """Logits ``[places, vocabulary]`` of packed ids ``[tokens]`` at the given places."""
