@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from skillsd.records import trajectory_from_json, trajectory_to_json
+from skillsd.skills.bank import HeldOutTaskError
 from skillsd.types import TRAIN_SPLIT, Group, Trajectory
 
 
@@ -22,11 +23,13 @@ class BestSuccesses:
         """Look through new trajectories.
 
         Raises:
-            ValueError: for a task that is not a training task.
+            HeldOutTaskError: for a task that is not a training task.
         """
         for group in groups:
             if group.task.split != TRAIN_SPLIT:
-                raise ValueError(f"task {group.task.id!r} is of split {group.task.split!r}: nothing of it is imitated")
+                raise HeldOutTaskError(
+                    f"task {group.task.id!r} is of split {group.task.split!r}: nothing of it is imitated"
+                )
             for trajectory in group.trajectories:
                 best = self._best.get(group.task.id)
                 if trajectory.success and (best is None or len(trajectory.turns) <= len(best.turns)):
