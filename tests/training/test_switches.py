@@ -204,7 +204,8 @@ def test_a_resumed_run_imitates_what_it_would_have(make_run: MakeRun) -> None:
         await train(second, Listener())
 
     asyncio.run(go_on())
-    assert second.best is not None and straight.best is not None
+    assert second.best is not None
+    assert straight.best is not None
     assert second.best.state() == straight.best.state() != {}
     for a, b in zip(straight.engine.model.parameters(), second.engine.model.parameters(), strict=True):  # type: ignore[attr-defined]
         assert torch.equal(a, b)

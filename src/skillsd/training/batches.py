@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -71,6 +71,7 @@ def build_batch(
         best: successes to imitate; adds an item, without advantage or teacher, to each group whose task has one.
     """
     batch = Batch()
+    made: list[Signals] = []
     asked: list[tuple[TokenSequence, Signals]] = []
     for group, words in zip(groups, told, strict=True):
         advantages = group_advantages(group.rewards, scale_by_std=scale_by_std)
@@ -85,43 +86,44 @@ def build_batch(
         for place, (trajectory, advantage) in enumerate(zip(group.trajectories, advantages.tolist(), strict=True)):
             if not trajectory.action_tokens:
                 continue
-            item = _item(trajectory, advantage, taught=views is not None)
-            if words.student != words.actor:
-                item = replace(item, sequence=view(trajectory, words.student, renderer))
+            signals = _signals(trajectory, advantage, taught=views is not None)
+            made.append(signals)
             if views is not None:
-                asked.append((views[place], item.signals))
-            items.append(item)
+                asked.append((views[place], signals))
+            sequence = TokenSequence(trajectory.tokens, trajectory.action_mask)
+            if words.student != words.actor:
+                sequence = view(trajectory, words.student, renderer)
+            items.append(TrainItem(sequence, signals))
         if best is not None and (success := best.of(group.task.id)) is not None:
-            item = _item(success, 0.0, taught=False, imitated=True)
-            items.append(replace(item, sequence=view(success, words.student, renderer)))
+            made.append(_signals(success, 0.0, taught=False, imitated=True))
+            items.append(TrainItem(view(success, words.student, renderer), made[-1]))
             batch.imitated += 1
         batch.groups.append(items)
-    _ask_teacher(batch, asked, engine, temperature, distribution, top_k)
+    _ask_teacher(made, asked, engine, temperature, distribution, top_k)
     return batch
 
 
-def _item(trajectory: Trajectory, advantage: float, *, taught: bool, imitated: bool = False) -> TrainItem:
+def _signals(trajectory: Trajectory, advantage: float, *, taught: bool, imitated: bool = False) -> Signals:
     count = trajectory.action_tokens
     old = [p for p, sampled in zip(trajectory.logprobs, trajectory.action_mask, strict=True) if sampled]
-    signals = {
+    return {
         "old_logprobs": torch.tensor(old, dtype=torch.float32),
         "advantages": torch.full((count,), advantage, dtype=torch.float32),
         "teacher_logprobs": torch.zeros(count),
         "has_teacher": torch.full((count,), taught),
         "imitated": torch.full((count,), imitated),
     }
-    return TrainItem(TokenSequence(trajectory.tokens, trajectory.action_mask), signals)
 
 
 def _ask_teacher(
-    batch: Batch,
+    made: Sequence[Signals],
     asked: Sequence[tuple[TokenSequence, Signals]],
     engine: Engine,
     temperature: float,
     distribution: bool,
     top_k: int | None,
 ) -> None:
-    """Put the teacher's answers among the signals of the items that they belong to."""
+    """Put the teacher's answers among the signals that they belong to."""
     if not asked:
         return
     views = [sequence for sequence, _ in asked]
@@ -143,12 +145,11 @@ def _ask_teacher(
             answers.append({"teacher_logprobs": chosen, "teacher_distribution": score})
     for (_, signals), answer in zip(asked, answers, strict=True):
         signals.update(answer)
-    # Every item of a batch carries the same signals.
-    for item in (item for items in batch.groups for item in items):
+    for signals in made:  # every item of a batch carries the same
         for name, like in answers[0].items():
-            if name not in item.signals:
-                shape = (item.sequence.marked, *like.shape[1:])
-                item.signals[name] = torch.zeros(shape, dtype=like.dtype)  # type: ignore[index]
+            if name not in signals:
+                shape = (len(signals["old_logprobs"]), *like.shape[1:])
+                signals[name] = torch.zeros(shape, dtype=like.dtype)
 
 
 def minibatches(batch: Batch, count: int, seed: int) -> list[list[TrainItem]]:
