@@ -353,6 +353,54 @@ def skills_export(
         console.print(f"{lines.count(chr(10))} skills -> {to}")
 
 
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+At = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="ITERATION|base", help="Another checkpoint than the last, or the untrained model."),
+]
+
+
+@skills_app.command("uplift")
+def skills_uplift(
+    target: RunFolder,
+    episodes: Annotated[int, typer.Option(min=1, help="Episodes with each skill, and as many without.")] = 8,
+    at: At = None,
+    task: Annotated[Optional[str], typer.Option(help="Only this task's skills.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Only so many skills, the newest.")] = None,  # noqa: UP045
+    never_picked: Annotated[bool, typer.Option("--all", help="Also the skills that were never picked.")] = False,
+    teacher: Annotated[bool, typer.Option("--teacher", help="The teacher's weights play, not the student's.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the episodes.")] = 0,
+    json_out: Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")] = None,  # noqa: UP045
+) -> None:
+    """What the skills are worth: success with one in the prompt minus success without, on its own training task."""
+    from skillsd.worth import show_uplift
+
+    if json_out:
+        _check_writable(json_out)  # now, not after minutes of playing
+    show_uplift(
+        console, target, episodes=episodes, seed=seed, at=at, task=task, limit=limit, never_picked=never_picked,
+        weights="teacher" if teacher else "student", json_out=json_out,
+    )  # fmt: skip
+
+
+@skills_app.command("gap")
+def skills_gap(
+    target: RunFolder,
+    tasks: Annotated[Optional[int], typer.Option(min=1, help="Only so many training tasks, at random.")] = None,  # noqa: UP045
+    episodes: Annotated[int, typer.Option(min=1, help="The student's episodes of each task.")] = 4,
+    at: At = None,
+    teacher: Annotated[str, typer.Option(help="`run`: the run's teacher; `base`: the untrained model.")] = "run",
+    seed: Annotated[int, typer.Option(help="Of the episodes.")] = 0,
+    json_out: Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")] = None,  # noqa: UP045
+) -> None:
+    """Where the teacher, told a skill, differs from the student: by turn, outcome and kind of skill."""
+    from skillsd.worth import show_gap
+
+    if json_out:
+        _check_writable(json_out)
+    show_gap(console, target, episodes=episodes, seed=seed, at=at, tasks=tasks, teacher=teacher, json_out=json_out)
+
+
 def _check_writable(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{str(path)!r} is a folder: give the name of a file")
