@@ -21,7 +21,6 @@ from skillsd.engines.base import Engine, Weights
 from skillsd.errors import UserError, unknown_name
 from skillsd.report.progress import Bars
 from skillsd.report.tables import percent, table
-from skillsd.report.writer import write_whole
 from skillsd.skills.bank import StoredSkill
 from skillsd.skills.context import render_skill
 from skillsd.training import checkpoint
@@ -129,7 +128,7 @@ def show_uplift(
             "summary": {kind: dataclasses.asdict(summarise_uplift(those)) for kind, those in groups.items()},
             "skills": [_uplift_record(stored, uplift) for stored, uplift in measured],
         }  # fmt: skip
-        write_whole(json_out, json.dumps(record, indent=2, ensure_ascii=False))
+        json_out.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def choose_skills(
@@ -260,7 +259,7 @@ def show_gap(
             **about,
             "rows": figures,
         }
-        write_whole(json_out, json.dumps(record, indent=2))
+        json_out.write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 @contextmanager
