@@ -146,6 +146,7 @@ def test_without_a_reward_and_without_a_teacher_there_is_nothing_to_learn(make_r
         ("skill-sd", {"skills": {"content": "shuffled"}, "rollout": {"tasks_per_iteration": 1},
                       "training": {"minibatches": 1}}, "no other task's skill"),
         ("skill-sd", {"objective": {"top_k": 3}}, "top_k is for"),
+        ("skill-sd", {"objective": {"top_k": 10**6, "estimator": "reverse_kl"}}, "objective.top_k is 1000000"),
     ],
 )  # fmt: skip
 def test_switches_that_do_not_fit_the_row_are_refused(

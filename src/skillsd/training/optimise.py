@@ -41,7 +41,7 @@ def optimise(run: Run, batch: Batch, objective: Objective, note: Callable[[str],
                     items,
                     _loss(objective, normalisers(items), watched),
                     temperature=run.config.rollout.temperature,
-                    distribution=objective.needs_distribution,
+                    distribution=objective.needs_distribution and any(batch.taught),
                 )
             )
             report = run.engine.step(run.learning_rate())

@@ -176,6 +176,11 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
             f"rollout.trajectory_tokens is {config.rollout.trajectory_tokens}, but the model takes sequences of at "
             f"most {engine.max_length} tokens"
         )
+    if config.objective.top_k is not None:
+        try:
+            engine.score_top_k([], config.objective.top_k)
+        except ValueError as error:
+            raise UserError(f"objective.top_k is {config.objective.top_k}: {error}") from error
     bank = SkillBank(
         folder / BANK,
         policy=ucb.policy(config.skills.pick, seed=derive_seed(config.seed, "bank")),
