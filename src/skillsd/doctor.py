@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -43,23 +44,12 @@ def examine(console: Console, config: RunConfig | None) -> None:
 def _examine_recipe(console: Console, config: RunConfig, free: int) -> None:
     """Weights, gradients, optimiser and caches, from the model's own sizes; no weights are loaded."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    from skillsd.engines.torch.models import resolve
     from skillsd.envs import registry
-    from skillsd.errors import UserError
 
     task_set = registry.load(config.environment.name, config.environment.options)
     task_set.tasks(config.evaluation.split)
-    path = resolve(config.model.name)
-    if path.startswith((".", "/", "~")) and not (Path(path).expanduser() / "config.json").is_file():
-        raise UserError(f"no model in {path!r}: expected a folder with config.json, weights and a tokenizer")
-    try:
-        architecture = AutoConfig.from_pretrained(Path(path).expanduser() if path.startswith("~") else path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't read the model {config.model.name!r}: {str(error).splitlines()[0]}") from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture)
+    architecture, model = _skeleton(config.model.name)
     parameters = sum(p.numel() for p in model.parameters())
     width = BYTES[config.model.dtype]
     trained = parameters
@@ -79,8 +69,12 @@ def _examine_recipe(console: Console, config: RunConfig, free: int) -> None:
     layers = 1 if config.model.gradient_checkpointing else architecture.num_hidden_layers
     activations = tokens * 16 * architecture.hidden_size * width * layers + tokens * architecture.vocab_size * 16
     row = method(config.method)
-    own_teacher = row.teacher == "frozen" or (row.teacher == "synchronised" and config.teacher.sync_every > 1)
-    snapshot = trained * width if own_teacher else 0
+    lags = row.teacher == "synchronised" and (config.teacher.sync_every > 1 or config.teacher.ema is not None)
+    snapshot = trained * width if row.teacher == "frozen" or lags else 0
+    if lags and config.teacher.ema is not None and width < 4:
+        snapshot += trained * 4  # a moving average in bfloat16 would never move
+    if row.teacher == "external" and config.teacher.model is not None:
+        snapshot = sum(p.numel() for p in _skeleton(config.teacher.model)[1].parameters()) * width
     parts = {
         f"weights ({parameters / 1e6:.1f} M)": parameters * width,
         f"gradient and optimiser ({trained / 1e6:.1f} M trained)": learning,
@@ -100,6 +94,25 @@ def _examine_recipe(console: Console, config: RunConfig, free: int) -> None:
             "  try: model.lora={rank: 16}, model.dtype=bfloat16, model.gradient_checkpointing=true, a smaller "
             "training.micro_batch_tokens or rollout.concurrency"
         )
+
+
+def _skeleton(name: str) -> tuple[Any, Any]:
+    """A model's configuration, and the model without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from skillsd.engines.torch.models import resolve
+    from skillsd.errors import UserError
+
+    path = resolve(name)
+    if path.startswith((".", "/", "~")) and not (Path(path).expanduser() / "config.json").is_file():
+        raise UserError(f"no model in {path!r}: expected a folder with config.json, weights and a tokenizer")
+    try:
+        architecture = AutoConfig.from_pretrained(Path(path).expanduser() if path.startswith("~") else path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't read the model {name!r}: {str(error).splitlines()[0]}") from error
+    with torch.device("meta"):
+        return architecture, AutoModelForCausalLM.from_config(architecture)
 
 
 def _free_memory() -> int:
