@@ -118,6 +118,8 @@ def test_a_plain_score_that_is_known_is_not_played_again(scripted: Scripted) -> 
     assert math.isnan(first.success)
     assert second.plain_success == 0.0  # neither `Left` nor `Up` solves train-1
     assert scripted.prompts[""] == 4
+    (figure,) = measure(scripted, [(train_task(0), "")], plain={"train-0": 0.125})
+    assert figure.plain_score == 0.125
 
 
 def test_nothing_told_is_worth_nothing(engine: TorchEngine) -> None:
