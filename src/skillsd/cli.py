@@ -240,6 +240,80 @@ def demo(
     run_demo(out, range(seeds), overrides or (), console)
 
 
+@app.command("table")
+def make_table(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (`skillsd recipes`) or the path of a YAML file.")],
+    overrides: Overrides = None,
+    methods: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Rows of `skillsd methods` and labels of the variants, by commas [grpo,skill-sd]."),
+    ] = None,
+    variants: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A YAML file of labels with settings over the recipe, or one of the package by name."),
+    ] = None,
+    models: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Names or folders of base models, by commas [the recipe's]."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds of each method on each base model.")] = 1,
+    episodes: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Training budgets, by commas, a table each [the recipe's length]."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Panel of the table.")] = "test",
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Count only the panel's first so many tasks.")] = None,  # noqa: UP045
+    samples: Annotated[int, typer.Option(min=1, help="Sampled episodes per task.")] = 1,
+    jobs: Annotated[Optional[int], typer.Option(min=1, help="Runs at once [cores / model.threads].")] = None,  # noqa: UP045
+    against: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Method that the others are compared with [grpo]."),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Where everything goes [runs/table-NAME].")] = None,  # noqa: UP045
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is there and what would run.")] = False,
+) -> None:
+    """Compare methods on the same budgets of episodes: train what is missing, evaluate, show a table."""
+    from skillsd.study.plan import plan
+    from skillsd.study.table import run_table, show_plan
+
+    study = plan(
+        recipe,
+        overrides or (),
+        out or Path("runs") / f"table-{Path(recipe).stem}",
+        methods=_listed(methods, "--methods"),
+        variants=variants,
+        models=_listed(models, "--models"),
+        seeds=range(seeds),
+        episodes=_numbers(episodes, "--episodes"),
+        split=split,
+        samples=samples,
+        limit=limit,
+        against=against,
+    )
+    if dry_run:
+        show_plan(study, console)
+    elif run_table(study, console, jobs=jobs):
+        sys.exit(1)
+
+
+def _listed(text: str | None, option: str) -> list[str] | None:
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise UserError(f"{option} is {text!r}: expected names with commas between them")
+    return words
+
+
+def _numbers(text: str | None, option: str) -> list[int] | None:
+    words = _listed(text, option)
+    if words is None:
+        return None
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"{option} is {text!r}: expected whole numbers with commas between them, e.g. 1536,3072")
+    return [int(word) for word in words]
+
+
 @app.command()
 def methods() -> None:
     """List the methods: each a row of switches over the same loop."""

@@ -9,41 +9,75 @@ from typing import Any
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
 
 
-def learning_curves(
-    runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path, *, title: str, split: str
-) -> None:
+LINES = ("-", "--", ":", "-.")
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def learning_curves(runs: Mapping[str, Sequence[Records]], path: Path, *, title: str, split: str) -> None:
     """Accuracy on the `split` panel against episodes: a line per method, its mean over seeds, and each seed thinly.
 
     Args:
         runs: method -> the evaluation records of each of its runs.
     """
+    _picture(runs, path, {"episodes": "training episodes"}, title=title, split=split, of="seeds")
+
+
+def cost_curves(runs: Mapping[str, Sequence[Records]], path: Path, *, title: str, split: str, of: str = "runs") -> None:
+    """The same against episodes and, beside it, against the wall-clock of the training.
+
+    Args:
+        of: what the mean is taken over, in words.
+    """
+    costs = {"episodes": "training episodes", "seconds": "seconds of training (wall-clock)"}
+    _picture(runs, path, costs, title=title, split=split, of=of)
+
+
+def _picture(
+    runs: Mapping[str, Sequence[Records]], path: Path, costs: Mapping[str, str], *, title: str, split: str, of: str
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for colour, (method, seeds) in zip(COLOURS, runs.items(), strict=False):
-        points: dict[float, list[float]] = {}
-        for measured in seeds:
-            # Without a single whole episode there is no accuracy.
-            records = [record for record in measured if record["eval/accuracy"] is not None]
-            episodes = [float(record["episodes"]) for record in records]
-            accuracies = [100 * float(record["eval/accuracy"]) for record in records]
-            if len(seeds) > 1:
-                axes.plot(episodes, accuracies, color=colour, alpha=0.3, linewidth=1)
-            for x, y in zip(episodes, accuracies, strict=True):
-                points.setdefault(x, []).append(y)
-        xs = sorted(x for x, ys in points.items() if len(ys) == len(seeds))
-        means = [sum(points[x]) / len(points[x]) for x in xs]
-        label = method if len(seeds) == 1 else f"{method} (mean of {len(seeds)} seeds)"
-        axes.plot(xs, means, color=colour, marker="o", markersize=4, linewidth=2, label=label)
-    axes.set_xlabel("training episodes")
-    axes.set_ylabel(f"accuracy on held-out tasks ({split}), %")
-    axes.set_title(title)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure, places = plt.subplots(
+        1, len(costs), figsize=(7 * len(costs), 4.2), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, (cost, words) in zip(places[0], costs.items(), strict=True):
+        for number, (method, measured) in enumerate(runs.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            line = LINES[number // len(COLOURS) % len(LINES)]
+            curves = [_points(records, cost) for records in measured]
+            if len(curves) > 1:
+                for points in curves:
+                    axes.plot(*zip(*points, strict=True), color=colour, linestyle=line, alpha=0.3, linewidth=1)
+            label = method if len(curves) == 1 else f"{method} (mean of {len(curves)} {of})"
+            axes.plot(
+                *_mean_curve(curves), color=colour, linestyle=line, marker="o", markersize=4, linewidth=2, label=label
+            )
+        axes.set_xlabel(words)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    first = places[0][0]
+    first.set_ylabel(f"accuracy on held-out tasks ({split}), %")
+    first.set_ylim(bottom=0)
+    if runs:
+        first.legend(frameon=False)
+    figure.suptitle(title)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _points(records: Records, cost: str) -> list[tuple[float, float]]:
+    """(cost, accuracy in %) of each evaluation. Without a single whole episode there is no accuracy."""
+    return [(float(r[cost]), 100 * float(r["eval/accuracy"])) for r in records if r["eval/accuracy"] is not None]
+
+
+def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
+    """Point by point, as far as all curves go: runs of one method are evaluated after the same iterations."""
+    points = list(zip(*curves, strict=False))
+    return (
+        [sum(x for x, _ in point) / len(point) for point in points],
+        [sum(y for _, y in point) / len(point) for point in points],
+    )

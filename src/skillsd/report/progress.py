@@ -49,7 +49,12 @@ class Bars:
         self._said[name] = now if done < total else math.inf  # the end is told once
         rate = (done - start) / (now - begun) if now > begun else 0.0
         left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
-        self._console.print(f"{name}: {done:g}/{total:g} {note}{left}", highlight=False)
+        self._console.print(f"{name}: {int(done)}/{int(total)} {note}{left}", highlight=False)
+
+    def drop(self, name: str) -> None:
+        """`name` is over: it needs no bar any more."""
+        if name in self._tasks:
+            self._progress.remove_task(self._tasks.pop(name))  # type: ignore[arg-type]
 
     def print(self, text: str) -> None:
         self._progress.console.print(text, highlight=False)

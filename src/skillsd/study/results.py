@@ -1,0 +1,273 @@
+"""What came of a study: figures read off its files, refused where they are not comparable, and how sure one can be.
+
+What varies from one repetition to the next is the unit of inference. Several base models: the base, each averaged over
+its seeds, as seeds on one base say nothing about the next base. One base: the training seed. One run: the panel's
+tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from scipy import stats
+
+from skillsd.errors import UserError
+from skillsd.report.writer import METRICS
+from skillsd.study.plan import Cell, Study, plays_probes
+from skillsd.study.state import curve, evaluated, read_manifest
+from skillsd.training.evaluate import mean_interval
+
+Unit = Literal["models", "seeds", "tasks"]
+Interval = tuple[float, float]
+Tasks = tuple[float | None, ...]
+"""A figure of each task of the panel, in its order; None where the infrastructure broke it."""
+
+FIGURES = ("accuracy", "completion", "greedy_accuracy")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One cell at one budget.
+
+    Attributes:
+        accuracy, completion, greedy_accuracy: of each task.
+        seconds: wall-clock of the training up to there.
+    """
+
+    model: str
+    method: str
+    seed: int
+    accuracy: Tasks
+    completion: Tasks
+    greedy_accuracy: Tasks
+    episodes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over the study's unit of inference, its 95 % interval if there is one, and of how many cells."""
+
+    mean: float
+    interval: Interval | None
+    cells: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "interval": self.interval, "pairs": self.cells}
+
+
+# -- statistics -----------------------------------------------------------------------------------------------------
+
+
+def student(values: Sequence[float], bounds: Interval = (0.0, 1.0)) -> Interval | None:
+    """95 % interval of the mean by Student's t, within `bounds`; None for fewer than two values."""
+    n = len(values)
+    if n < 2:
+        return None
+    mean = sum(values) / n
+    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    reach = float(stats.t.ppf(0.975, n - 1)) * error
+    return (max(bounds[0], mean - reach), min(bounds[1], mean + reach))
+
+
+def unit_of(models: int, seeds: int) -> Unit:
+    """What the intervals of a study with so many of each are over."""
+    return "models" if models > 1 else "seeds" if seeds > 1 else "tasks"
+
+
+def estimate(cells: Iterable[Measured], figure: str, unit: Unit) -> Estimate | None:
+    """A method's figure; None without a cell."""
+    cells = list(cells)
+    if unit == "tasks" and len(cells) == 1:
+        values = _known(getattr(cells[0], figure))
+        return Estimate(_mean(values), mean_interval(values), 1) if values else None
+    return _over({(c.model, c.seed): _mean(_known(getattr(c, figure))) for c in cells}, unit, (0.0, 1.0))
+
+
+def difference(ours: Iterable[Measured], theirs: Iterable[Measured], figure: str, unit: Unit) -> Estimate | None:
+    """`ours` - `theirs`, paired by base model and seed; None where no pair is whole."""
+    other = {(cell.model, cell.seed): cell for cell in theirs}
+    pairs = [(cell, other[cell.model, cell.seed]) for cell in ours if (cell.model, cell.seed) in other]
+    if unit == "tasks" and len(pairs) == 1:
+        values = _task_differences(*pairs[0], figure)
+        return Estimate(_mean(values), student(values, (-1.0, 1.0)), 1) if values else None
+    # Only tasks that both have: a task that the infrastructure broke for one of them is no difference.
+    return _over({(a.model, a.seed): _mean(_task_differences(a, b, figure)) for a, b in pairs}, unit, (-1.0, 1.0))
+
+
+def _over(values: Mapping[tuple[str, int], float], unit: Unit, bounds: Interval) -> Estimate | None:
+    """Mean over the unit: seeds of all models alike, or models, each averaged over its seeds first."""
+    known = {key: value for key, value in values.items() if not math.isnan(value)}
+    if not known:
+        return None
+    points = list(known.values())
+    if unit == "models":
+        models = dict.fromkeys(model for model, _ in known)
+        points = [_mean([value for (model, _), value in known.items() if model == name]) for name in models]
+    return Estimate(_mean(points), student(points, bounds), len(known))
+
+
+def _task_differences(ours: Measured, theirs: Measured, figure: str) -> list[float]:
+    pairs = zip(getattr(ours, figure), getattr(theirs, figure), strict=True)
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def _known(values: Tasks) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+# -- reading --------------------------------------------------------------------------------------------------------
+
+
+def measured(study: Study, budget: int) -> dict[str, list[Measured]]:
+    """method -> its finished cells at a budget; methods without any have an empty list."""
+    place = study.budgets.index(budget)
+    found: dict[str, list[Measured]] = {method: [] for method in study.methods}
+    for cell in study.cells:
+        figures = evaluated(study, cell)
+        if figures is None:
+            continue
+        iteration = cell.iterations[place] if cell.trained else None
+        sampled, greedy = figures[iteration]
+        record = next((r for r in curve(cell, METRICS) if r["iteration"] == iteration), {})
+        found[cell.method].append(
+            Measured(
+                model=cell.model,
+                method=cell.method,
+                seed=cell.seed,
+                accuracy=tuple(sampled["successes"][: study.limit]),
+                completion=tuple(sampled["scores"][: study.limit]),
+                greedy_accuracy=tuple(greedy["successes"][: study.limit]),
+                episodes=int(record.get("episodes", 0)),
+                seconds=float(record.get("seconds", 0.0)),
+            )
+        )
+    return found
+
+
+def summarise(study: Study) -> dict[str, Any]:
+    """Everything that the table says, as JSON has it: budget -> method -> figures."""
+    unit = unit_of(len(study.models), len(study.seeds))
+    budgets = {}
+    for budget in study.budgets:
+        cells = measured(study, budget)
+        theirs = cells[study.against]
+        budgets[str(budget)] = {
+            method: _row(study, found, theirs if method != study.against else None, unit)
+            for method, found in cells.items()
+        }
+    return {"unit": unit, "against": study.against, "budgets": budgets}
+
+
+def _row(study: Study, cells: Sequence[Measured], theirs: Sequence[Measured] | None, unit: Unit) -> dict[str, Any]:
+    row: dict[str, Any] = _figures(cells, unit)
+    row |= {
+        "seeds": len({cell.seed for cell in cells}),
+        "models": len({cell.model for cell in cells}),
+        "cells": len(cells),
+        "cells_asked": len(study.models) * len(study.seeds),
+        "episodes": round(_mean([cell.episodes for cell in cells])) if cells else None,
+        "seconds": _mean([cell.seconds for cell in cells]) if cells else None,
+        "by_model": {},
+    }
+    if theirs is not None:
+        row["difference"] = _differences(cells, theirs, unit)
+    for model in study.models:
+        own = [cell for cell in cells if cell.model == model]
+        within: Unit = "seeds" if len(study.seeds) > 1 else "tasks"
+        part = _figures(own, within)
+        for figure in FIGURES:
+            part[f"{figure}_by_seed"] = {str(cell.seed): _mean(_known(getattr(cell, figure))) for cell in own}
+        part["seconds_by_seed"] = {str(cell.seed): cell.seconds for cell in own}
+        if theirs is not None:
+            part["difference"] = _differences(own, [cell for cell in theirs if cell.model == model], within)
+        row["by_model"][model] = part
+    return row
+
+
+def _figures(cells: Sequence[Measured], unit: Unit) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for figure, interval in zip(FIGURES, ("interval", "completion_interval", "greedy_interval"), strict=True):
+        value = estimate(cells, figure, unit)
+        found |= {figure: value.mean if value else None, interval: value.interval if value else None}
+    return found
+
+
+def _differences(ours: Sequence[Measured], theirs: Sequence[Measured], unit: Unit) -> dict[str, Any]:
+    made = {figure: difference(ours, theirs, figure, unit) for figure in FIGURES}
+    return {figure: value.as_dict() if value else None for figure, value in made.items()}
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------
+
+
+def check(study: Study) -> None:
+    """Whether what is there may stand side by side: same tasks, same base weights, same episodes, same way of playing.
+
+    Raises:
+        UserError: with the cells and what differs, a line for each reason.
+    """
+    panels: dict[str, tuple[str, str]] = {
+        split: ("the environment as it is now", fingerprint) for split, fingerprint in study.panels.items()
+    }
+    weights: dict[str, tuple[str, str]] = {}
+    playing: tuple[str, dict[str, Any]] | None = None
+    problems: list[str] = []
+    for cell in study.cells:
+        manifest = read_manifest(cell) if cell.trained else {}
+        for split, fingerprint in manifest.get("panels", {}).items():
+            first, expected = panels.setdefault(split, (cell.name, fingerprint))
+            if fingerprint != expected:
+                problems.append(
+                    f"the tasks of {split!r} are others in {cell.name} ({fingerprint}) than in {first} ({expected})"
+                )
+        figures = evaluated(study, cell) or {}
+        records = [record for pair in figures.values() for record in pair]
+        for model in (manifest.get("model", {}), *(record.get("model", {}) for record in records)):
+            if not (found := model.get("weights")):
+                continue
+            first, expected = weights.setdefault(cell.model, (cell.name, found))
+            if found != expected:
+                problems.append(
+                    f"the base model {cell.model!r} has other weights in {cell.name} ({found}) than in {first} "
+                    f"({expected})"
+                )
+        for pair in figures.values():
+            way = _way(pair)
+            playing = playing or (cell.name, way)
+            if differing := [key for key in way if way[key] != playing[1].get(key)]:
+                told = "; ".join(f"{key} {way[key]} there, {playing[1].get(key)} here" for key in differing)
+                problems.append(f"{cell.name} was evaluated otherwise than {playing[0]}: {told}")
+        problems += _episodes(study, cell)
+    if problems:
+        raise UserError(
+            "not comparable, so there is no table:\n  "
+            + "\n  ".join(dict.fromkeys(problems))
+            + f"\nRemove what is not wanted from {str(study.out)!r}, or give another folder with --out"
+        )
+
+
+def _way(pair: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+    """How an evaluation was played."""
+    sampled, greedy = pair
+    return {"temperature": sampled["temperature"], "samples": sampled["samples"], "budget": sampled.get("budget"),
+            "greedy budget": greedy.get("budget")}  # fmt: skip
+
+
+def _episodes(study: Study, cell: Cell) -> list[str]:
+    if not cell.trained:
+        return []
+    at = {record["iteration"]: int(record["episodes"]) for record in curve(cell, METRICS)}
+    problems = []
+    for budget, iteration in zip(study.budgets, cell.iterations, strict=True):
+        played = at.get(iteration, budget)
+        if played > budget or (played < budget and not plays_probes(cell.config)):
+            problems.append(f"{cell.name} played {played} episodes up to iteration {iteration}, not {budget}")
+    return problems

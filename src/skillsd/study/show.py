@@ -1,0 +1,120 @@
+"""A study's table for people: on the console, in Markdown, as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from skillsd.report.pictures import cost_curves
+from skillsd.report.progress import duration
+from skillsd.report.tables import percent, table
+from skillsd.study.plan import BASE, Study
+from skillsd.study.state import curve
+
+Texts = tuple[str, list[str], list[list[str]], str]
+"""Title, columns, rows, caption."""
+
+_OVER = {
+    "models": "Intervals: Student's t over {models} independently trained base models, each the mean of its seeds.",
+    "seeds": "Intervals: Student's t over {seeds} training seeds on one base model (of the base: over {seeds} draws of "
+    "its answers); they say nothing about other bases.",
+    "tasks": "Intervals over the panel's {tasks} tasks: one seed, so they leave out how much training runs differ.",
+}
+
+
+def texts(study: Study, summary: Mapping[str, Any]) -> list[Texts]:
+    """The tables of a study: one a budget, then its differences, then those on each base model if there are several."""
+    tasks = study.limit or study.tasks
+    over = _OVER[summary["unit"]].format(models=len(study.models), seeds=len(study.seeds), tasks=tasks)
+    made: list[Texts] = []
+    for budget in study.budgets:
+        rows = summary["budgets"][str(budget)]
+        after = f"after {budget:,} episodes"
+        made.append(
+            (
+                f"{study.config.name}, {after}: {tasks} tasks of {study.split!r}, plain prompt",
+                ["method", "accuracy [95 %]", "completion [95 %]", "greedy [95 %]", "runs", "episodes", "training"],
+                [_row(study, name, row) for name, row in rows.items()],
+                over,
+            )
+        )
+        others = [name for name in rows if name != study.against]
+        if not others or not rows[study.against]["cells"]:
+            continue
+        made.append(
+            (
+                f"Difference to {study.against}, {after}, points",
+                ["method", "accuracy [95 %]", "completion [95 %]", "greedy [95 %]", "pairs"],
+                [[name, *_difference(rows[name]["difference"])] for name in others],
+                f"Paired by base model and seed. {over}",
+            )
+        )
+        if len(study.models) > 1:
+            within = "seeds" if len(study.seeds) > 1 else "tasks"
+            made.append(
+                (
+                    f"Difference to {study.against} on each base model, {after}, points",
+                    ["method", "base model", "accuracy [95 %]", "completion [95 %]", "greedy [95 %]", "pairs"],
+                    [
+                        [name, model, *_difference(rows[name]["by_model"][model]["difference"])]
+                        for name in others
+                        for model in study.models
+                    ],
+                    f"Intervals over the {within} of one base model.",
+                )
+            )
+    return made
+
+
+def tables(study: Study, summary: Mapping[str, Any]) -> list[Table]:
+    """For the console."""
+    return [table(*text, words=("base model",)) for text in texts(study, summary)]
+
+
+def markdown(study: Study, summary: Mapping[str, Any], command: str) -> str:
+    """For documents."""
+    parts = []
+    for title, columns, rows, caption in texts(study, summary):
+        lines = [f"**{title}**", "", *map(_line, (columns, ["---"] * len(columns), *rows)), "", caption]
+        parts.append("\n".join(lines))
+    return "\n\n".join([*parts, f"Made by `{command}`."]) + "\n"
+
+
+def curves(study: Study, path: Path) -> None:
+    """The learning curves of what was trained, against episodes and against wall-clock."""
+    runs: dict[str, Any] = {}
+    for cell in study.cells:
+        if cell.trained and (records := curve(cell)):
+            runs.setdefault(cell.method, []).append(records)
+    cost_curves(runs, path, title=study.config.name, split=study.config.evaluation.split)
+
+
+def _row(study: Study, name: str, row: Mapping[str, Any]) -> list[str]:
+    asked = row["cells_asked"]
+    if not row["cells"]:
+        return [name, *["-"] * 3, f"0 of {asked}", "-", "-"]
+    pairs = (("accuracy", "interval"), ("completion", "completion_interval"), ("greedy_accuracy", "greedy_interval"))
+    figures = ["-" if row[figure] is None else percent(row[figure], row[interval]) for figure, interval in pairs]
+    cells = str(asked) if row["cells"] == asked else f"{row['cells']} of {asked}"
+    trained = name != BASE
+    return [name, *figures, cells, f"{row['episodes']:,}", duration(row["seconds"]) if trained else "-"]
+
+
+def _difference(found: Mapping[str, Any]) -> list[str]:
+    shown = [_points(found[figure]) for figure in ("accuracy", "completion", "greedy_accuracy")]
+    pairs = found["accuracy"]["pairs"] if found["accuracy"] else 0
+    return [*shown, str(pairs)]
+
+
+def _points(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    text = f"{100 * value['mean']:+.1f}"
+    return f"{text} [{', '.join(f'{100 * end:+.1f}' for end in value['interval'])}]" if value["interval"] else text
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,130 @@
+"""How far each cell of a study is, read off the files that its processes leave; so a study goes on from anywhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from skillsd import config as configs
+from skillsd.config import RunConfig
+from skillsd.errors import UserError
+from skillsd.report.writer import EVALUATIONS, METRICS, read
+from skillsd.study.plan import Cell, Study, scheduled_on_length
+from skillsd.training import checkpoint
+from skillsd.training.scoring import started
+from skillsd.training.session import CONFIG, check_settings
+
+DONE, EVALUATE, GO_ON, MISSING = "done", "to evaluate", "to go on", "missing"
+
+Evaluations = dict[int | None, tuple[dict[str, Any], dict[str, Any]]]
+"""Iteration (None: untrained) -> its sampled and its greedy record."""
+
+
+def state(study: Study, cell: Cell) -> str:
+    """One of `DONE`, `EVALUATE`, `GO_ON`, `MISSING`.
+
+    Raises:
+        UserError: if the cell's folder holds another run than the study asks for.
+    """
+    if cell.trained:
+        if not (cell.folder / CONFIG).is_file():
+            return MISSING
+        check_settings(cell.config, cell.folder)
+        _check_length(cell)
+    if evaluated(study, cell) is not None:
+        return DONE
+    if not cell.trained:
+        return MISSING
+    there = checkpoint.iterations(cell.folder)
+    if not there or there[-1] < cell.iterations[-1]:
+        return GO_ON
+    if lost := [i for i in cell.iterations if i not in there]:
+        raise UserError(
+            f"{str(cell.folder)!r} kept no checkpoint of iteration {', '.join(map(str, lost))}, as it was trained for "
+            "other budgets: remove that folder to train it again, or give another one with --out"
+        )
+    return EVALUATE
+
+
+def steps(study: Study, cell: Cell) -> list[list[str]]:
+    """The commands that are left to do for the cell, in order."""
+    now = state(study, cell)
+    if now == DONE:
+        return []
+    python = [sys.executable, "-m", "skillsd"]
+    file = str(cell.evaluation(study.split))
+    how = ["--split", study.split, "--samples", str(study.samples), "--json", file]
+    if not cell.trained:
+        settings = list(cell.overrides)
+        return [[*python, "eval", study.models[cell.model], *settings, "--recipe", study.recipe, *how]]
+    train = [*python, "train", study.recipe, *cell.overrides, "--out", str(cell.folder), "--resume"]
+    points = [word for iteration in dict.fromkeys(cell.iterations) for word in ("--at", str(iteration))]
+    evaluate = [*python, "eval", str(cell.folder), *how, *points]
+    return [evaluate] if now == EVALUATE else [train, evaluate]
+
+
+def evaluated(study: Study, cell: Cell) -> Evaluations | None:
+    """The cell's figures on the test panel at every budget; None unless all are there and are of this run, panel and
+    number of samples."""
+    records = read_evaluation(cell.evaluation(study.split))
+    if cell.trained and set(cell.iterations) - {r["iteration"] for r in curve(cell, METRICS)}:
+        return None
+    begun = started(cell.folder) if cell.trained else None
+    found: Evaluations = {}
+    for iteration in cell.iterations or (None,):
+        fitting = [
+            record
+            for record in records
+            if record.get("iteration") == iteration
+            and record.get("run") == begun
+            and (cell.trained or record.get("model", {}).get("name") == study.models[cell.model])
+            and record.get("split") == study.split
+            and record.get("fingerprint") == study.panels[study.split]
+            and len(record.get("successes", ())) == study.tasks
+        ]
+        sampled = [r for r in fitting if r["temperature"] > 0 and r["samples"] == study.samples]
+        greedy = [r for r in fitting if r["temperature"] == 0]
+        if not sampled or not greedy:
+            return None
+        found[iteration] = (sampled[-1], greedy[-1])
+    return found
+
+
+def read_evaluation(path: Path) -> list[dict[str, Any]]:
+    """The records that `skillsd eval --json` wrote; none if there is no such file."""
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
+
+
+def read_manifest(cell: Cell) -> Mapping[str, Any]:
+    """What the cell's run says of itself; nothing if it has not begun."""
+    try:
+        manifest: Mapping[str, Any] = json.loads((cell.folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest
+
+
+def curve(cell: Cell, file: str = EVALUATIONS) -> list[dict[str, Any]]:
+    """The records of the cell's run up to its last budget."""
+    records = read(cell.folder / file) if cell.trained else []
+    return [record for record in records if record["iteration"] <= cell.iterations[-1]]
+
+
+def _check_length(cell: Cell) -> None:
+    """Whatever is scheduled on a run's length makes a longer run another one from its first iteration on."""
+    reason = scheduled_on_length(cell.config)
+    if reason is None:
+        return
+    length = configs.load(RunConfig, str(cell.folder / CONFIG)).training.iterations
+    if length != cell.config.training.iterations:
+        raise UserError(
+            f"{str(cell.folder)!r} holds a run of {length} iterations, and {reason}, which depends on the run's "
+            f"length: it can't become one of {cell.config.training.iterations}. Give another folder with --out"
+        )
