@@ -36,6 +36,6 @@ def test_the_demo_leaves_a_summary_a_picture_and_its_runs(tmp_path):
     assert str(tmp_path) in text.replace("\n", "")
 
     # The same command again repeats nothing: the runs are there.
-    before = (tmp_path / "demo" / "grpo-seed0" / "metrics.jsonl").read_bytes()
+    before = (tmp_path / "demo" / "nano" / "grpo" / "seed-0" / "metrics.jsonl").read_bytes()
     run_demo(tmp_path / "demo", [0], SMALL, Console(file=io.StringIO(), width=120))
-    assert (tmp_path / "demo" / "grpo-seed0" / "metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "demo" / "nano" / "grpo" / "seed-0" / "metrics.jsonl").read_bytes() == before

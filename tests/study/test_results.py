@@ -1,0 +1,289 @@
+"""Statistics against numbers worked out by hand and by scipy; what may not stand side by side is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_up import edit, fill
+from rich.console import Console
+from scipy import stats
+
+from skillsd.errors import UserError
+from skillsd.study import show
+from skillsd.study.plan import Cell
+from skillsd.study.results import Measured, check, difference, estimate, student, summarise, unit_of
+from skillsd.study.state import state
+from skillsd.study.table import run_table, write
+from skillsd.training.evaluate import mean_interval
+
+T_1, T_2, T_4 = 12.7062047, 4.3026527, 2.7764451  # 97.5 % points of Student's t, from a table
+
+
+def cell(model: str, seed: int, *accuracy: float | None) -> Measured:
+    tasks = tuple(accuracy)
+    return Measured(model, "m", seed, tasks, tasks, tasks)
+
+
+# -- statistics -----------------------------------------------------------------------------------------------------
+
+
+def test_students_interval_by_hand() -> None:
+    # mean 0.4, squared deviations 0.01, 0, 0.01: s^2 = 0.01, standard error 0.1 / sqrt(3)
+    assert student([0.3, 0.4, 0.5]) == pytest.approx((0.4 - T_2 * 0.1 / math.sqrt(3), 0.4 + T_2 * 0.1 / math.sqrt(3)))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 20])
+def test_students_interval_as_scipy_has_it(count: int) -> None:
+    values = np.random.default_rng(count).uniform(0.4, 0.5, count)
+    expected = stats.t.interval(0.95, count - 1, loc=values.mean(), scale=stats.sem(values))
+    assert student(list(values), (-9, 9)) == pytest.approx(expected)
+
+
+def test_an_interval_needs_two_values_and_ends_at_the_bounds() -> None:
+    assert student([0.5]) is None
+    assert student([]) is None
+    assert student([0.0, 1.0]) == (0.0, 1.0)
+    assert student([-1.0, 1.0], (-1.0, 1.0)) == (-1.0, 1.0)
+    assert student([0.3, 0.3, 0.3]) == pytest.approx((0.3, 0.3))
+
+
+def test_the_unit_is_what_varies() -> None:
+    assert [unit_of(1, 1), unit_of(1, 5), unit_of(2, 1), unit_of(3, 5)] == ["tasks", "seeds", "models", "models"]
+
+
+def test_one_model_over_its_seeds() -> None:
+    cells = [cell("a", seed, 1.0, mean) for seed, mean in enumerate((0.0, 0.2, 0.4, 0.6, 0.8))]  # 0.5, 0.6 ... 0.9
+    found = estimate(cells, "accuracy", "seeds")
+    assert found is not None
+    # s^2 = 0.1 / 4 = 0.025, standard error sqrt(0.005)
+    assert (found.mean, found.cells) == (pytest.approx(0.7), 5)
+    assert found.interval == pytest.approx((0.7 - T_4 * math.sqrt(0.005), 0.7 + T_4 * math.sqrt(0.005)))
+
+
+def test_of_several_models_each_counts_once() -> None:
+    # Model a: (0.2 + 0.4) / 2 = 0.3; model b, one of whose seeds is missing: 0.5. Five seeds of one model are no five.
+    cells = [cell("a", 0, 0.2), cell("a", 1, 0.4), cell("b", 0, 0.5)]
+    found = estimate(cells, "accuracy", "models")
+    assert found is not None
+    assert (found.mean, found.cells) == (pytest.approx(0.4), 3)
+    assert found.interval == student([0.3, 0.5]) == (0.0, 1.0)  # +- 12.7 * 0.1
+    assert 0.1 * T_1 > 0.6
+
+
+def test_one_run_over_the_tasks() -> None:
+    found = estimate([cell("a", 0, 1.0, 0.0, 1.0, None, 1.0)], "accuracy", "tasks")
+    assert found is not None
+    assert found.mean == 0.75
+    assert found.interval == mean_interval([1.0, 0.0, 1.0, 1.0])  # Wilson's, as the evaluation gives it
+
+
+def test_differences_are_paired() -> None:
+    ours = [cell("a", 0, 0.5), cell("a", 1, 0.7), cell("a", 2, 0.9), cell("a", 9, 0.0)]
+    theirs = [cell("a", 2, 0.6), cell("a", 0, 0.4), cell("a", 1, 0.5), cell("b", 9, 1.0)]
+    found = difference(ours, theirs, "accuracy", "seeds")
+    assert found is not None
+    # 0.1, 0.2, 0.3: s^2 = 0.01; what has no partner is left out
+    reach = T_2 * 0.1 / math.sqrt(3)
+    assert (found.mean, found.cells) == (pytest.approx(0.2), 3)
+    assert found.interval == pytest.approx((0.2 - reach, 0.2 + reach))
+    assert difference(ours, [], "accuracy", "seeds") is None
+
+
+def test_differences_over_models() -> None:
+    ours = [cell("a", 0, 0.5), cell("a", 1, 0.7), cell("b", 0, 0.9), cell("c", 0, 0.3)]
+    theirs = [cell("a", 0, 0.4), cell("a", 1, 0.4), cell("b", 0, 0.6), cell("c", 0, 0.2)]
+    found = difference(ours, theirs, "accuracy", "models")
+    assert found is not None
+    # a: (0.1 + 0.3) / 2 = 0.2, b: 0.3, c: 0.1
+    assert (found.mean, found.cells) == (pytest.approx(0.2), 4)
+    assert found.interval == pytest.approx((0.2 - T_2 * 0.1 / math.sqrt(3), 0.2 + T_2 * 0.1 / math.sqrt(3)))
+
+
+def test_one_pair_over_the_tasks_that_both_have() -> None:
+    ours = [cell("a", 0, 1.0, 1.0, None, 0.0, 1.0)]
+    theirs = [cell("a", 0, 0.0, 1.0, 1.0, 0.0, None)]
+    found = difference(ours, theirs, "accuracy", "tasks")
+    assert found is not None
+    # 1, 0, 0: mean 1/3, s^2 = 1/3, standard error 1/3
+    assert found.mean == pytest.approx(1 / 3)
+    assert found.interval == pytest.approx((max(-1, (1 - T_2) / 3), 1.0))
+    # Of several runs too, a task that broke for one of a pair is in neither of its means.
+    assert difference(ours, theirs, "accuracy", "seeds").mean == pytest.approx(1 / 3)  # type: ignore[union-attr]
+
+
+# -- a whole table --------------------------------------------------------------------------------------------------
+
+
+def by_seed(c: Cell, iteration: int | None) -> tuple[list[float], list[float]]:
+    """Of three tasks, grpo solves one, and Skill-SD on seed s two at least; the base none."""
+    if c.method == "base":
+        return [0, 0, 0], [0, 0, 0]
+    if c.method == "grpo":
+        return [1, 0, 0], [1, 0, 0]
+    return [1, 1, float(c.seed > 0)], [1, 1, 1]
+
+
+def test_a_table_of_seeds(make_study: Any) -> None:
+    study = make_study(seeds=range(3), episodes=[24, 72])
+    fill(study, by_seed)
+    check(study)
+    found = summarise(study)
+    assert (found["unit"], found["against"], list(found["budgets"])) == ("seeds", "grpo", ["24", "72"])
+    row = found["budgets"]["72"]["skill-sd"]
+    assert row["accuracy"] == pytest.approx((2 / 3 + 1 + 1) / 3)
+    assert row["greedy_accuracy"] == 1
+    assert (row["seeds"], row["models"], row["cells"], row["cells_asked"]) == (3, 1, 3, 3)
+    assert (row["episodes"], row["seconds"]) == (72, 12.0)
+    assert found["budgets"]["24"]["skill-sd"]["seconds"] == 4.0
+    # Against grpo's 1/3: 1/3, 2/3, 2/3; s^2 = 1/27, standard error 1/9
+    accuracy = row["difference"]["accuracy"]
+    assert (accuracy["mean"], accuracy["pairs"]) == (pytest.approx(5 / 9), 3)
+    assert accuracy["interval"] == pytest.approx((5 / 9 - T_2 / 9, 1.0))
+    [model] = study.models
+    assert row["by_model"][model]["accuracy_by_seed"] == {"0": pytest.approx(2 / 3), "1": 1, "2": 1}
+    assert row["by_model"][model]["difference"]["accuracy"] == accuracy
+    assert "difference" not in found["budgets"]["72"]["grpo"]
+    assert found["budgets"]["72"]["base"]["difference"]["accuracy"]["mean"] == pytest.approx(-1 / 3)
+
+
+def test_only_the_first_tasks(make_study: Any) -> None:
+    fill(make_study(), by_seed)
+    study = make_study(limit=1)
+    row = summarise(study)["budgets"]["72"]["skill-sd"]
+    assert row["accuracy"] == 1
+    assert row["interval"] == mean_interval([1.0])
+    shown = write(study, Console(quiet=True))
+    assert (shown["tasks"], shown["fingerprint"]) == (1, study.panels["test"] + ":1")
+
+
+def test_a_table_of_models_is_written_and_shown(make_study: Any, two_models: list[str], tmp_path: Path) -> None:
+    study = make_study(seeds=range(2), models=two_models)
+    fill(study, by_seed)
+    # One cell is missing: it is left out and said so.
+    study.cells[-1].evaluation("test").unlink()
+    write(study, Console(quiet=True))
+    found = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert found["unit"] == "models"
+    assert found["models"]["two"] == {"name": two_models[1], "weights": "w-two"}
+    row = found["budgets"]["72"]["skill-sd"]
+    assert (row["cells"], row["cells_asked"]) == (3, 4)
+    # one: (2/3 + 1) / 2 - 1/3 = 1/2; two: 2/3 - 1/3 = 1/3
+    assert row["difference"]["accuracy"]["mean"] == pytest.approx(5 / 12)
+    assert row["difference"]["accuracy"]["interval"] == pytest.approx([5 / 12 - T_1 / 12, 1.0])
+    assert row["by_model"]["two"]["difference"]["accuracy"] == {
+        "mean": pytest.approx(1 / 3),
+        "interval": None,
+        "pairs": 1,
+    }
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "2 independently trained base models" in text
+    assert "| 3 of 4 |" in text
+    assert "| skill-sd | one |" in text
+    assert all(line.startswith(("|", "*", "Paired", "Intervals", "Made by")) for line in text.split("\n") if line)
+    assert len(show.tables(study, found)) == 3
+
+
+def test_nothing_at_all(make_study: Any) -> None:
+    study = make_study(episodes=[24, 72])
+    study.out.mkdir()
+    shown = write(study, Console(quiet=True))
+    assert shown["budgets"]["24"]["grpo"]["accuracy"] is None
+    assert "0 of 1" in (study.out / "table.md").read_text()
+
+
+def test_many_methods_are_told_apart(tmp_path: Path) -> None:
+    from skillsd.report.pictures import COLOURS, LINES, cost_curves
+
+    records = [{"episodes": e, "seconds": e / 2, "eval/accuracy": e / 100} for e in (0, 24, 48)]
+    cost_curves({f"m{i}": [records] * 2 for i in range(20)}, tmp_path / "c.png", title="t", split="tune")
+    assert len(COLOURS) * len(LINES) >= 32
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------
+
+
+def change_panel(study: Any) -> None:
+    edit(study.cells[2].folder / "manifest.json", lambda m: m["panels"].update(train="another"))
+
+
+def change_all_panels(study: Any) -> None:
+    for c in study.cells[1:]:
+        edit(c.folder / "manifest.json", lambda m: m["panels"].update(tune="another"))
+
+
+def change_weights(study: Any) -> None:
+    edit(study.cells[2].folder / "manifest.json", lambda m: m["model"].update(weights="others"))
+
+
+def change_played_weights(study: Any) -> None:
+    edit(
+        study.cells[0].evaluation("test"),
+        lambda records: [r | {"model": {**r["model"], "weights": "x"}} for r in records],
+    )
+
+
+def change_temperature(study: Any) -> None:
+    edit(study.cells[2].evaluation("test"), lambda r: [r[0] | {"temperature": 0.7}, r[1]])
+
+
+def change_budget(study: Any) -> None:
+    edit(study.cells[2].evaluation("test"), lambda r: [x | {"budget": {**x["budget"], "turn_tokens": 9}} for x in r])
+
+
+def more_episodes(study: Any) -> None:
+    records = [json.loads(line) for line in (study.cells[2].folder / "metrics.jsonl").read_text().splitlines()]
+    records[-1]["episodes"] += 4
+    (study.cells[2].folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def fewer_episodes(study: Any) -> None:
+    records = [json.loads(line) for line in (study.cells[2].folder / "metrics.jsonl").read_text().splitlines()]
+    records[-1]["episodes"] -= 4
+    (study.cells[2].folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (change_panel, ["the tasks of 'train' are others in", "skill-sd/seed-0 (another)"]),
+        (change_all_panels, ["the tasks of 'tune' are others", "the environment as it is now"]),
+        (change_weights, ["other weights in", "skill-sd/seed-0 (others)"]),
+        (change_played_weights, ["other weights in"]),
+        (change_temperature, ["skill-sd/seed-0 was evaluated otherwise", "temperature 0.7"]),
+        (change_budget, ["skill-sd/seed-0 was evaluated otherwise", "'turn_tokens': 9"]),
+        (more_episodes, ["skill-sd/seed-0 played 76 episodes up to iteration 6, not 72"]),
+        (fewer_episodes, ["skill-sd/seed-0 played 68 episodes up to iteration 6, not 72"]),
+    ],
+)
+def test_what_is_not_comparable_is_refused(make_study: Any, spoil: Callable[[Any], None], told: list[str]) -> None:
+    study = make_study()
+    fill(study, by_seed)
+    check(study)
+    spoil(study)
+    assert all(state(study, c) == "done" for c in study.cells)
+    with pytest.raises(UserError) as error:
+        run_table(study, Console(quiet=True))
+    for part in ("not comparable", *told):
+        assert part in str(error.value)
+    assert not (study.out / "table.json").exists()
+
+
+def test_waiting_probes_make_fewer_episodes_but_never_more(make_study: Any, tmp_path: Path) -> None:
+    (tmp_path / "v.yaml").write_text("probes: {method: skill-sd, skills.credit: uplift, skills.uplift_episodes: 2}")
+    study = make_study(variants=str(tmp_path / "v.yaml"), methods=["grpo", "probes"], episodes=[36])
+    assert [c.iterations for c in study.cells] == [(), (3,), (2,)]
+    fill(study, lambda c, iteration: ([1, 0, 1], [1, 1, 1]))
+    fewer_episodes(study)
+    check(study)
+    assert summarise(study)["budgets"]["36"]["probes"]["episodes"] == 32
+    more_episodes(study)
+    more_episodes(study)
+    with pytest.raises(UserError, match="played 40 episodes up to iteration 2, not 36"):
+        check(study)
