@@ -108,6 +108,10 @@ def one_line(said: Said, *parts: str) -> None:
         (["eval", "nowhere", "--recipe", "sokoban-nano"], "nowhere"),
         (["eval", "nano", "--recipe", "sokoban-nano", "--json", "no/folder/x.json"], "no/folder"),
         (["eval", "nano", "--recipe", "sokoban-nano", "--limit", "0"], "--limit"),
+        (["table", "sokoban-nano", "--methods", "gpro"], "'grpo'"),
+        (["table", "sokoban-nano", "--methods", "grpo,,"], "commas"),
+        (["table", "sokoban-nano", "--episodes", "many"], "--episodes is 'many'"),
+        (["table", "sokoban-nano", "--methods", "grpo", "--episodes", "100"], "128 an iteration"),
         (["doctor", "sokoban-nan"], "'sokoban-nano'"),
         (["skills", "lst"], "'list'"),
         (["skills", "list", "nowhere"], "no skill bank"),
@@ -181,8 +185,28 @@ def test_a_run_and_a_model_are_evaluated(skillsd: Command, run: Path, tmp_path: 
     assert (run / "run" / "skills.sqlite").read_bytes() == rows
     said = skillsd("eval", tiny_model, "--recipe", run / "toy.yaml", "--limit", 1)
     assert said.code == 0, said
+    assert len(sampled["successes"]) == 4
+    assert sum(sampled["successes"]) / 4 == pytest.approx(sampled["accuracy"])
+    assert sum(greedy["scores"]) / 4 == pytest.approx(greedy["completion"])
+    assert (sampled["samples"], greedy["samples"], sampled["iteration"]) == (2, 1, 4)
     one_line(skillsd("eval", run / "run", "--split", "tst"), "'test'")
     one_line(skillsd("eval", run / "run", "--recipe", "sokoban-nano"), "brings its own recipe")
+
+
+def test_several_checkpoints_of_a_run_are_evaluated(skillsd: Command, run: Path, tmp_path: Path) -> None:
+    said = skillsd("eval", run / "run", "--split", "tune", "--at", 4, "--at", 2, "--json", "figures.json")
+    assert said.code == 0, said
+    records = json.loads((tmp_path / "figures.json").read_text())
+    assert [(r["iteration"], r["temperature"]) for r in records] == [(4, 1.0), (4, 0.0), (2, 1.0), (2, 0.0)]
+    manifest = json.loads((run / "run" / "manifest.json").read_text())
+    assert {r["model"]["weights"] for r in records} == {manifest["model"]["weights"]}
+    assert {r["run"] for r in records} == {manifest["started"]}
+    # The last one is what is evaluated when none is named.
+    assert skillsd("eval", run / "run", "--split", "tune", "--json", "last.json").code == 0
+    last = json.loads((tmp_path / "last.json").read_text())
+    assert [r["successes"] for r in last] == [r["successes"] for r in records[:2]]
+    one_line(skillsd("eval", run / "run", "--at", 3), "no checkpoint of iteration 3; it has those of 2, 4")
+    one_line(skillsd("eval", "nano", "--recipe", run / "toy.yaml", "--at", 3), "--at is for a run's checkpoints")
 
 
 def test_skills_are_listed_shown_and_exported(skillsd: Command, run: Path, tmp_path: Path) -> None:

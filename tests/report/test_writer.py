@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 
 from skillsd.config import LogSection
+from skillsd.report.manifest import weights_fingerprint
 from skillsd.report.pictures import learning_curves
 from skillsd.report.progress import duration
 from skillsd.report.tables import percent
-from skillsd.report.writer import EVALUATIONS, METRICS, RunWriter, read
+from skillsd.report.writer import EVALUATIONS, METRICS, RunWriter, read, write_whole
 
 PLAIN = LogSection(tensorboard=False)
 
@@ -85,3 +87,26 @@ def test_learning_curves_of_runs_of_different_length(tmp_path: Path) -> None:
     }
     learning_curves(runs, tmp_path / "curves.png", title="t", split="tune")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_fingerprint_of_weights_is_that_of_the_files(tmp_path: Path) -> None:
+    assert weights_fingerprint(str(tmp_path)) is None
+    assert weights_fingerprint("nobody/such-a-model") is None
+    (tmp_path / "config.json").write_text("{}")
+    assert weights_fingerprint(str(tmp_path)) is None
+    (tmp_path / "pytorch_model.bin").write_bytes(b"left out where there are safetensors")
+    (tmp_path / "b.safetensors").write_bytes(b"two")
+    (tmp_path / "a.safetensors").write_bytes(b"one")
+    assert weights_fingerprint(str(tmp_path)) == hashlib.sha256(b"onetwo").hexdigest()[:16]
+    (tmp_path / "config.json").write_text('{"another": "tokenizer"}')
+    assert weights_fingerprint(str(tmp_path)) == hashlib.sha256(b"onetwo").hexdigest()[:16]
+    shipped = weights_fingerprint("nano")
+    assert shipped
+    assert len(shipped) == 16
+
+
+def test_a_file_is_written_whole_and_a_device_plainly(tmp_path: Path) -> None:
+    write_whole(tmp_path / "x.json", "1")
+    write_whole(tmp_path / "x.json", "2")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x.json", "2")]
+    write_whole(Path("/dev/null"), "3")

@@ -294,3 +294,19 @@ def test_a_second_ctrl_c_stops_at_once_without_a_traceback(tiny_model: Path, tmp
     assert process.returncode == 130
     assert "Ctrl-C again: at once" in said
     assert errors == "stopped\n"
+
+
+def test_a_run_killed_while_it_was_put_together_begins_again(config: RunConfig, tmp_path: Path) -> None:
+    short = changed(config, training={"iterations": 1})
+    folder = tmp_path / "run"
+    (folder / "tensorboard").mkdir(parents=True)
+    for name in ("skills.sqlite", "skills.sqlite-wal", "manifest.json"):
+        (folder / name).write_text("half")
+    with pytest.raises(UserError, match="other things than a run"):  # who does not say so may mean another folder
+        run_training(short, folder)
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="other things than a run"):
+        run_training(short, folder, resume=True)
+    assert (folder / "skills.sqlite").read_text() == "half"
+    (folder / "thesis.tex").unlink()
+    assert run_training(short, folder, resume=True)

@@ -51,7 +51,7 @@ def _picture(
             curves = [_points(records, cost) for records in measured]
             if len(curves) > 1:
                 for points in curves:
-                    axes.plot(*zip(*points, strict=True), color=colour, linestyle=line, alpha=0.3, linewidth=1)
+                    axes.plot(*zip(*points.values(), strict=True), color=colour, linestyle=line, alpha=0.3, linewidth=1)
             label = method if len(curves) == 1 else f"{method} (mean of {len(curves)} {of})"
             axes.plot(
                 *_mean_curve(curves), color=colour, linestyle=line, marker="o", markersize=4, linewidth=2, label=label
@@ -69,14 +69,19 @@ def _picture(
     plt.close(figure)
 
 
-def _points(records: Records, cost: str) -> list[tuple[float, float]]:
-    """(cost, accuracy in %) of each evaluation. Without a single whole episode there is no accuracy."""
-    return [(float(r[cost]), 100 * float(r["eval/accuracy"])) for r in records if r["eval/accuracy"] is not None]
+def _points(records: Records, cost: str) -> dict[float, tuple[float, float]]:
+    """Iteration -> (cost, accuracy in %). Without a single whole episode there is no accuracy."""
+    return {
+        record.get("iteration", record["episodes"]): (float(record[cost]), 100 * float(record["eval/accuracy"]))
+        for record in records
+        if record["eval/accuracy"] is not None
+    }
 
 
-def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
-    """Point by point, as far as all curves go: runs of one method are evaluated after the same iterations."""
-    points = list(zip(*curves, strict=False))
+def _mean_curve(curves: Sequence[Mapping[float, tuple[float, float]]]) -> tuple[list[float], list[float]]:
+    """Mean cost and accuracy after each iteration that all runs were evaluated after."""
+    common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    points = [[curve[iteration] for curve in curves] for iteration in common]
     return (
         [sum(x for x, _ in point) / len(point) for point in points],
         [sum(y for _, y in point) / len(point) for point in points],

@@ -184,7 +184,9 @@ def _row(study: Study, cells: Sequence[Measured], theirs: Sequence[Measured] | N
         within: Unit = "seeds" if len(study.seeds) > 1 else "tasks"
         part = _figures(own, within)
         for figure in FIGURES:
-            part[f"{figure}_by_seed"] = {str(cell.seed): _mean(_known(getattr(cell, figure))) for cell in own}
+            part[f"{figure}_by_seed"] = {
+                str(cell.seed): _mean(_known(getattr(cell, figure))) for cell in own if _known(getattr(cell, figure))
+            }
         part["seconds_by_seed"] = {str(cell.seed): cell.seconds for cell in own}
         if theirs is not None:
             part["difference"] = _differences(own, [cell for cell in theirs if cell.model == model], within)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +23,8 @@ from skillsd.training.loop import train
 from skillsd.training.run import BANK, Run, build, comparable
 
 CONFIG = "config.yaml"
+_BEFORE_CONFIG = (BANK, "manifest.json", "tensorboard", f".{CONFIG}.partial")
+"""What a run makes before its configuration says that the folder is its own."""
 
 
 def default_folder(config: RunConfig) -> Path:
@@ -82,8 +85,11 @@ def _prepare(config: RunConfig, folder: Path, resume: bool) -> Path | None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file; a run needs a folder: give another one with --out")
     if not (folder / CONFIG).exists():
-        if folder.exists() and any(folder.iterdir()):
+        left = list(folder.iterdir()) if folder.exists() else []
+        if any(not (resume and path.name.startswith(_BEFORE_CONFIG)) for path in left):
             raise UserError(f"{str(folder)!r} holds other things than a run; give another folder with --out")
+        for path in left:  # of a run that was killed while it was put together
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         return None
     if not resume:
