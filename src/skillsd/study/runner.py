@@ -140,8 +140,8 @@ def run_jobs(
                 bars.update(what, done + part, total, f"{len(failures)} failed" if failures else "")
         except KeyboardInterrupt:
             # A terminal's Ctrl-C reached the processes as well; SIGTERM tells those that it did not. They save and end.
+            bars.print("stopping; everything so far is kept: the same command goes on from there")
             _stop(running)
-            bars.print("stopped; everything so far is kept: the same command goes on from there")
             raise
         finally:
             _stop(running)
