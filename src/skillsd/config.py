@@ -156,6 +156,8 @@ class TrainingSection(_Section):
 
 
 class CurriculumSection(_Section):
+    tasks: int | None = Field(None, ge=1)
+    """Train on the environment's first so many training tasks only. None takes all."""
     easy_first: bool = False
     """Begin with the easiest tasks and let harder ones in as training goes on (the paper's Sokoban)."""
     full_at: float = Field(0.5, gt=0, le=1)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_run import MakeRun, go
 
 from skillsd.config import CurriculumSection
 from skillsd.errors import UserError
@@ -99,3 +100,12 @@ def test_an_evaluation_task_is_refused() -> None:
 def test_more_tasks_an_iteration_than_there_are() -> None:
     with pytest.raises(UserError, match=r"tasks_per_iteration is 3, .* 2 training tasks"):
         make(2, 3, 1, 0)
+
+
+def test_only_the_first_tasks_are_trained_on(make_run: MakeRun) -> None:
+    run = make_run(curriculum={"tasks": 4})
+    listener = go(run)
+    first = {task.id for task in run.task_set.tasks("train")[:4]}
+    assert {group.task.id for group in listener.groups} == first
+    with pytest.raises(UserError, match="curriculum.tasks is 8, but the environment has 7"):
+        make_run("other", curriculum={"tasks": 8})

@@ -152,8 +152,11 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
     if config.evaluation.split == TRAIN_SPLIT:
         raise UserError(f"evaluation.split is {TRAIN_SPLIT!r}; give a held-out one: {', '.join(task_set.splits)}")
     task_set.tasks(config.evaluation.split)  # an unknown split is told now, not after the first iterations
+    train_tasks = task_set.tasks(TRAIN_SPLIT)
+    if (asked := config.curriculum.tasks) and asked > len(train_tasks):
+        raise UserError(f"curriculum.tasks is {asked}, but the environment has {len(train_tasks)} training tasks")
     curriculum = Curriculum(
-        task_set.tasks(TRAIN_SPLIT),
+        train_tasks[:asked],
         config.curriculum,
         per_iteration=config.rollout.tasks_per_iteration,
         iterations=config.training.iterations,
