@@ -107,5 +107,5 @@ def test_only_the_first_tasks_are_trained_on(make_run: MakeRun) -> None:
     listener = go(run)
     first = {task.id for task in run.task_set.tasks("train")[:4]}
     assert {group.task.id for group in listener.groups} == first
-    with pytest.raises(UserError, match="curriculum.tasks is 8, but the environment has 7"):
+    with pytest.raises(UserError, match=r"curriculum\.tasks is 8, but the environment has 7"):
         make_run("other", curriculum={"tasks": 8})
