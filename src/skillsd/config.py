@@ -72,7 +72,8 @@ class ObjectiveSection(_Section):
     reward_weight: float | None = Field(None, ge=0)
     """None takes the method's."""
     lambda_sdl: float | None = Field(None, ge=0)
-    """Weight of the distillation; None takes the method's (the paper's 0.001). Without a teacher it is ignored."""
+    """Weight of the distillation beside the reward; None takes the method's (the paper's 0.001). Ignored without a
+    teacher, and in methods that are distillation alone (OPD, OPSD): their weight is 1."""
     lambda_schedule: Literal["constant", "linear_decay", "cosine"] = "constant"
     imitation_weight: float | None = Field(None, ge=0)
     """Weight of the self-imitation; None takes the method's. Ignored by a method without it."""
@@ -157,7 +158,7 @@ class TrainingSection(_Section):
 
 class CurriculumSection(_Section):
     tasks: int | None = Field(None, ge=1)
-    """Train on the environment's first so many training tasks only. None takes all."""
+    """Train on so many of the environment's training tasks only, evenly spread from easy to hard. None takes all."""
     easy_first: bool = False
     """Begin with the easiest tasks and let harder ones in as training goes on (the paper's Sokoban)."""
     full_at: float = Field(0.5, gt=0, le=1)
@@ -170,7 +171,7 @@ class EvaluationSection(_Section):
     every: int = Field(10, ge=0)
     """Iterations between evaluations; 0 evaluates only before the first and after the last one."""
     limit: int | None = Field(None, ge=1)
-    """Only the first so many tasks."""
+    """Only so many tasks, evenly spread from easy to hard."""
     samples: int = Field(1, ge=1)
     """Sampled episodes per task."""
     greedy: bool = False

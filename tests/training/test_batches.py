@@ -263,7 +263,9 @@ def acted(engine: TorchEngine, renderer: ChatRenderer, context: str) -> list[Gro
 # -- a whole step ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("reward_weight", "lambda_sdl"), [(1.0, 0.0), (1.0, 0.3), (0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("reward_weight", "lambda_sdl", "imitation"), [(1.0, 0.0, 0.0), (1.0, 0.3, 0.0), (0.0, 1.0, 0.0), (1.0, 0.3, 0.2)]
+)
 @pytest.mark.parametrize("micro_batch_tokens", [20, 8192])
 def test_the_gradient_of_a_step_equals_one_written_by_hand(
     tiny_model: Path,
@@ -271,12 +273,15 @@ def test_the_gradient_of_a_step_equals_one_written_by_hand(
     renderer: ChatRenderer,
     reward_weight: float,
     lambda_sdl: float,
+    imitation: float,
     micro_batch_tokens: int,
 ) -> None:
+    best = BestSuccesses()
+    best.update(groups if imitation else [])
     temperature, clip = 1.3, 0.2
     engine = TorchEngine(str(tiny_model), device="cpu", micro_batch_tokens=micro_batch_tokens)
     contexts = [SKILL, "", SKILL, ""]
-    batch = make_batch(groups, contexts, engine, renderer)
+    batch = make_batch(groups, contexts, engine, renderer, best=best)
     # A student that has moved since it sampled: the ratios are not 1, and some are clipped.
     generator = torch.Generator().manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
@@ -289,7 +294,7 @@ def test_the_gradient_of_a_step_equals_one_written_by_hand(
 
     items = [item for part in batch.groups for item in part]
     counts = normalisers(items)
-    objective = Objective(reward_weight=reward_weight, lambda_sdl=lambda_sdl)
+    objective = Objective(reward_weight=reward_weight, lambda_sdl=lambda_sdl, imitation_weight=imitation)
     engine.forward_backward(items, lambda s, g: objective(s, g, counts), temperature=temperature)
 
     # The reference: one trajectory at a time, through `transformers` alone, the losses as METHOD.md writes them.
@@ -301,6 +306,11 @@ def test_the_gradient_of_a_step_equals_one_written_by_hand(
         return torch.stack([logits[i - 1].log_softmax(-1)[tokens[i]] for i in places])
 
     policy, distilled, tokens, taught, clipped = 0.0, 0.0, 0, 0, 0
+    said_again, again = torch.zeros((), dtype=torch.float64), 0
+    for success in filter(None, (best.of(group.task.id) for group in groups)):
+        likelihood = logprobs(model, success.tokens, success.action_mask)
+        said_again, again = said_again - likelihood.sum(), again + len(likelihood)
+    assert (again > 0) == (imitation > 0)
     for group, context in zip(groups, contexts, strict=True):
         rewards = torch.tensor(group.rewards, dtype=torch.float64)
         for trajectory, reward in zip(group.trajectories, rewards, strict=True):
@@ -320,7 +330,8 @@ def test_the_gradient_of_a_step_equals_one_written_by_hand(
                 taught += len(now)
     assert clipped
     assert taught < tokens
-    (reward_weight * policy / tokens + lambda_sdl * distilled / taught).backward()
+    control = imitation * said_again / max(again, 1)
+    (reward_weight * policy / tokens + lambda_sdl * distilled / taught + control).backward()
     for (name, mine), theirs in zip(engine.model.named_parameters(), model.parameters(), strict=True):
         assert mine.grad is not None
         scale = float(theirs.grad.abs().max())

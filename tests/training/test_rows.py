@@ -67,6 +67,8 @@ def test_a_row_trains(name: str, make_run: MakeRun, other_model: Path) -> None:
     else:
         assert taught == [1.0] * 4
     assert (len(run.bank) > 0) == row.uses_skills
+    assert any(record.get("batch/imitated", 0) > 0 for record in heard.iterations) == (row.imitation_weight > 0)
+    assert any("loss/imitation_loss" in record for record in heard.iterations) == (row.imitation_weight > 0)
     assert (run.bank.counts()["credited"] > 0) == row.uses_skills
     if row.teacher == "frozen":
         assert same(run.engine._teacher, {n: before[n] for n in run.engine._teacher}), "the teacher moved"  # type: ignore[attr-defined]
@@ -140,6 +142,8 @@ def test_without_a_reward_and_without_a_teacher_there_is_nothing_to_learn(make_r
         ("opd-external", {}, "give its name or folder"),
         ("skill-sd", {"teacher": {"model": "nano"}}, "not external"),
         ("skill-sd-frozen", {"teacher": {"ema": 0.5}}, "not synchronised"),
+        ("skill-sd-frozen", {"teacher": {"sync_every": 2}}, "not synchronised"),
+        ("grpo", {"objective": {"reward_weight": 0}}, "nothing else to learn from"),
         ("skill-grpo", {"skills": {"hindsight": True}}, "before the group is played"),
         ("skill-sd", {"skills": {"hindsight": True, "deterministic": False}}, "not be ready in time"),
         ("skill-grpo", {"skills": {"credit": "uplift"}}, "no episodes without the skill"),

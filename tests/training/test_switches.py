@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from toy_env import Toy
 from toy_run import Listener, MakeRun, go
 
+from skillsd.methods import METHODS
 from skillsd.skills.bank import HeldOutTaskError
 from skillsd.training import checkpoint, loop
 from skillsd.training.imitation import BestSuccesses
@@ -48,16 +50,40 @@ def test_an_empty_skill_teaches_nothing(make_run: MakeRun) -> None:
         assert torch.equal(p, before[name])
 
 
-def test_shuffled_skills_are_always_another_tasks(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hindsight", [False, True])
+def test_shuffled_skills_are_always_another_tasks(
+    hindsight: bool, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the groups that are taught are those that have a skill of their own: only the content differs."""
     toy = Toy()
-    # Skills that say whose they are.
-    toy.write = lambda trajectory: Skill("", "", f"of {trajectory.task.id}")
-    run = make_run(toy=toy, skills={"content": "shuffled"}, training={"iterations": 8})
+    # Skills that say whose they are; three tasks never have one.
+    unlucky = {"train-1", "train-4", "train-5"}
+    toy.write = lambda t: None if t.task.id in unlucky else Skill("", "", f"of {t.task.id}")
+    run = make_run(
+        toy=toy,
+        skills={"content": "shuffled", "hindsight": hindsight},
+        rollout={"tasks_per_iteration": 4},
+        training={"iterations": 8},
+    )
     heard = teachers_prompts(run, monkeypatch)
     go(run)
     told = [(task, words) for task, words in heard if words]
     assert len(told) > 10
     assert not any(task in words for task, words in told)
+    assert not unlucky & {task for task, _ in told}
+    assert run.bank.counts()["credited"] == 0, "what another task's skill earns is not its own"
+
+
+def test_hindsight_survives_an_iteration_that_lost_every_group(make_run: MakeRun) -> None:
+    toy = Toy()
+    run = make_run(toy=toy, skills={"content": "shuffled", "hindsight": True}, rollout={"retries": 0})
+
+    def down(call: str, environment: Any) -> None:
+        if run.iteration == 2:
+            raise ConnectionError("down")
+
+    toy.faults = down
+    assert len(go(run).iterations) == 6
 
 
 @pytest.mark.parametrize("sources", ["all", "successes", "failures"])
@@ -92,6 +118,7 @@ def test_a_group_above_the_bound_has_no_teacher(make_run: MakeRun, monkeypatch: 
     assert any(mean <= 0.6 for mean in means)
     for (_, words), mean in zip(heard, means, strict=True):
         assert (words is None) == (mean > 0.6)
+    assert run.bank.counts()["picks"] == sum(mean <= 0.6 for mean in means), "who was not told did not use it"
 
 
 # -- what a skill earns ---------------------------------------------------------------------------------------------
@@ -111,17 +138,27 @@ def test_credit_by_uplift_is_measured_and_counted_as_episodes(
 ) -> None:
     run = make_run(skills={"credit": "uplift", "uplift_episodes": 5}, training={"iterations": 8})
     measured: list[Any] = []
-    groups: dict[int, list[Group]] = {}
-    measure = loop.measure_uplift
+    plain: list[dict[str, float]] = []
+    updates: list[int] = []
+    measure, optimise = loop.measure_uplift, loop.optimise
 
     async def watch(*args: Any, **options: Any) -> Any:
+        assert len(updates) == run.iteration, "the policy that was taught is the one before the update"
         found = await measure(*args, **options)
-        groups[run.iteration] = options["plain"]
+        plain.append(options["plain"])
         measured.extend(found)
         return found
 
+    def count(*args: Any) -> Any:
+        updates.append(run.iteration)
+        return optimise(*args)
+
     monkeypatch.setattr(loop, "measure_uplift", watch)
+    monkeypatch.setattr(loop, "optimise", count)
     listener = go(run)
+    means = [{g.task.id: sum(g.rewards) / len(g.rewards) for g in listener.groups[i : i + 3]} for i in range(0, 24, 3)]
+    for known, played in zip(plain, means, strict=True):
+        assert known == {task: played[task] for task in known}
     assert len(measured) > 5
     assert all(uplift.episodes == 5 for uplift in measured)
     credited = [skill.reward_sum for skill in run.bank.skills() if skill.credited]
@@ -149,12 +186,18 @@ def test_a_moving_average_lies_between_the_student_and_where_it_began(make_run: 
 
 
 @pytest.mark.parametrize("estimator", ["reverse_kl", "forward_kl"])
-def test_the_top_k_and_one_bucket_come_near_the_whole_vocabulary(estimator: str, make_run: MakeRun) -> None:
+@pytest.mark.parametrize("method", ["skill-sd", "imitating"])
+def test_the_top_k_and_one_bucket_come_near_the_whole_vocabulary(
+    method: str, estimator: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "imitating", replace(METHODS["skill-sd"], name="imitating", imitation_weight=0.1))
+
     def value(folder: str, **objective: Any) -> float:
         run = make_run(
             folder,
             objective={"lambda_sdl": 0.1, "estimator": estimator, **objective},
-            skills={"hindsight": True},
+            method=method,
+            skills={"hindsight": True, "sources": "successes"},  # so that some groups have no teacher
             training={"iterations": 1, "minibatches": 1},
         )
         return float(go(run).iterations[0]["loss/distil_value"])

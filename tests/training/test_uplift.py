@@ -29,7 +29,7 @@ from skillsd.skills.bank import HeldOutTaskError, SkillBank, StoredSkill
 from skillsd.training.batches import view
 from skillsd.training.session import run_training
 from skillsd.training.teacher_gap import TurnGap, gap_figures, measure_gap, turn_gaps
-from skillsd.training.uplift import Uplift, by_kind, measure_uplift, summarise_uplift, told_budget
+from skillsd.training.uplift import Uplift, by_kind, measure_uplift, summarise_uplift
 from skillsd.types import Outcome, Skill, Task
 from skillsd.worth import opened
 
@@ -134,8 +134,6 @@ def test_who_is_told_has_as_much_room_as_who_is_not(scripted: Scripted) -> None:
     context = " Workflow: Up" + " never Down" * 20
     measure(scripted, [(train_task(0), context)], budget=tight)
     assert scripted.rooms == {"": [20] * 4, "Up": [20] * 4}
-    assert told_budget(actor, tight, "") == tight
-    assert told_budget(actor, tight, " Up" * 1000).trajectory_tokens == scripted.max_length == 256
 
 
 def test_the_teacher_may_play(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:

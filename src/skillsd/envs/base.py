@@ -11,9 +11,11 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from skillsd.types import Demonstration, Message, Skill, Task, Trajectory
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,16 @@ class Environment(ABC):
 
     async def close(self) -> None:  # noqa: B027 (most environments hold nothing that needs closing)
         """Free what the episode holds. Closing twice is harmless."""
+
+
+def spread(items: Sequence[T], count: int | None) -> Sequence[T]:
+    """`count` of `items`, evenly spread, in their order; all of them for None or where there are no more.
+
+    Panels go from easy to hard, so the first `count` would be the easiest.
+    """
+    if count is None or count >= len(items):
+        return items
+    return [items[(2 * place + 1) * len(items) // (2 * count)] for place in range(count)]
 
 
 class TaskSet(ABC):

@@ -71,7 +71,8 @@ async def run_episode(
     Args:
         seed: of what is sampled; `environment_seed` is the environment's.
         session: a name that no other episode under way has.
-        context: text added to the first prompt (a skill, say); the trajectory's ``prompt`` stays the plain one.
+        context: text added to the first prompt (a skill, say); the trajectory's ``prompt`` stays the plain one. Its
+            tokens come on top of the budget's, as far as the model takes them.
 
     Never raises for what the environment does: an exception or a missed deadline there ends the episode with the
     outcome ``env_error`` or ``timeout``, which carries no reward.
@@ -95,8 +96,11 @@ async def run_episode(
         prompt = await _in_time(environment.reset(task, environment_seed), budget.step_seconds, "reset")
         append(actor.renderer.prompt(with_context(prompt, context) if context else prompt), None)
         prompt_length = len(tokens)
+        most = budget.trajectory_tokens
+        if context:  # who is told more may say as much
+            most = min(most + prompt_length - len(actor.renderer.prompt(prompt)), actor.engine.max_length)
         for number in range(budget.turns):
-            room = min(budget.turn_tokens, budget.trajectory_tokens - len(tokens) - len(heard))
+            room = min(budget.turn_tokens, most - len(tokens) - len(heard))
             if room <= 0:
                 outcome = Outcome.TRUNCATED_TOKENS
                 break

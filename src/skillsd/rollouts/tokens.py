@@ -34,7 +34,7 @@ class ChatRenderer:
         self._stop_texts = {token: tokenizer.decode([token]) for token in stop_tokens}
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         longest_first = sorted(special, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) matches nothing
+        self._special = re.compile("|".join(map(re.escape, [*longest_first, _CUT])))
         self._tail = self._find_tail()
         self._cache: dict[tuple[str, int | None], tuple[int, ...]] = {}
 

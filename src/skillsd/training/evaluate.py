@@ -10,7 +10,7 @@ from typing import Any
 
 from scipy import stats
 
-from skillsd.envs.base import TaskSet
+from skillsd.envs.base import TaskSet, spread
 from skillsd.rollouts.collect import collect
 from skillsd.rollouts.episode import Actor, Budget
 from skillsd.types import Task, Trajectory
@@ -93,7 +93,7 @@ async def evaluate(
         context: text to add to each task's first prompt, for studies of what a skill is worth; none by default: the
             student is tested under the plain prompt.
     """
-    tasks = list(task_set.tasks(split))[:limit]
+    tasks = list(spread(task_set.tasks(split), limit))
     begin = time.perf_counter()
     collected = await collect(
         actor,
@@ -122,7 +122,7 @@ async def evaluate(
         mean_turns=_mean(turns),
         seconds=time.perf_counter() - begin,
         split=split,
-        fingerprint=task_set.fingerprint(split) + (f":{limit}" if limit else ""),
+        fingerprint=task_set.fingerprint(split) + (f":{limit} spread" if limit else ""),
         temperature=actor.temperature,
         successes=tuple(None if place is None else successes[place] for place in places),
         scores=tuple(None if place is None else scores[place] for place in places),

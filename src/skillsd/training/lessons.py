@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from skillsd.skills.bank import StoredSkill
 from skillsd.skills.context import render_skill
-from skillsd.types import Skill, Task
+from skillsd.types import Group, Skill, Task
 
 if TYPE_CHECKING:
     from skillsd.training.run import Run
@@ -39,17 +39,33 @@ class Told:
     teacher: str | None = None
 
 
-def choose(run: Run, tasks: Sequence[Task]) -> list[Lesson]:
-    """The lesson of each task. Nothing is recorded in the bank: see `record`."""
-    return [_lesson(run, skill, oracle) for skill, oracle in zip(*_sources(run, tasks), strict=True)]
+def choose(run: Run, tasks: Sequence[Task]) -> dict[str, Lesson]:
+    """Task id -> the lesson that there is. Nothing is recorded in the bank: see `settle`."""
+    sources = zip(tasks, *_sources(run, tasks), strict=True)
+    return {task.id: _lesson(run, skill, oracle) for task, skill, oracle in sources}
 
 
-def record(run: Run, lessons: Sequence[Lesson]) -> None:
-    """Have the bank count these as picked."""
+def settle(run: Run, groups: Sequence[Group], lessons: Mapping[str, Lesson]) -> tuple[list[Lesson], list[Told]]:
+    """For each group, the lesson that is really used and who is told what, now that it is known how the group fared.
+
+    The bank counts the skills of the lessons that are used, and of those that are too long, as picked.
+    """
+    used: list[Lesson] = []
+    words: list[Told] = []
+    most = run.config.teacher.max_group_reward
     with run.bank.batch():
-        for lesson in lessons:
+        for group in groups:
+            lesson = lessons[group.task.id]
+            said = told(run, lesson)
+            if most is not None and sum(group.rewards) > most * len(group.rewards):
+                said = replace(said, teacher=None)
+            if said.teacher is None and not said.student and not lesson.too_long:
+                lesson = Lesson()
             if lesson.skill:
                 run.bank.record_pick(lesson.skill.id)
+            used.append(lesson)
+            words.append(said)
+    return used, words
 
 
 def told(run: Run, lesson: Lesson) -> Told:
@@ -66,8 +82,12 @@ def _sources(run: Run, tasks: Sequence[Task]) -> tuple[list[StoredSkill | None],
     if not run.method.uses_skills:
         return [None] * len(tasks), [None] * len(tasks)
     chosen = [run.bank.peek(task, c=run.config.skills.ucb_c) for task in tasks]
-    if run.config.skills.content == "shuffled":  # each gets its neighbour's: as fresh as its own, and never its own
-        chosen = chosen[-1:] + chosen[:-1] if len(chosen) > 1 else [None]
+    if run.config.skills.content == "shuffled":
+        # Each that has one gets the next one's: as fresh as its own and never its own, and the same groups are taught.
+        having = [place for place, skill in enumerate(chosen) if skill]
+        own = list(chosen)
+        for place, other in zip(having, having[1:] + having[:1], strict=True):
+            chosen[place] = own[other] if other != place else None
     return chosen, [None] * len(tasks)
 
 
@@ -81,4 +101,4 @@ def _lesson(run: Run, skill: StoredSkill | None, oracle: str | None) -> Lesson:
     text = render_skill(said, run.template)
     if run.renderer.count(text) > run.config.skills.teacher_extra_tokens:
         return Lesson(skill, None, too_long=True)
-    return Lesson(skill, text)
+    return Lesson(skill, text or None)  # a skill of which the template says nothing is no lesson

@@ -8,7 +8,6 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Protocol
 
 from skillsd.errors import UserError
@@ -19,7 +18,7 @@ from skillsd.training import lessons as lessons_of
 from skillsd.training.batches import build_batch
 from skillsd.training.evaluate import evaluate
 from skillsd.training.figures import describe_batch, describe_rollouts, describe_skills, describe_system
-from skillsd.training.lessons import Lesson, Told, told
+from skillsd.training.lessons import Lesson, told
 from skillsd.training.optimise import optimise
 from skillsd.training.run import Run, actor_at
 from skillsd.training.uplift import measure_uplift
@@ -73,20 +72,21 @@ async def iterate(run: Run, reporter: Reporter) -> Record:
     tasks = run.curriculum.pick(number)
     if run.summaries:
         run.summaries.collect()  # what became ready meanwhile
-    lessons = lessons_of.choose(run, tasks)
+    # Whoever acts and is told a lesson must be told beforehand.
+    lessons = lessons_of.choose(run, tasks) if run.method.actor_is_told else {}
 
-    # The student acts, under the plain prompt. (In two of the paper's ablations it does not: see `Method`.)
+    # The student acts, under the plain prompt. (In some of the paper's comparisons it does not: see `Method`.)
     with clock("rollout"):
         collected = await collect(
             run.actor,
             run.task_set,
             tasks,
-            run.acting_budget,
+            run.budget,
             group_size=config.rollout.group_size,
             seed=derive_seed(config.seed, "rollout", number),
             retries=config.rollout.retries,
             concurrency=config.rollout.concurrency,
-            contexts=[told(run, lesson).actor for lesson in lessons] if run.method.actor_is_told else None,
+            contexts=[told(run, lessons[task.id]).actor for task in tasks] if lessons else None,
         )
     groups = collected.groups
     if collected.dropped:
@@ -98,11 +98,7 @@ async def iterate(run: Run, reporter: Reporter) -> Record:
     if hindsight:
         with clock("summarise"):
             written = await _summarise(run, groups)
-        lessons = lessons_of.choose(run, [group.task for group in groups])
-    else:
-        kept = {group.task.id for group in groups}
-        lessons = [lesson for lesson, task in zip(lessons, tasks, strict=True) if task.id in kept]
-    lessons_of.record(run, lessons)
+    used, words = lessons_of.settle(run, groups, lessons or lessons_of.choose(run, [group.task for group in groups]))
     if run.best:
         run.best.update(groups)
     objective = run.objective()
@@ -111,7 +107,7 @@ async def iterate(run: Run, reporter: Reporter) -> Record:
             run,
             lambda: build_batch(
                 groups,
-                [_told(run, group, lesson) for group, lesson in zip(groups, lessons, strict=True)],
+                words,
                 run.engine,
                 run.renderer,
                 temperature=config.rollout.temperature,
@@ -124,7 +120,7 @@ async def iterate(run: Run, reporter: Reporter) -> Record:
 
     # A skill's uplift is that of the policy which it taught, so it is measured before the update.
     with clock("uplift"):
-        worth = await _worth(run, groups, lessons)
+        worth = await _worth(run, groups, used)
 
     # L = L_GRPO + lambda * L_SDL
     with clock("update"):
@@ -132,9 +128,9 @@ async def iterate(run: Run, reporter: Reporter) -> Record:
 
     # A skill is credited for what was trained while it was used: not if it did not fit, nor if nothing was updated.
     with run.bank.batch():
-        for lesson, taught, values in zip(lessons, batch.taught, worth, strict=True):
-            used = taught or (run.method.student_prompt == "skill" and lesson.text)
-            if lesson.skill and used and updated["step/applied"]:
+        for lesson, taught, values in zip(used, batch.taught, worth, strict=True):
+            heard = taught or (run.method.student_prompt == "skill" and lesson.text)
+            if lesson.skill and heard and updated["step/applied"] and config.skills.content == "own":
                 run.bank.credit(lesson.skill.id, values)
 
     # Finished trajectories become skills, for later iterations.
@@ -151,7 +147,7 @@ async def iterate(run: Run, reporter: Reporter) -> Record:
         "iteration": run.iteration,
         **run.totals,
         **describe_rollouts(collected, clock.seconds["rollout"]),
-        **describe_batch(batch, lessons),
+        **describe_batch(batch, used),
         **updated,
         **describe_skills(run, written),
         **describe_system(run.engine),
@@ -199,14 +195,6 @@ def _check_groups(run: Run, groups: list[Group], reason: str) -> None:
         )
 
 
-def _told(run: Run, group: Group, lesson: Lesson) -> Told:
-    """Who is told what about a group's task, now that it is known how the group fared."""
-    words, most = told(run, lesson), run.config.teacher.max_group_reward
-    if most is not None and sum(group.rewards) > most * len(group.rewards):
-        return replace(words, teacher=None)
-    return words
-
-
 async def _worth(run: Run, groups: list[Group], lessons: list[Lesson]) -> list[Sequence[float]]:
     """What each lesson's skill is to be credited with."""
     if run.config.skills.credit == "source":
@@ -222,6 +210,7 @@ async def _worth(run: Run, groups: list[Group], lessons: list[Lesson]) -> list[S
         episodes=run.config.skills.uplift_episodes,
         seed=derive_seed(run.config.seed, "uplift", run.iteration),
         concurrency=run.config.rollout.concurrency,
+        retries=run.config.rollout.retries,
         plain={group.task.id: sum(group.rewards) / len(group.rewards) for group, _ in asked},
     )
     run.totals["episodes"] += sum(uplift.episodes for uplift in measured)

@@ -9,7 +9,7 @@ from pathlib import Path
 from skillsd.config import RunConfig
 from skillsd.engines.base import Engine
 from skillsd.envs import registry
-from skillsd.envs.base import TaskSet
+from skillsd.envs.base import TaskSet, spread
 from skillsd.errors import UserError
 from skillsd.methods import Method, method
 from skillsd.objective import Objective, scheduled
@@ -56,15 +56,6 @@ class Run:
         return Budget.of(self.config.rollout, self.task_set, self.engine.max_length)
 
     @property
-    def acting_budget(self) -> Budget:
-        """Of a training episode: whoever is told a lesson has room for it beside."""
-        budget = self.budget
-        if not self.method.actor_is_told:
-            return budget
-        room = budget.trajectory_tokens + self.config.skills.teacher_extra_tokens
-        return dataclasses.replace(budget, trajectory_tokens=min(room, self.engine.max_length))
-
-    @property
     def student(self) -> Actor:
         """The student as it samples for training."""
         return Actor(self.engine, self.renderer, self.config.rollout.temperature)
@@ -77,7 +68,8 @@ class Run:
     def objective(self) -> Objective:
         """The method's weights, the recipe's where it gives them, lambda as scheduled for this iteration."""
         options, row = self.config.objective, self.method
-        lambda_sdl = _or(options.lambda_sdl, row.lambda_sdl)
+        # Beside a reward the weight is a matter of taste; where there is nothing else it is only the gradient's scale.
+        lambda_sdl = _or(options.lambda_sdl, row.lambda_sdl) if row.reward_weight else row.lambda_sdl
         progress = self.iteration / max(1, self.config.training.iterations)
         return Objective(
             reward_weight=_or(options.reward_weight, row.reward_weight),
@@ -121,7 +113,7 @@ def make_engine(config: RunConfig) -> Engine:
         device=config.model.device,
         lora=LoraOptions(lora.rank, lora.alpha, lora.target_modules) if lora else None,
         teacher_follows=follows,
-        teacher_model=config.teacher.model,
+        teacher_model=config.teacher.model if row.teacher == "external" else None,
         micro_batch_tokens=options.micro_batch_tokens,
         max_sessions=config.rollout.concurrency,
         betas=(options.beta1, options.beta2),
@@ -141,7 +133,7 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
         UserError: for anything in the recipe that does not fit together.
     """
     row = method(config.method)
-    _check_switches(config, row)
+    check_config(config)
     task_set = task_set or registry.load(config.environment.name, config.environment.options)
     held_out = {task.id for split in task_set.splits if split != TRAIN_SPLIT for task in task_set.tasks(split)}
     if both := sorted(held_out.intersection(task.id for task in task_set.tasks(TRAIN_SPLIT))):
@@ -156,17 +148,12 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
     if (asked := config.curriculum.tasks) and asked > len(train_tasks):
         raise UserError(f"curriculum.tasks is {asked}, but the environment has {len(train_tasks)} training tasks")
     curriculum = Curriculum(
-        train_tasks[:asked],
+        spread(train_tasks, asked),
         config.curriculum,
         per_iteration=config.rollout.tasks_per_iteration,
         iterations=config.training.iterations,
         seed=config.seed,
     )
-    if config.training.minibatches > config.rollout.tasks_per_iteration:
-        raise UserError(
-            f"training.minibatches is {config.training.minibatches}, but an iteration collects "
-            f"{config.rollout.tasks_per_iteration} groups (rollout.tasks_per_iteration), which are never split"
-        )
     if row.context == "oracle" and not all(task_set.oracle(task) for task in task_set.tasks(TRAIN_SPLIT)):
         raise UserError(
             f"method {row.name!r} tells its teacher a reference solution, but the environment "
@@ -220,19 +207,35 @@ def _or(given: float | None, default: float) -> float:
     return default if given is None else given
 
 
-def _check_switches(config: RunConfig, row: Method) -> None:
-    """What a recipe asks of a method must be something that the method has."""
+def check_config(config: RunConfig) -> None:
+    """What the recipe asks for must fit together; whatever can be told without the model and the tasks.
+
+    Raises:
+        UserError: naming the key, what was given and why not.
+    """
 
     def refuse(key: str, given: object, reason: str) -> None:
         raise UserError(f"{key} is {given!r}, but {reason}")
 
-    teacher, skills = config.teacher, config.skills
+    row, teacher, skills = method(config.method), config.teacher, config.skills
+    if config.training.minibatches > config.rollout.tasks_per_iteration:
+        raise UserError(
+            f"training.minibatches is {config.training.minibatches}, but an iteration collects "
+            f"{config.rollout.tasks_per_iteration} groups (rollout.tasks_per_iteration), which are never split"
+        )
     if row.teacher == "external" and teacher.model is None:
         refuse("teacher.model", None, f"method {row.name!r} has another model for a teacher: give its name or folder")
-    if row.teacher != "external" and teacher.model is not None:
+    if row.teacher in ("synchronised", "frozen") and teacher.model is not None:
         refuse("teacher.model", teacher.model, f"the teacher of method {row.name!r} is {row.teacher}, not external")
-    if row.teacher in ("frozen", "external") and teacher.ema is not None:
-        refuse("teacher.ema", teacher.ema, f"the teacher of method {row.name!r} is not synchronised")
+    if row.teacher in ("frozen", "external"):
+        if teacher.ema is not None:
+            refuse("teacher.ema", teacher.ema, f"the teacher of method {row.name!r} is not synchronised")
+        if teacher.sync_every != 1:
+            refuse("teacher.sync_every", teacher.sync_every, f"the teacher of method {row.name!r} is not synchronised")
+    options = config.objective
+    if options.reward_weight == 0 and not (row.lambda_sdl or row.imitation_weight):
+        refuse("objective.reward_weight", 0, f"method {row.name!r} has nothing else to learn from")
+    load_template(skills.template)
     if not row.uses_skills:
         return
     if skills.hindsight and row.actor_is_told:

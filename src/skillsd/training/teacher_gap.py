@@ -78,7 +78,7 @@ async def measure_gap(
     chosen = list(run.task_set.tasks(TRAIN_SPLIT))
     if tasks is not None and tasks < len(chosen):
         chosen = random.Random(derive_seed(seed, "gap tasks")).sample(chosen, tasks)
-    found = {task.id: lesson for task, lesson in zip(chosen, lessons.choose(run, chosen), strict=True)}
+    found = lessons.choose(run, chosen)
     told = [task for task in chosen if found[task.id].skill and found[task.id].text is not None]
     options = run.config.rollout
     played = await collect(

@@ -6,7 +6,6 @@ Training tasks only, as everything that touches a skill. Nothing is trained and 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,8 @@ from skillsd.rollouts.collect import collect
 from skillsd.rollouts.episode import Actor, Budget
 from skillsd.seeds import derive_seed
 from skillsd.skills.bank import HeldOutTaskError, StoredSkill
-from skillsd.skills.context import with_context
 from skillsd.training.evaluate import mean_interval
-from skillsd.types import TRAIN_SPLIT, Group, Message, Skill, Task, Trajectory
+from skillsd.types import TRAIN_SPLIT, Group, Skill, Task, Trajectory
 
 # -- the measure ----------------------------------------------------------------------------------------------------
 
@@ -73,7 +71,7 @@ async def measure_uplift(
 
     Args:
         told: a training task and a rendered skill each.
-        budget: of the plain prompt; the actor that is told gets room for the context on top (`told_budget`).
+        budget: of the plain prompt; the context's tokens come on top.
         concurrency: the most episodes under way at once.
         plain: mean score under the plain prompt by task id, where it is known already: it is not played then.
 
@@ -99,7 +97,7 @@ async def measure_uplift(
                 actor,
                 task_set,
                 [task],
-                told_budget(actor, budget, context),
+                budget,
                 group_size=episodes,
                 seed=derive_seed(seed, "uplift", context),
                 retries=retries,
@@ -127,14 +125,6 @@ async def measure_uplift(
             Uplift(place, task.id, _success(with_it), success, _mean(with_it.rewards), score, episodes=episodes)
         )
     return measured
-
-
-def told_budget(actor: Actor, budget: Budget, context: str) -> Budget:
-    """`budget` with room for the context's tokens: who is told more may say as much. At most what the model takes."""
-    render = actor.renderer.prompt
-    words = (Message("user", "x"),)
-    added = len(render(with_context(words, context))) - len(render(words)) if context else 0
-    return dataclasses.replace(budget, trajectory_tokens=min(budget.trajectory_tokens + added, actor.engine.max_length))
 
 
 def _guard(task_set: TaskSet, tasks: Iterator[Task]) -> None:
