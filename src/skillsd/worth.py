@@ -20,7 +20,7 @@ from skillsd.config import RunConfig
 from skillsd.engines.base import Engine, Weights
 from skillsd.errors import UserError, unknown_name
 from skillsd.report.progress import Bars
-from skillsd.report.tables import percent, table
+from skillsd.report.tables import percent, short, table
 from skillsd.skills.bank import StoredSkill
 from skillsd.skills.context import render_skill
 from skillsd.training import checkpoint
@@ -178,7 +178,7 @@ def _ends(measured: Measured, count: int = 5) -> Any:
             percent(uplift.told_success),
             percent(uplift.plain_success),
             percent(uplift.success),
-            _short(stored.skill.golden_workflow or stored.skill.mistake_analysis or stored.skill.success_analysis),
+            short(stored.skill.golden_workflow or stored.skill.mistake_analysis or stored.skill.success_analysis),
         ]
         for stored, uplift in shown
     ]
@@ -193,11 +193,6 @@ def _uplift_record(stored: StoredSkill, uplift: Uplift) -> dict[str, Any]:
     del figures["place"]
     about = {**dataclasses.asdict(stored), "source_outcome": stored.source_outcome.value}
     return {**about, "mean_reward": stored.mean_reward, "uplift": figures}
-
-
-def _short(text: str, width: int = 48) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 3] + "..."
 
 
 # -- the teacher's gap ----------------------------------------------------------------------------------------------

@@ -13,6 +13,12 @@ def percent(value: float, interval: Sequence[float] | None = None) -> str:
     return f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else text
 
 
+def short(text: str, width: int = 48) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", words: Sequence[str] = ()
 ) -> Table:

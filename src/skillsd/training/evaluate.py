@@ -55,7 +55,7 @@ class Evaluation:
         return asdict(self)
 
 
-def mean_interval(values: Sequence[float], *, bounds: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of `values` in [0, 1].
 
     For 0/1 values Wilson's interval, which keeps its coverage near the ends; otherwise Student's t.
@@ -66,11 +66,17 @@ def mean_interval(values: Sequence[float], *, bounds: tuple[float, float] = (0.0
     if all(value in (0.0, 1.0) for value in values):
         wilson = stats.binomtest(round(sum(values)), n).proportion_ci(method="wilson")
         return (float(wilson.low), float(wilson.high))
+    return student(values) or (0.0, 1.0)
+
+
+def student(values: Sequence[float], bounds: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float] | None:
+    """95 % interval of the mean by Student's t, within `bounds`; None for fewer than two values."""
+    n = len(values)
+    if n < 2:
+        return None
     mean = sum(values) / n
-    if n == 1:
-        return bounds
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    reach = float(stats.t.ppf(0.975, n - 1)) * spread
+    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    reach = float(stats.t.ppf(0.975, n - 1)) * error
     return (max(bounds[0], mean - reach), min(bounds[1], mean + reach))
 
 

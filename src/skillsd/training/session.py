@@ -56,7 +56,7 @@ def run_training(
             folder,
             config.log,
             name=f"{config.name}-{config.method}-seed{config.seed}",
-            resumed_at=_iteration_of(start),
+            resumed_at=checkpoint.number(start) if start else None,
             on_record=on_record,
             on_note=on_note,
         )
@@ -132,10 +132,6 @@ def _check_panels(run: Run, folder: Path) -> None:
             f"the tasks of {', '.join(changed)} are others than when {str(folder)!r} was begun: start anew in another "
             "folder, with --out"
         )
-
-
-def _iteration_of(start: Path | None) -> int | None:
-    return int(start.name.removeprefix("step-")) if start else None
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
