@@ -108,6 +108,7 @@ def one_line(said: Said, *parts: str) -> None:
         (["eval", "nowhere", "--recipe", "sokoban-nano"], "nowhere"),
         (["eval", "nano", "--recipe", "sokoban-nano", "--json", "no/folder/x.json"], "no/folder"),
         (["eval", "nano", "--recipe", "sokoban-nano", "--limit", "0"], "--limit"),
+        (["eval", "nano", "--recipe", "sokoban-nano", "--append"], "--json"),
         (["table", "sokoban-nano", "--methods", "gpro"], "'grpo'"),
         (["table", "sokoban-nano", "--methods", "grpo,,"], "commas"),
         (["table", "sokoban-nano", "--episodes", "many"], "--episodes is 'many'"),

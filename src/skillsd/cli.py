@@ -129,12 +129,18 @@ def evaluate(
         typer.Option(help="Recipe with the environment and budgets, for a model that is not a run's."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Sampled episodes per task.")] = 1,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Only the first so many tasks.")] = None,  # noqa: UP045
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Only so many of the panel's tasks, evenly spread."),
+    ] = None,
     at: Annotated[
         Optional[list[int]],  # noqa: UP045
         typer.Option(metavar="ITERATION", help="This checkpoint of a run instead of the last one; may be repeated."),
     ] = None,
     json_out: Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")] = None,  # noqa: UP045
+    append: Annotated[
+        bool, typer.Option("--append", help="Leave what the file of --json holds of other evaluations in it.")
+    ] = False,
 ) -> None:
     """Score a checkpoint, or any model, on a panel: sampled and greedily, with 95 % intervals."""
     from skillsd.envs import registry
@@ -143,8 +149,10 @@ def evaluate(
     from skillsd.report.tables import percent, table
     from skillsd.report.writer import write_whole
     from skillsd.training import checkpoint
-    from skillsd.training.scoring import as_record, is_run, load_trained, load_untrained, score
+    from skillsd.training.scoring import as_record, beside, is_run, load_trained, load_untrained, score
 
+    if append and not json_out:
+        raise UserError("--append is for the file of --json, which is not given")
     if json_out:
         _check_writable(json_out)  # now, not after minutes of playing
     if is_run(target):
@@ -203,7 +211,7 @@ def evaluate(
             as_record(result, engine, config, model=model, run=run, iteration=iteration, samples=samples)
             for iteration, result in results
         ]
-        write_whole(json_out, json.dumps(records, indent=2))
+        write_whole(json_out, json.dumps(beside(records, json_out) if append else records, indent=2))
 
 
 @app.command()
@@ -262,7 +270,10 @@ def make_table(
         typer.Option(help="Training budgets, by commas, a table each [the recipe's length]."),
     ] = None,
     split: Annotated[str, typer.Option(help="Panel of the table.")] = "test",
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Count only the panel's first so many tasks.")] = None,  # noqa: UP045
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Count only so many of the panel's tasks, evenly spread."),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Sampled episodes per task.")] = 1,
     jobs: Annotated[Optional[int], typer.Option(min=1, help="Runs at once [cores / model.threads].")] = None,  # noqa: UP045
     against: Annotated[
@@ -292,7 +303,7 @@ def make_table(
     )
     if dry_run:
         show_plan(study, console)
-    elif run_table(study, console, jobs=jobs):
+    elif not run_table(study, console, jobs=jobs):
         sys.exit(1)
 
 
@@ -373,7 +384,7 @@ def skills_list(
     limit: Annotated[int, typer.Option(min=1, help="The most lines.")] = 50,
 ) -> None:
     """A line per skill, those that taught the best rewards first."""
-    from skillsd.report.tables import table
+    from skillsd.report.tables import short, table
 
     with _bank(target) as bank:
         stored = bank.skills(task)
@@ -388,7 +399,7 @@ def skills_list(
             f"{s.source_reward:.2f}",
             str(s.picks),
             f"{s.mean_reward:.2f}" if s.credited else "-",
-            _short(s.skill.golden_workflow or s.skill.mistake_analysis or s.skill.success_analysis),
+            short(s.skill.golden_workflow or s.skill.mistake_analysis or s.skill.success_analysis),
         ]
         for s in stored[:limit]
     ]
@@ -486,11 +497,6 @@ def _as_json(stored: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {**asdict(stored), "source_outcome": stored.source_outcome.value, "mean_reward": stored.mean_reward}
-
-
-def _short(text: str, width: int = 48) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 3] + "..."
 
 
 # -- environments ---------------------------------------------------------------------------------------------------

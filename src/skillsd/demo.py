@@ -17,7 +17,7 @@ from skillsd.report.tables import percent, table
 from skillsd.report.writer import write_whole
 from skillsd.skills.bank import SkillBank
 from skillsd.study.plan import BASE, Study, plan
-from skillsd.study.results import check, summarise
+from skillsd.study.results import check, left_out, summarise
 from skillsd.study.runner import jobs_at_once, run_cells
 from skillsd.study.state import curve
 
@@ -38,9 +38,11 @@ def run_demo(folder: Path, seeds: Sequence[int], overrides: Sequence[str], conso
         f"each, {min(jobs_at_once(study.config), len(study.cells))} at a time. Everything goes into {folder}/"
     )
     check(study)
+    _all_usable(study)
     if failures := run_cells(study, console):
         raise UserError(str(failures[0]))
     check(study)
+    _all_usable(study)
     summary = _summarise(study)
     write_whole(folder / "summary.json", json.dumps(summary, indent=2))
     picture = folder / "learning-curves.png"
@@ -49,6 +51,11 @@ def run_demo(folder: Path, seeds: Sequence[int], overrides: Sequence[str], conso
     skill_run = next(cell.folder for cell in study.cells if cell.method == METHODS[1])
     _show(summary, skill_run, picture, folder, console, time.perf_counter() - begin)
     return summary
+
+
+def _all_usable(study: Study) -> None:
+    for name, reason in left_out(study).items():
+        raise UserError(f"{name}: {reason}")
 
 
 def _summarise(study: Study) -> dict[str, Any]:

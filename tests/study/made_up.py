@@ -9,6 +9,7 @@ from typing import Any
 
 from skillsd import config as configs
 from skillsd.study.plan import Cell, Study
+from skillsd.training.scoring import beside
 
 Outcomes = Callable[[Cell, int | None], tuple[Sequence[float | None], Sequence[float | None]]]
 """(cell, iteration) -> each task's sampled and greedy success."""
@@ -17,7 +18,7 @@ STARTED = "2026-01-01T00:00:00Z"
 
 
 def fill(study: Study, outcomes: Outcomes, *, weights: Callable[[Cell], str] = lambda cell: f"w-{cell.model}") -> None:
-    """Write what finished cells leave."""
+    """Write what finished cells leave, beside evaluations that are there."""
     for cell in study.cells:
         if cell.trained:
             _run(study, cell, weights(cell))
@@ -34,13 +35,14 @@ def fill(study: Study, outcomes: Outcomes, *, weights: Callable[[Cell], str] = l
                         "samples": study.samples if temperature else 1,
                         "budget": {"turns": 3, "turn_tokens": 2, "trajectory_tokens": 48},
                         "iteration": iteration,
+                        "seed": cell.seed,
                         "run": STARTED if cell.trained else None,
                         "model": {"name": study.models[cell.model], "weights": weights(cell)},
                     }
                 )
         path = cell.evaluation(study.split)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(records))
+        path.write_text(json.dumps(beside(records, path)))
 
 
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
@@ -50,7 +52,7 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
 
 
 def _run(study: Study, cell: Cell, weights: str) -> None:
-    cell.folder.mkdir(parents=True)
+    cell.folder.mkdir(parents=True, exist_ok=True)
     (cell.folder / "config.yaml").write_text(configs.dump(cell.config))
     manifest = {"started": STARTED, "panels": dict(study.panels), "model": {"name": "m", "weights": weights}}
     (cell.folder / "manifest.json").write_text(json.dumps(manifest))
@@ -66,4 +68,4 @@ def _run(study: Study, cell: Cell, weights: str) -> None:
     (cell.folder / "metrics.jsonl").write_text("".join(lines))
     (cell.folder / "evaluations.jsonl").write_text("".join(curve))
     for iteration in cell.iterations:
-        (cell.folder / "checkpoints" / f"step-{iteration}").mkdir(parents=True)
+        (cell.folder / "checkpoints" / f"step-{iteration}").mkdir(parents=True, exist_ok=True)

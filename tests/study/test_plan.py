@@ -12,7 +12,8 @@ from made_up import edit, fill
 from skillsd import config as configs
 from skillsd.config import RunConfig
 from skillsd.errors import UserError
-from skillsd.study.plan import assignment, load_variants
+from skillsd.report.writer import METRICS
+from skillsd.study.plan import asked, assignment, load_variants, remember
 from skillsd.study.state import DONE, EVALUATE, GO_ON, MISSING, state, steps
 
 
@@ -112,6 +113,8 @@ def test_values_survive_the_command_line(value: Any) -> None:
         ([], {"against": "opd"}, "unknown method of this table 'opd'"),
         (["curriculum.easy_first=true"], {"episodes": [12, 24]}, "'grpo': curriculum.easy_first is on, which depends"),
         (["objective.lambda_schedule=cosine"], {"episodes": [12, 24]}, "'skill-sd': objective.lambda_schedule is"),
+        ([], {"methods": ["grpo", "opd-external"]}, "teacher.model is None"),
+        (["skills.template=nowhere"], {}, "'nowhere'"),
     ],
 )
 def test_mistakes_are_told(make_study: Any, overrides: list[str], options: dict[str, Any], told: str) -> None:
@@ -142,6 +145,8 @@ def test_a_schedule_is_no_matter_for_one_budget_or_without_a_teacher(make_study:
         ("a: {rollout.temperature: 0.5}", "'a' is evaluated otherwise"),
         ("a: {environment.options: {turns: 2}}", "'a' is evaluated otherwise"),
         ("a: {rollout.group_size: 5}", "no whole number of iterations of 'a'"),
+        ("a: {method: opd-external}", "variant 'a': teacher.model is None"),
+        ("a: {training.minibatches: 4}", "variant 'a': training.minibatches is 4"),
     ],
 )
 def test_mistakes_in_variants_are_told(make_study: Any, tmp_path: Path, variants: str, told: str) -> None:
@@ -219,6 +224,68 @@ def test_a_budget_whose_checkpoint_was_not_kept(make_study: Any) -> None:
     study = make_study(methods=["grpo"], episodes=[24, 48])
     with pytest.raises(UserError, match="kept no checkpoint of iteration 2"):
         state(study, study.cells[1])
+
+
+def test_a_lost_budget_is_told_before_the_run_is_trained_further(make_study: Any) -> None:
+    fill(make_study(methods=["grpo"], episodes=[48]), solved)
+    study = make_study(methods=["grpo"], episodes=[24, 48, 72])
+    with pytest.raises(UserError, match="kept no checkpoint of iteration 2,"):
+        state(study, study.cells[1])
+
+
+def solved(cell: Any, iteration: int | None) -> tuple[list[float], list[float]]:
+    return [1, 0, 1], [1, 1, 1]
+
+
+def test_figures_of_a_budget_outlive_its_checkpoint(make_study: Any) -> None:
+    shorter = make_study(methods=["grpo"], episodes=[24])
+    fill(shorter, solved)
+    fill(make_study(methods=["grpo"], episodes=[72]), solved)
+    (shorter.cells[1].folder / "checkpoints" / "step-2").rmdir()
+    both = make_study(methods=["grpo"], episodes=[24, 72])
+    assert [state(both, cell) for cell in both.cells] == [DONE, DONE]
+    # Only what is missing is played.
+    (both.cells[1].folder / "checkpoints" / "step-4").mkdir()
+    more = make_study(methods=["grpo"], episodes=[24, 48, 72])
+    [command] = steps(more, more.cells[1])
+    assert (command[-1], command.count("--at"), "--append" in command) == ("4", 1, True)
+
+
+def test_a_resumed_run_has_trained_up_to_what_its_metrics_say(make_study: Any) -> None:
+    study = make_study(methods=["grpo"], episodes=[24, 48])
+    fill(study, solved)
+    metrics = study.cells[1].folder / METRICS
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
+    (study.cells[1].folder / "checkpoints" / "step-4").rmdir()
+    assert state(study, study.cells[1]) == GO_ON
+    assert [command[-1] for command in steps(study, study.cells[1])] == ["--resume", "4"]
+
+
+def test_checkpoints_of_every_budget_ever_asked_stay(make_study: Any) -> None:
+    def options(**asked_for: Any) -> tuple[int, int]:
+        made = make_study(methods=["grpo"], **asked_for).cells[1].config.checkpoint
+        return made.every, made.keep
+
+    study = make_study(methods=["grpo"], episodes=[24, 72])
+    assert asked(study.out) == ()
+    study.out.mkdir()
+    remember(study)
+    assert asked(study.out) == (24, 72)
+    assert options(episodes=[72]) == (2, 3)
+    assert options(episodes=[144]) == (2, 6)
+    assert options(episodes=[24]) == (2, 2)  # the recipe's: there is no earlier one to keep
+    remember(make_study(methods=["grpo"], episodes=[12]))
+    assert asked(study.out) == (12, 24, 72)
+    assert options(episodes=[48]) == (1, 4)
+    (study.out / "budgets.json").write_text("[{")
+    assert asked(study.out) == ()
+
+
+def test_a_checkpoint_of_a_stop_does_not_push_out_a_budgets(make_study: Any) -> None:
+    study = make_study(methods=["grpo"], episodes=[24, 72])
+    for iteration in (1, 2, 3):
+        (study.cells[1].folder / "checkpoints" / f"step-{iteration}").mkdir(parents=True)
+    assert make_study(methods=["grpo"], episodes=[24, 72]).cells[1].config.checkpoint.keep == 4
 
 
 def test_a_scheduled_run_can_have_one_length_only(make_study: Any) -> None:

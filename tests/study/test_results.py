@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -14,13 +15,14 @@ from made_up import edit, fill
 from rich.console import Console
 from scipy import stats
 
+from skillsd import cli
 from skillsd.errors import UserError
 from skillsd.study import show
 from skillsd.study.plan import Cell
-from skillsd.study.results import Measured, check, difference, estimate, student, summarise, unit_of
+from skillsd.study.results import Measured, check, difference, estimate, left_out, summarise, unit_of
 from skillsd.study.state import state
-from skillsd.study.table import run_table, write
-from skillsd.training.evaluate import mean_interval
+from skillsd.study.table import run_table, show_plan, write
+from skillsd.training.evaluate import mean_interval, student
 
 T_1, T_2, T_4 = 12.7062047, 4.3026527, 2.7764451  # 97.5 % points of Student's t, from a table
 
@@ -117,6 +119,33 @@ def test_one_pair_over_the_tasks_that_both_have() -> None:
     assert difference(ours, theirs, "accuracy", "seeds").mean == pytest.approx(1 / 3)  # type: ignore[union-attr]
 
 
+def test_seeds_that_all_gave_one_play_say_how_sure_one_is_of_it_only() -> None:
+    greedy = [cell("a", seed, 1.0, 0.0, 1.0, 1.0) for seed in range(3)]
+    found = estimate(greedy, "accuracy", "seeds")
+    assert found is not None
+    assert (found.mean, found.cells, found.interval) == (0.75, 3, mean_interval([1.0, 0.0, 1.0, 1.0]))
+    # Over base models they count as before, each model once.
+    both = [*greedy, cell("b", 0, 0.0, 0.0, 0.0, 0.0), cell("b", 1, 0.0, 0.0, 0.0, 0.0)]
+    assert estimate(both, "accuracy", "models").interval == student([0.75, 0.0])  # type: ignore[union-attr]
+    # A lone seed of several says nothing of the others.
+    assert estimate(greedy[:1], "accuracy", "seeds").interval is None  # type: ignore[union-attr]
+
+
+def test_differences_between_the_same_two_plays() -> None:
+    ours = [cell("a", seed, 1.0, 1.0, 1.0, 0.0) for seed in range(3)]
+    theirs = [cell("a", seed, 1.0, 0.0, 1.0, 0.0) for seed in range(3)]
+    found = difference(ours, theirs, "accuracy", "seeds")
+    assert found is not None
+    assert (found.mean, found.cells) == (0.25, 3)
+    assert found.interval == student([0.0, 1.0, 0.0, 0.0], (-1, 1))
+    same = difference(ours, ours, "accuracy", "seeds")
+    assert same is not None
+    assert (same.mean, same.interval) == (0.0, None)
+    # Other plays with the same means by chance: no width is no certainty either.
+    by_chance = [cell("a", 0, 1.0, 0.0), cell("a", 1, 0.0, 1.0)]
+    assert estimate(by_chance, "accuracy", "seeds").interval is None  # type: ignore[union-attr]
+
+
 # -- a whole table --------------------------------------------------------------------------------------------------
 
 
@@ -152,14 +181,63 @@ def test_a_table_of_seeds(make_study: Any) -> None:
     assert found["budgets"]["72"]["base"]["difference"]["accuracy"]["mean"] == pytest.approx(-1 / 3)
 
 
-def test_only_the_first_tasks(make_study: Any) -> None:
-    fill(make_study(), by_seed)
+def test_only_some_tasks_evenly_spread(make_study: Any) -> None:
+    fill(make_study(), lambda c, iteration: ([0, 1, 0], [0, 1, 0]))
     study = make_study(limit=1)
     row = summarise(study)["budgets"]["72"]["skill-sd"]
-    assert row["accuracy"] == 1
+    assert row["accuracy"] == 1  # the middle one
     assert row["interval"] == mean_interval([1.0])
     shown = write(study, Console(quiet=True))
-    assert (shown["tasks"], shown["fingerprint"]) == (1, study.panels["test"] + ":1")
+    assert (shown["tasks"], shown["fingerprint"]) == (1, study.panels["test"] + ":1 spread")
+    assert "1 of the 3 tasks of 'test', evenly spread" in (study.out / "table.md").read_text()
+
+
+def test_the_bases_greedy_play_is_one_on_all_seeds(make_study: Any) -> None:
+    study = make_study(seeds=range(3))
+    fill(study, lambda c, iteration: ([float(c.seed == i) for i in range(3)], [1, 0, 0]))
+    row = summarise(study)["budgets"]["72"]["base"]
+    assert row["greedy_interval"] == mean_interval([1.0, 0.0, 0.0])
+    assert row["by_model"][next(iter(study.models))]["greedy_interval"] == row["greedy_interval"]
+
+
+def test_what_the_runs_were_made_with(make_study: Any) -> None:
+    study = make_study(methods=["grpo"], seeds=range(3))
+    fill(study, by_seed)
+
+    def made(commit: str, torch: str) -> Callable[[Any], Any]:
+        return lambda m: m | {"commit": commit, "versions": {"torch": torch, "peft": None}}
+
+    for place in range(2):
+        edit(study.cells[2 * place + 1].folder / "manifest.json", made("b" * 40, "2.9"))
+    edit(study.cells[5].folder / "manifest.json", made("b" * 40, "2.9"))
+    assert summarise(study)["made_with"] == {
+        "commits": ["b" * 40],
+        "versions": {"peft": ["none"], "torch": ["2.9"]},
+    }
+    assert show.notes(summarise(study)) == []
+    edit(study.cells[5].folder / "manifest.json", made("a" * 40, "2.10"))
+    console = Console(record=True, width=400, file=io.StringIO())
+    summary = write(study, console)
+    assert summary["made_with"]["commits"] == ["a" * 40, "b" * 40]
+    told = f"Made with more than one version: commit {'a' * 40}, {'b' * 40}; torch 2.10, 2.9"
+    assert told in console.export_text()
+    assert told in (study.out / "table.md").read_text()
+    assert json.loads((study.out / "table.json").read_text())["made_with"] == summary["made_with"]
+
+
+def test_a_row_with_fewer_episodes_is_marked(make_study: Any, tmp_path: Path) -> None:
+    (tmp_path / "v.yaml").write_text("probes: {method: skill-sd, skills.credit: uplift, skills.uplift_episodes: 2}")
+    study = make_study(variants=str(tmp_path / "v.yaml"), methods=["grpo", "probes"], episodes=[36])
+    fill(study, by_seed)
+    write(study, Console(quiet=True))
+    assert "N of M" not in (study.out / "table.md").read_text()
+    fewer_episodes(study)
+    write(study, Console(quiet=True))
+    whole, _, differences = (study.out / "table.md").read_text().partition("**Difference")
+    for text, row in ((whole, "| 32 of 36 |"), (differences, "| probes (32 of 36 episodes) |")):
+        assert row in text
+        assert 'A row with "N of M" episodes' in text
+    assert "| 36 |" in whole
 
 
 def test_a_table_of_models_is_written_and_shown(make_study: Any, two_models: list[str], tmp_path: Path) -> None:
@@ -258,8 +336,6 @@ def fewer_episodes(study: Any) -> None:
         (change_played_weights, ["other weights in"]),
         (change_temperature, ["skill-sd/seed-0 was evaluated otherwise", "temperature 0.7"]),
         (change_budget, ["skill-sd/seed-0 was evaluated otherwise", "'turn_tokens': 9"]),
-        (more_episodes, ["skill-sd/seed-0 played 76 episodes up to iteration 6, not 72"]),
-        (fewer_episodes, ["skill-sd/seed-0 played 68 episodes up to iteration 6, not 72"]),
     ],
 )
 def test_what_is_not_comparable_is_refused(make_study: Any, spoil: Callable[[Any], None], told: list[str]) -> None:
@@ -275,6 +351,71 @@ def test_what_is_not_comparable_is_refused(make_study: Any, spoil: Callable[[Any
     assert not (study.out / "table.json").exists()
 
 
+def another_run(study: Any) -> None:
+    config = study.cells[2].folder / "config.yaml"
+    config.write_text(config.read_text().replace("learning_rate: 0.003", "learning_rate: 0.5"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (more_episodes, "it played 76 episodes up to iteration 6, not 72"),
+        (fewer_episodes, "it played 68 episodes up to iteration 6, not 72"),
+        (another_run, "training.learning_rate was 0.5, now 0.003"),
+    ],
+)
+def test_an_odd_cell_is_left_out_and_said_so(
+    make_study: Any, recipe: str, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Any], None], told: str
+) -> None:
+    study = make_study(seeds=range(2))
+    fill(study, by_seed)
+    assert left_out(study) == {}
+    spoil(study)
+    # Whatever else is odd about it does not matter any more.
+    edit(study.cells[2].folder / "manifest.json", lambda m: m["model"].update(weights="others"))
+    console = Console(record=True, width=400, file=io.StringIO())
+    assert run_table(study, console) is False
+    table = json.loads((study.out / "table.json").read_text())
+    [(name, reason)] = table["left_out"].items()
+    assert name.endswith("skill-sd/seed-0")
+    assert told in reason
+    rows = table["budgets"]["72"]
+    assert (rows["skill-sd"]["cells"], rows["grpo"]["cells"], rows["base"]["cells"]) == (1, 2, 2)
+    assert rows["skill-sd"]["difference"]["accuracy"]["pairs"] == 1
+    assert f"Left out: {name}: {reason}" in (study.out / "table.md").read_text()
+    assert f"Left out: {name}: {reason}" in console.export_text()
+    show_plan(study, console)
+    assert f"{name} is left out: {reason}" in console.export_text()
+    monkeypatch.setattr("sys.argv", ["skillsd", "table", recipe, "--seeds", "2", "--out", str(study.out)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+
+
+def test_without_any_usable_run_there_is_no_table(make_study: Any) -> None:
+    fill(make_study(), by_seed)
+    other = make_study("training.learning_rate=0.5")
+    with pytest.raises(UserError, match="no run for a table") as error:
+        run_table(other, Console(quiet=True))
+    assert str(error.value).count("training.learning_rate was 0.003, now 0.5") == 2
+
+
+def test_one_base_under_two_labels_is_refused(make_study: Any, two_models: list[str]) -> None:
+    study = make_study(models=two_models)
+    fill(study, by_seed, weights=lambda c: "w")
+    with pytest.raises(UserError, match=r"'one' and 'two' are one base model: their weights are the same \(w\)"):
+        check(study)
+
+
+def test_one_base_under_two_labels_is_refused_before_it_is_trained(make_study: Any, two_models: list[str]) -> None:
+    for name in two_models:
+        (Path(name) / "model.safetensors").write_bytes(b"the same")
+    with pytest.raises(UserError, match="'one' and 'two' are one base model"):
+        check(make_study(models=two_models))
+    (Path(two_models[1]) / "model.safetensors").write_bytes(b"others")
+    check(make_study(models=two_models))
+
+
 def test_waiting_probes_make_fewer_episodes_but_never_more(make_study: Any, tmp_path: Path) -> None:
     (tmp_path / "v.yaml").write_text("probes: {method: skill-sd, skills.credit: uplift, skills.uplift_episodes: 2}")
     study = make_study(variants=str(tmp_path / "v.yaml"), methods=["grpo", "probes"], episodes=[36])
@@ -285,5 +426,4 @@ def test_waiting_probes_make_fewer_episodes_but_never_more(make_study: Any, tmp_
     assert summarise(study)["budgets"]["36"]["probes"]["episodes"] == 32
     more_episodes(study)
     more_episodes(study)
-    with pytest.raises(UserError, match="played 40 episodes up to iteration 2, not 36"):
-        check(study)
+    assert list(left_out(study).values()) == ["it played 40 episodes up to iteration 2, not 36"]

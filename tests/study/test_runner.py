@@ -98,7 +98,7 @@ def test_a_study_goes_on_where_it_was_stopped_and_repeats_nothing(
     slow = toy_settings(tiny_model, environment={"options": {"delay": 0.02}}, checkpoint={"every": 3})
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(slow))
     # It passes every check of the configuration, and fails once it runs.
-    (tmp_path / "v.yaml").write_text("broken: {method: skill-sd, skills.template: nowhere}")
+    (tmp_path / "v.yaml").write_text("broken: {method: skill-sd, curriculum.tasks: 999}")
     out = tmp_path / "out"
     arguments = ["table", str(tmp_path / "toy.yaml"), "--episodes", "36,72", "--out", str(out), "--jobs", "2"]
     both = [*arguments, "--methods", "grpo,broken", "--variants", str(tmp_path / "v.yaml")]
@@ -129,7 +129,7 @@ def test_a_study_goes_on_where_it_was_stopped_and_repeats_nothing(
     code, said, errors = skillsd(*both)
     assert code == 1, (said, errors)
     assert "1 of 3 cells failed" in said
-    assert "unknown template 'nowhere'" in said
+    assert "curriculum.tasks is 999" in said
     assert str(model / "broken" / "seed-0.log") in said
     assert [record["iteration"] for record in read(run / METRICS)] == [1, 2, 3, 4, 5, 6]
     table = json.loads((out / "table.json").read_text())
@@ -161,4 +161,25 @@ def test_a_study_goes_on_where_it_was_stopped_and_repeats_nothing(
     assert code == 0
     assert said.count("skillsd train") == 1
     assert "2 of 3 done" in said
+    assert before == touched()
+
+    # Longer and with more samples: what is there is neither lost nor played again, and no checkpoint goes.
+    played = json.loads((model / "grpo" / "seed-0.test.json").read_text())
+    checkpoints = set(os.listdir(run / "checkpoints"))
+    longer = ["table", str(tmp_path / "toy.yaml"), "--episodes", "108", "--out", str(out), "--methods", "grpo"]
+    code, said, errors = skillsd(*longer)
+    assert code == 0, (said, errors)
+    assert json.loads((model / "grpo" / "seed-0.test.json").read_text())[: len(played)] == played
+    assert set(os.listdir(run / "checkpoints")) == {*checkpoints, "step-9"} >= {"step-3", "step-6"}
+    code, said, errors = skillsd(*arguments[:-2], "--methods", "grpo", "--samples", "2")
+    assert code == 0, (said, errors)
+    records = json.loads((model / "grpo" / "seed-0.test.json").read_text())
+    asked = [(r["iteration"], r["samples"]) for r in records if r["temperature"]]
+    assert sorted(asked) == [(3, 1), (3, 2), (6, 1), (6, 2), (9, 1)]
+    before = touched()
+    for episodes in ("36,72", "108", "36,72,108"):
+        longer[3] = episodes
+        code, said, errors = skillsd(*longer)
+        assert code == 0, (said, errors)
+        assert "2 cells, 2 of them done" in said
     assert before == touched()

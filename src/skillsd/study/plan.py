@@ -3,6 +3,7 @@ them starts."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,9 @@ from skillsd.config import RunConfig
 from skillsd.envs import registry
 from skillsd.errors import UserError, unknown_name
 from skillsd.methods import METHODS
+from skillsd.report.writer import write_whole
+from skillsd.training import checkpoint
+from skillsd.training.run import check_config
 
 BASE = "base"
 """The untrained model, a row of every table."""
@@ -24,6 +28,9 @@ BASE = "base"
 DEFAULT_METHODS = ("grpo", "skill-sd")
 
 VARIANTS = configs.RECIPES / "variants"
+
+_BUDGETS = "budgets.json"
+"""In a study's folder: every budget that was ever asked of it, whose checkpoints stay."""
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
@@ -82,7 +89,7 @@ class Study:
         budgets: training episodes, ascending; each is a table of its own.
         against: the method that the others are compared with.
         panels: split -> fingerprint, of every split of the environment as it is now.
-        tasks: size of the test panel; `limit` keeps the first so many of them.
+        tasks: size of the test panel; `limit` keeps so many of them, evenly spread.
     """
 
     recipe: str
@@ -148,6 +155,7 @@ def plan(
     if limit and limit > tasks:
         raise UserError(f"--limit is {limit}, but the panel {split!r} has {tasks} tasks")
 
+    before = asked(out)
     cells: list[Cell] = []
     problems: dict[str, None] = {}
     for label, model in named.items():
@@ -156,7 +164,9 @@ def plan(
                 folder = out / label / method / f"seed-{seed}"
                 settings = known.get(method) or ([("method", method)] if method != BASE else [])
                 try:
-                    cells.append(_cell(recipe, overrides, base, label, model, method, seed, folder, settings, budgets))
+                    cells.append(
+                        _cell(recipe, overrides, base, label, model, method, seed, folder, settings, budgets, before)
+                    )
                 except UserError as error:
                     problems |= dict.fromkeys(str(error).splitlines())
     if problems:
@@ -178,6 +188,22 @@ def plan(
         panels={name: task_set.fingerprint(name) for name in task_set.splits},
         tasks=tasks,
     )
+
+
+def asked(out: Path) -> tuple[int, ...]:
+    """The budgets that were asked of the study in a folder before."""
+    try:
+        found = json.loads((out / _BUDGETS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ()
+    return tuple(budget for budget in found if isinstance(budget, int)) if isinstance(found, list) else ()
+
+
+def remember(study: Study) -> None:
+    """Have later calls for other budgets keep the checkpoints of these."""
+    before = asked(study.out)
+    if set(study.budgets) - set(before):
+        write_whole(study.out / _BUDGETS, json.dumps(sorted({*before, *study.budgets})))
 
 
 def plays_probes(config: RunConfig) -> bool:
@@ -294,11 +320,14 @@ def _cell(
     folder: Path,
     settings: Sequence[tuple[str, Any]],
     budgets: Sequence[int],
+    before: Sequence[int],
 ) -> Cell:
     own = [assignment(key, value) for key, value in settings]
     own += [assignment("model.name", model), f"seed={seed}"]
     try:
         config = configs.load(RunConfig, recipe, [*overrides, *own])
+        if method != BASE:
+            check_config(config)
     except UserError as error:
         if method in METHODS or method == BASE:
             raise
@@ -324,7 +353,8 @@ def _cell(
             )
     iterations = tuple(budget // per_iteration for budget in budgets)
     own.append(f"training.iterations={iterations[-1]}")
-    own += _checkpoints(config, iterations)
+    earlier = {budget // per_iteration for budget in before if budget % per_iteration == 0}
+    own += _checkpoints(config, sorted({*iterations, *(i for i in earlier if i < iterations[-1])}), folder)
     config = configs.load(RunConfig, recipe, [*overrides, *own])
     return Cell(label, method, seed, folder, config, (*overrides, *own), iterations)
 
@@ -335,12 +365,14 @@ def _played(config: RunConfig) -> tuple[Any, ...]:
     return (config.environment, options.temperature, options.turn_tokens, options.trajectory_tokens)
 
 
-def _checkpoints(config: RunConfig, iterations: Sequence[int]) -> list[str]:
+def _checkpoints(config: RunConfig, iterations: Sequence[int], folder: Path) -> list[str]:
     """Checkpoints at each budget that stay to the end; about as often as the recipe says."""
     if len(iterations) == 1:
         return []
     common = math.gcd(*iterations)
     wanted = config.checkpoint.every or common
     every = max(n for n in range(1, common + 1) if common % n == 0 and n <= max(1, wanted))
-    kept = (iterations[-1] - iterations[0]) // every + 1
-    return [f"checkpoint.every={every}", f"checkpoint.keep={max(kept, config.checkpoint.keep)}"]
+    kept = set(range(iterations[0], iterations[-1] + 1, every))
+    # What is there beside, of a stop or of another interval, would else push out the first budget's.
+    kept |= {iteration for iteration in checkpoint.iterations(folder) if iteration >= iterations[0]}
+    return [f"checkpoint.every={every}", f"checkpoint.keep={max(len(kept), config.checkpoint.keep)}"]

@@ -1,24 +1,24 @@
 """What came of a study: figures read off its files, refused where they are not comparable, and how sure one can be.
 
 What varies from one repetition to the next is the unit of inference. Several base models: the base, each averaged over
-its seeds, as seeds on one base say nothing about the next base. One base: the training seed. One run: the panel's
-tasks.
+its seeds, as seeds on one base say nothing about the next base. One base: the training seed. One run, or seeds that
+all gave one and the same play: the panel's tasks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from scipy import stats
-
+from skillsd.envs.base import spread
 from skillsd.errors import UserError
+from skillsd.report import manifest
 from skillsd.report.writer import METRICS
 from skillsd.study.plan import Cell, Study, plays_probes
-from skillsd.study.state import curve, evaluated, read_manifest
-from skillsd.training.evaluate import mean_interval
+from skillsd.study.state import curve, evaluated, read_manifest, state
+from skillsd.training.evaluate import mean_interval, student
 
 Unit = Literal["models", "seeds", "tasks"]
 Interval = tuple[float, float]
@@ -62,17 +62,6 @@ class Estimate:
 # -- statistics -----------------------------------------------------------------------------------------------------
 
 
-def student(values: Sequence[float], bounds: Interval = (0.0, 1.0)) -> Interval | None:
-    """95 % interval of the mean by Student's t, within `bounds`; None for fewer than two values."""
-    n = len(values)
-    if n < 2:
-        return None
-    mean = sum(values) / n
-    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
-    reach = float(stats.t.ppf(0.975, n - 1)) * error
-    return (max(bounds[0], mean - reach), min(bounds[1], mean + reach))
-
-
 def unit_of(models: int, seeds: int) -> Unit:
     """What the intervals of a study with so many of each are over."""
     return "models" if models > 1 else "seeds" if seeds > 1 else "tasks"
@@ -81,9 +70,9 @@ def unit_of(models: int, seeds: int) -> Unit:
 def estimate(cells: Iterable[Measured], figure: str, unit: Unit) -> Estimate | None:
     """A method's figure; None without a cell."""
     cells = list(cells)
-    if unit == "tasks" and len(cells) == 1:
+    if cells and _is_one_play([_known(getattr(cell, figure)) for cell in cells], unit):
         values = _known(getattr(cells[0], figure))
-        return Estimate(_mean(values), mean_interval(values), 1) if values else None
+        return Estimate(_mean(values), mean_interval(values), len(cells)) if values else None
     return _over({(c.model, c.seed): _mean(_known(getattr(c, figure))) for c in cells}, unit, (0.0, 1.0))
 
 
@@ -91,11 +80,26 @@ def difference(ours: Iterable[Measured], theirs: Iterable[Measured], figure: str
     """`ours` - `theirs`, paired by base model and seed; None where no pair is whole."""
     other = {(cell.model, cell.seed): cell for cell in theirs}
     pairs = [(cell, other[cell.model, cell.seed]) for cell in ours if (cell.model, cell.seed) in other]
-    if unit == "tasks" and len(pairs) == 1:
-        values = _task_differences(*pairs[0], figure)
-        return Estimate(_mean(values), student(values, (-1.0, 1.0)), 1) if values else None
     # Only tasks that both have: a task that the infrastructure broke for one of them is no difference.
-    return _over({(a.model, a.seed): _mean(_task_differences(a, b, figure)) for a, b in pairs}, unit, (-1.0, 1.0))
+    values = [_task_differences(a, b, figure) for a, b in pairs]
+    if values and _is_one_play(values, unit):
+        found = _wide(student(values[0], (-1.0, 1.0)))
+        return Estimate(_mean(values[0]), found, len(pairs)) if values[0] else None
+    means = {(a.model, a.seed): _mean(value) for (a, _), value in zip(pairs, values, strict=True)}
+    return _over(means, unit, (-1.0, 1.0))
+
+
+def _is_one_play(values: Sequence[Sequence[float]], unit: Unit) -> bool:
+    """Whether cells, of which these are the tasks' figures, say no more than one of them does: there is but one, or
+    all are the same, as an untrained model's greedy play is on every seed."""
+    if unit == "tasks":
+        return len(values) == 1
+    return unit == "seeds" and len(values) > 1 and all(value == values[0] for value in values)
+
+
+def _wide(interval: Interval | None) -> Interval | None:
+    """None for an interval without any width: what did not vary here does not tell how much it varies."""
+    return interval if interval and interval[1] - interval[0] > 1e-9 else None
 
 
 def _over(values: Mapping[tuple[str, int], float], unit: Unit, bounds: Interval) -> Estimate | None:
@@ -107,7 +111,7 @@ def _over(values: Mapping[tuple[str, int], float], unit: Unit, bounds: Interval)
     if unit == "models":
         models = dict.fromkeys(model for model, _ in known)
         points = [_mean([value for (model, _), value in known.items() if model == name]) for name in models]
-    return Estimate(_mean(points), student(points, bounds), len(known))
+    return Estimate(_mean(points), _wide(student(points, bounds)), len(known))
 
 
 def _task_differences(ours: Measured, theirs: Measured, figure: str) -> list[float]:
@@ -126,13 +130,16 @@ def _mean(values: Sequence[float]) -> float:
 # -- reading --------------------------------------------------------------------------------------------------------
 
 
-def measured(study: Study, budget: int) -> dict[str, list[Measured]]:
-    """method -> its finished cells at a budget; methods without any have an empty list."""
+def measured(study: Study, budget: int, leave_out: Collection[str] = ()) -> dict[str, list[Measured]]:
+    """method -> its finished cells at a budget; methods without any have an empty list.
+
+    Args:
+        leave_out: names of cells.
+    """
     place = study.budgets.index(budget)
     found: dict[str, list[Measured]] = {method: [] for method in study.methods}
     for cell in study.cells:
-        figures = evaluated(study, cell)
-        if figures is None:
+        if cell.name in leave_out or (figures := evaluated(study, cell)) is None:
             continue
         iteration = cell.iterations[place] if cell.trained else None
         sampled, greedy = figures[iteration]
@@ -142,9 +149,9 @@ def measured(study: Study, budget: int) -> dict[str, list[Measured]]:
                 model=cell.model,
                 method=cell.method,
                 seed=cell.seed,
-                accuracy=tuple(sampled["successes"][: study.limit]),
-                completion=tuple(sampled["scores"][: study.limit]),
-                greedy_accuracy=tuple(greedy["successes"][: study.limit]),
+                accuracy=tuple(spread(sampled["successes"], study.limit)),
+                completion=tuple(spread(sampled["scores"], study.limit)),
+                greedy_accuracy=tuple(spread(greedy["successes"], study.limit)),
                 episodes=int(record.get("episodes", 0)),
                 seconds=float(record.get("seconds", 0.0)),
             )
@@ -155,15 +162,36 @@ def measured(study: Study, budget: int) -> dict[str, list[Measured]]:
 def summarise(study: Study) -> dict[str, Any]:
     """Everything that the table says, as JSON has it: budget -> method -> figures."""
     unit = unit_of(len(study.models), len(study.seeds))
+    odd = left_out(study)
     budgets = {}
     for budget in study.budgets:
-        cells = measured(study, budget)
+        cells = measured(study, budget, odd)
         theirs = cells[study.against]
         budgets[str(budget)] = {
             method: _row(study, found, theirs if method != study.against else None, unit)
             for method, found in cells.items()
         }
-    return {"unit": unit, "against": study.against, "budgets": budgets}
+    return {
+        "unit": unit,
+        "against": study.against,
+        "budgets": budgets,
+        "left_out": odd,
+        "made_with": _made_with(study, odd),
+    }
+
+
+def _made_with(study: Study, leave_out: Collection[str]) -> dict[str, Any]:
+    """Commits, and versions of each package, of the runs in the table."""
+    used = [cell for cell in study.cells if cell.trained and cell.name not in leave_out and evaluated(study, cell)]
+    manifests = [read_manifest(cell) for cell in used]
+    versions: dict[str, set[str]] = {}
+    for said in manifests:
+        for package, version in said.get("versions", {}).items():
+            versions.setdefault(package, set()).add(version or "none")
+    return {
+        "commits": sorted({said.get("commit") or "unknown" for said in manifests}),
+        "versions": {package: sorted(found) for package, found in sorted(versions.items())},
+    }
 
 
 def _row(study: Study, cells: Sequence[Measured], theirs: Sequence[Measured] | None, unit: Unit) -> dict[str, Any]:
@@ -210,12 +238,31 @@ def _differences(ours: Sequence[Measured], theirs: Sequence[Measured], unit: Uni
 # -- refusals -------------------------------------------------------------------------------------------------------
 
 
+def left_out(study: Study) -> dict[str, str]:
+    """The cells that can't be in the table, each with the reason: the others can do without them."""
+    reasons = {}
+    for cell in study.cells:
+        try:
+            state(study, cell)
+        except UserError as error:
+            reasons[cell.name] = str(error)
+        else:
+            if told := _episodes(study, cell):
+                reasons[cell.name] = told
+    return reasons
+
+
 def check(study: Study) -> None:
-    """Whether what is there may stand side by side: same tasks, same base weights, same episodes, same way of playing.
+    """Whether what is there may stand side by side: same tasks, same weights of a base, another base under each label,
+    same way of playing. What `left_out` names does not matter here.
 
     Raises:
-        UserError: with the cells and what differs, a line for each reason.
+        UserError: with the cells and what differs, a line for each reason; or if no run at all is left.
     """
+    odd = left_out(study)
+    trained = [cell.name for cell in study.cells if cell.trained]
+    if trained and set(trained) <= odd.keys():
+        raise UserError("there is no run for a table:\n  " + "\n  ".join(f"{name}: {odd[name]}" for name in trained))
     panels: dict[str, tuple[str, str]] = {
         split: ("the environment as it is now", fingerprint) for split, fingerprint in study.panels.items()
     }
@@ -223,8 +270,10 @@ def check(study: Study) -> None:
     playing: tuple[str, dict[str, Any]] | None = None
     problems: list[str] = []
     for cell in study.cells:
-        manifest = read_manifest(cell) if cell.trained else {}
-        for split, fingerprint in manifest.get("panels", {}).items():
+        if cell.name in odd:
+            continue
+        said = read_manifest(cell) if cell.trained else {}
+        for split, fingerprint in said.get("panels", {}).items():
             first, expected = panels.setdefault(split, (cell.name, fingerprint))
             if fingerprint != expected:
                 problems.append(
@@ -232,7 +281,7 @@ def check(study: Study) -> None:
                 )
         figures = evaluated(study, cell) or {}
         records = [record for pair in figures.values() for record in pair]
-        for model in (manifest.get("model", {}), *(record.get("model", {}) for record in records)):
+        for model in (said.get("model", {}), *(record.get("model", {}) for record in records)):
             if not (found := model.get("weights")):
                 continue
             first, expected = weights.setdefault(cell.model, (cell.name, found))
@@ -247,13 +296,32 @@ def check(study: Study) -> None:
             if differing := [key for key in way if way[key] != playing[1].get(key)]:
                 told = "; ".join(f"{key} {way[key]} there, {playing[1].get(key)} here" for key in differing)
                 problems.append(f"{cell.name} was evaluated otherwise than {playing[0]}: {told}")
-        problems += _episodes(study, cell)
+    problems += _same_bases(study, {label: found for label, (_, found) in weights.items()})
     if problems:
         raise UserError(
             "not comparable, so there is no table:\n  "
             + "\n  ".join(dict.fromkeys(problems))
             + f"\nRemove what is not wanted from {str(study.out)!r}, or give another folder with --out"
         )
+
+
+def _same_bases(study: Study, known: Mapping[str, str]) -> list[str]:
+    """Two labels of one base would count as two bases, and their intervals would be over models that are one.
+
+    Args:
+        known: label -> fingerprint of the weights, of those that a run or an evaluation has told.
+    """
+    if len(study.models) < 2:
+        return []
+    labels: dict[str, list[str]] = {}
+    for label, name in study.models.items():
+        if weights := known.get(label) or manifest.weights_fingerprint(name):
+            labels.setdefault(weights, []).append(label)
+    return [
+        f"{' and '.join(map(repr, same))} are one base model: their weights are the same ({weights})"
+        for weights, same in labels.items()
+        if len(same) > 1
+    ]
 
 
 def _way(pair: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
@@ -263,13 +331,12 @@ def _way(pair: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
             "greedy budget": greedy.get("budget")}  # fmt: skip
 
 
-def _episodes(study: Study, cell: Cell) -> list[str]:
-    if not cell.trained:
-        return []
+def _episodes(study: Study, cell: Cell) -> str:
+    """How the cell's episodes are others than the budgets, if they are."""
     at = {record["iteration"]: int(record["episodes"]) for record in curve(cell, METRICS)}
-    problems = []
-    for budget, iteration in zip(study.budgets, cell.iterations, strict=True):
+    told = []
+    for budget, iteration in zip(study.budgets if cell.trained else (), cell.iterations, strict=True):
         played = at.get(iteration, budget)
         if played > budget or (played < budget and not plays_probes(cell.config)):
-            problems.append(f"{cell.name} played {played} episodes up to iteration {iteration}, not {budget}")
-    return problems
+            told.append(f"{played} episodes up to iteration {iteration}, not {budget}")
+    return f"it played {', and '.join(told)}" if told else ""

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from skillsd.config import RunConfig
 from skillsd.errors import UserError
 from skillsd.report.progress import Bars, training_note
 from skillsd.report.writer import METRICS
-from skillsd.study.plan import Cell, Study
+from skillsd.study.plan import Cell, Study, remember
 from skillsd.study.state import steps
 
 POLL_SECONDS = 0.3
@@ -148,24 +148,29 @@ def run_jobs(
     return [failures[job.name] for job in jobs if job.name in failures]
 
 
-def run_cells(study: Study, console: Console, *, jobs: int | None = None) -> list[Failure]:
+def run_cells(
+    study: Study, console: Console, *, jobs: int | None = None, leave_out: Collection[str] = ()
+) -> list[Failure]:
     """Train and evaluate what is missing of a study.
 
     Args:
         jobs: processes at once; as many as the cores give threads to, if not said.
+        leave_out: names of cells to leave as they are.
 
     Raises:
         UserError: if another process works in the study's folder, or a cell's folder holds another run.
     """
     with locked(study.out) as lock:
-        todo = [(cell, commands) for cell in study.cells if (commands := steps(study, cell))]
+        remember(study)
+        cells = [cell for cell in study.cells if cell.name not in leave_out]
+        todo = [(cell, commands) for cell in cells if (commands := steps(study, cell))]
         work = [Job(cell.name, commands, cell.log, _watch(study, cell, commands)) for cell, commands in todo]
         return run_jobs(
             work,
             console,
             at_once=jobs or jobs_at_once(study.config),
             what="cells",
-            finished=len(study.cells) - len(work),
+            finished=len(cells) - len(work),
             lock=lock,
         )
 

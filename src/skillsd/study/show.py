@@ -20,7 +20,8 @@ Texts = tuple[str, list[str], list[list[str]], str]
 _OVER = {
     "models": "Intervals: Student's t over {models} independently trained base models, each the mean of its seeds.",
     "seeds": "Intervals: Student's t over {seeds} training seeds on one base model (of the base: over {seeds} draws of "
-    "its answers); they say nothing about other bases.",
+    "its answers); they say nothing about other bases. Where all seeds gave the same, as the base's greedy play does: "
+    "over the panel's {tasks} tasks.",
     "tasks": "Intervals over the panel's {tasks} tasks: one seed, so they leave out how much training runs differ.",
 }
 
@@ -28,17 +29,22 @@ _OVER = {
 def texts(study: Study, summary: Mapping[str, Any]) -> list[Texts]:
     """The tables of a study: one a budget, then its differences, then those on each base model if there are several."""
     tasks = study.limit or study.tasks
+    panel = f"{tasks} {f'of the {study.tasks} ' if study.limit else ''}tasks of {study.split!r}"
+    if study.limit:
+        panel += ", evenly spread"
     over = _OVER[summary["unit"]].format(models=len(study.models), seeds=len(study.seeds), tasks=tasks)
     made: list[Texts] = []
     for budget in study.budgets:
         rows = summary["budgets"][str(budget)]
         after = f"after {budget:,} episodes"
+        names = {name: _marked(name, row, budget) for name, row in rows.items()}
+        about = f"{over} {_FEWER}" if any(_fewer(row, budget) for row in rows.values()) else over
         made.append(
             (
-                f"{study.config.name}, {after}: {tasks} tasks of {study.split!r}, plain prompt",
+                f"{study.config.name}, {after}: {panel}, plain prompt",
                 ["method", "accuracy [95 %]", "completion [95 %]", "greedy [95 %]", "runs", "episodes", "training"],
-                [_row(study, name, row) for name, row in rows.items()],
-                over,
+                [_row(name, row, budget) for name, row in rows.items()],
+                about,
             )
         )
         others = [name for name in rows if name != study.against]
@@ -46,24 +52,24 @@ def texts(study: Study, summary: Mapping[str, Any]) -> list[Texts]:
             continue
         made.append(
             (
-                f"Difference to {study.against}, {after}, points",
+                f"Difference to {names[study.against]}, {after}, points",
                 ["method", "accuracy [95 %]", "completion [95 %]", "greedy [95 %]", "pairs"],
-                [[name, *_difference(rows[name]["difference"])] for name in others],
-                f"Paired by base model and seed. {over}",
+                [[names[name], *_difference(rows[name]["difference"])] for name in others],
+                f"Paired by base model and seed. {about}",
             )
         )
         if len(study.models) > 1:
-            within = "seeds" if len(study.seeds) > 1 else "tasks"
+            within = "seeds (where all gave the same: the tasks)" if len(study.seeds) > 1 else "tasks"
             made.append(
                 (
-                    f"Difference to {study.against} on each base model, {after}, points",
+                    f"Difference to {names[study.against]} on each base model, {after}, points",
                     ["method", "base model", "accuracy [95 %]", "completion [95 %]", "greedy [95 %]", "pairs"],
                     [
-                        [name, model, *_difference(rows[name]["by_model"][model]["difference"])]
+                        [names[name], model, *_difference(rows[name]["by_model"][model]["difference"])]
                         for name in others
                         for model in study.models
                     ],
-                    f"Intervals over the {within} of one base model.",
+                    f"Intervals over the {within} of one base model.{about.removeprefix(over)}",
                 )
             )
     return made
@@ -74,13 +80,22 @@ def tables(study: Study, summary: Mapping[str, Any]) -> list[Table]:
     return [table(*text, words=("base model",)) for text in texts(study, summary)]
 
 
+def notes(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader of the tables must know beside, a line each."""
+    lines = [f"Left out: {name}: {reason}" for name, reason in summary["left_out"].items()]
+    made = {"commit": summary["made_with"]["commits"], **summary["made_with"]["versions"]}
+    if mixed := [f"{what} {', '.join(found)}" for what, found in made.items() if len(found) > 1]:
+        lines.append(f"Made with more than one version: {'; '.join(mixed)}")
+    return lines
+
+
 def markdown(study: Study, summary: Mapping[str, Any], command: str) -> str:
     """For documents."""
     parts = []
     for title, columns, rows, caption in texts(study, summary):
         lines = [f"**{title}**", "", *map(_line, (columns, ["---"] * len(columns), *rows)), "", caption]
         parts.append("\n".join(lines))
-    return "\n\n".join([*parts, f"Made by `{command}`."]) + "\n"
+    return "\n\n".join([*parts, *notes(summary), f"Made by `{command}`."]) + "\n"
 
 
 def curves(study: Study, path: Path) -> None:
@@ -92,15 +107,27 @@ def curves(study: Study, path: Path) -> None:
     cost_curves(runs, path, title=study.config.name, split=study.config.evaluation.split)
 
 
-def _row(study: Study, name: str, row: Mapping[str, Any]) -> list[str]:
+_FEWER = 'A row with "N of M" episodes was trained on fewer episodes than its budget.'
+
+
+def _fewer(row: Mapping[str, Any], budget: int) -> str:
+    """``1,152 of 1,536`` where a trained row has fewer episodes than the budget, else nothing."""
+    return f"{row['episodes']:,} of {budget:,}" if 0 < (row["episodes"] or 0) < budget else ""
+
+
+def _marked(name: str, row: Mapping[str, Any], budget: int) -> str:
+    return f"{name} ({fewer} episodes)" if (fewer := _fewer(row, budget)) else name
+
+
+def _row(name: str, row: Mapping[str, Any], budget: int) -> list[str]:
     asked = row["cells_asked"]
     if not row["cells"]:
         return [name, *["-"] * 3, f"0 of {asked}", "-", "-"]
     pairs = (("accuracy", "interval"), ("completion", "completion_interval"), ("greedy_accuracy", "greedy_interval"))
     figures = ["-" if row[figure] is None else percent(row[figure], row[interval]) for figure, interval in pairs]
     cells = str(asked) if row["cells"] == asked else f"{row['cells']} of {asked}"
-    trained = name != BASE
-    return [name, *figures, cells, f"{row['episodes']:,}", duration(row["seconds"]) if trained else "-"]
+    episodes = _fewer(row, budget) or f"{row['episodes']:,}"
+    return [name, *figures, cells, episodes, duration(row["seconds"]) if name != BASE else "-"]
 
 
 def _difference(found: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from skillsd import config as configs
@@ -14,7 +13,7 @@ from skillsd.errors import UserError
 from skillsd.report.writer import EVALUATIONS, METRICS, read
 from skillsd.study.plan import Cell, Study, scheduled_on_length
 from skillsd.training import checkpoint
-from skillsd.training.scoring import started
+from skillsd.training.scoring import read_records, started
 from skillsd.training.session import CONFIG, check_settings
 
 DONE, EVALUATE, GO_ON, MISSING = "done", "to evaluate", "to go on", "missing"
@@ -34,19 +33,18 @@ def state(study: Study, cell: Cell) -> str:
             return MISSING
         check_settings(cell.config, cell.folder)
         _check_length(cell)
-    if evaluated(study, cell) is not None:
+    missing = _unplayed(study, cell)
+    if not missing:
         return DONE
     if not cell.trained:
         return MISSING
     there = checkpoint.iterations(cell.folder)
-    if not there or there[-1] < cell.iterations[-1]:
-        return GO_ON
-    if lost := [i for i in cell.iterations if i not in there]:
+    if lost := [i for i in missing if i is not None and there and i <= there[-1] and i not in there]:
         raise UserError(
             f"{str(cell.folder)!r} kept no checkpoint of iteration {', '.join(map(str, lost))}, as it was trained for "
             "other budgets: remove that folder to train it again, or give another one with --out"
         )
-    return EVALUATE
+    return EVALUATE if there and there[-1] >= cell.iterations[-1] else GO_ON
 
 
 def steps(study: Study, cell: Cell) -> list[list[str]]:
@@ -56,29 +54,43 @@ def steps(study: Study, cell: Cell) -> list[list[str]]:
         return []
     python = [sys.executable, "-m", "skillsd"]
     file = str(cell.evaluation(study.split))
-    how = ["--split", study.split, "--samples", str(study.samples), "--json", file]
+    how = ["--split", study.split, "--samples", str(study.samples), "--json", file, "--append"]
     if not cell.trained:
         settings = list(cell.overrides)
         return [[*python, "eval", study.models[cell.model], *settings, "--recipe", study.recipe, *how]]
     train = [*python, "train", study.recipe, *cell.overrides, "--out", str(cell.folder), "--resume"]
-    points = [word for iteration in dict.fromkeys(cell.iterations) for word in ("--at", str(iteration))]
+    points = [word for iteration in _unplayed(study, cell) for word in ("--at", str(iteration))]
     evaluate = [*python, "eval", str(cell.folder), *how, *points]
     return [evaluate] if now == EVALUATE else [train, evaluate]
 
 
 def evaluated(study: Study, cell: Cell) -> Evaluations | None:
-    """The cell's figures on the test panel at every budget; None unless all are there and are of this run, panel and
-    number of samples."""
-    records = read_evaluation(cell.evaluation(study.split))
-    if cell.trained and set(cell.iterations) - {r["iteration"] for r in curve(cell, METRICS)}:
-        return None
+    """The cell's figures on the test panel at every budget; None unless all are there."""
+    found = _played(study, cell)
+    return found if len(found) == len(_points(cell)) else None
+
+
+def _points(cell: Cell) -> tuple[int | None, ...]:
+    return cell.iterations or (None,)
+
+
+def _unplayed(study: Study, cell: Cell) -> list[int | None]:
+    found = _played(study, cell)
+    return [iteration for iteration in _points(cell) if iteration not in found]
+
+
+def _played(study: Study, cell: Cell) -> Evaluations:
+    """What is there of this run, panel and number of samples."""
+    records = read_records(cell.evaluation(study.split))
+    trained = {record["iteration"] for record in curve(cell, METRICS)}
     begun = started(cell.folder) if cell.trained else None
     found: Evaluations = {}
-    for iteration in cell.iterations or (None,):
+    for iteration in _points(cell):
         fitting = [
             record
             for record in records
             if record.get("iteration") == iteration
+            and (not cell.trained or iteration in trained)
             and record.get("run") == begun
             and (cell.trained or record.get("model", {}).get("name") == study.models[cell.model])
             and record.get("split") == study.split
@@ -87,19 +99,9 @@ def evaluated(study: Study, cell: Cell) -> Evaluations | None:
         ]
         sampled = [r for r in fitting if r["temperature"] > 0 and r["samples"] == study.samples]
         greedy = [r for r in fitting if r["temperature"] == 0]
-        if not sampled or not greedy:
-            return None
-        found[iteration] = (sampled[-1], greedy[-1])
+        if sampled and greedy:
+            found[iteration] = (sampled[-1], greedy[-1])
     return found
-
-
-def read_evaluation(path: Path) -> list[dict[str, Any]]:
-    """The records that `skillsd eval --json` wrote; none if there is no such file."""
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    return [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
 
 
 def read_manifest(cell: Cell) -> Mapping[str, Any]:

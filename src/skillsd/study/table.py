@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,37 +13,40 @@ from skillsd.report import manifest
 from skillsd.report.tables import table
 from skillsd.report.writer import write_whole
 from skillsd.study.plan import Study
-from skillsd.study.results import check, summarise
-from skillsd.study.runner import Failure, jobs_at_once, run_cells
-from skillsd.study.show import curves, markdown, tables
-from skillsd.study.state import DONE, GO_ON, curve, read_evaluation, read_manifest, state, steps
+from skillsd.study.results import check, left_out, summarise
+from skillsd.study.runner import jobs_at_once, run_cells
+from skillsd.study.show import curves, markdown, notes, tables
+from skillsd.study.state import DONE, GO_ON, curve, evaluated, read_manifest, state, steps
 
 
-def run_table(study: Study, console: Console, *, jobs: int | None = None) -> list[Failure]:
+def run_table(study: Study, console: Console, *, jobs: int | None = None) -> bool:
     """Do all of it; what comes of it lies in the study's folder as table.json, table.md and curves.png.
 
     Returns:
-        The cells that failed; they are missing in the table.
+        Whether all cells are in the table; those that failed, or had to be left out, are not.
 
     Raises:
         UserError: if what is there may not stand side by side; nothing is trained then.
     """
     check(study)
-    states = [state(study, cell) for cell in study.cells]
+    odd = left_out(study)
+    states = ["left out" if cell.name in odd else state(study, cell) for cell in study.cells]
     console.print(
         f"{study.config.name}: {len(study.models)} base model(s) x {len(study.methods)} methods x {len(study.seeds)} "
         f"seed(s) = {len(states)} cells, {states.count(DONE)} of them done; {jobs or jobs_at_once(study.config)} at a "
         f"time. Everything goes into {study.out}/",
         highlight=False,
     )
-    failures = run_cells(study, console, jobs=jobs)
+    for name, reason in odd.items():
+        console.print(f"leaving out {name}: {reason}", highlight=False, soft_wrap=True)
+    failures = run_cells(study, console, jobs=jobs, leave_out=odd)
     check(study)
-    write(study, console)
+    summary = write(study, console)
     for failure in failures:
         console.print(f"\n{failure}", highlight=False, soft_wrap=True)
     if failures:
         console.print(f"\n{len(failures)} of {len(states)} cells failed; the same command tries them again")
-    return failures
+    return not failures and not summary["left_out"]
 
 
 def write(study: Study, console: Console) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def write(study: Study, console: Console) -> dict[str, Any]:
         "overrides": list(study.overrides),
         "split": study.split,
         "tasks": study.limit or study.tasks,
-        "fingerprint": study.panels[study.split] + (f":{study.limit}" if study.limit else ""),
+        "fingerprint": study.panels[study.split] + (f":{study.limit} spread" if study.limit else ""),
         "samples": study.samples,
         "seeds": list(study.seeds),
         "models": {label: {"name": name, "weights": _weights(study, label)} for label, name in study.models.items()},
@@ -71,6 +73,8 @@ def write(study: Study, console: Console) -> dict[str, Any]:
     for shown in tables(study, summary):
         console.print()
         console.print(shown)
+    for note in notes(summary):
+        console.print(f"\n{note}", highlight=False, soft_wrap=True)
     console.print(f"\n{study.out}/: table.json, table.md, curves.png", highlight=False)
     return summary
 
@@ -78,8 +82,12 @@ def write(study: Study, console: Console) -> dict[str, Any]:
 def show_plan(study: Study, console: Console) -> None:
     """What is there and what would run; nothing is started."""
     check(study)
+    odd = left_out(study)
     rows, commands = [], []
     for cell in study.cells:
+        if cell.name in odd:
+            rows.append([cell.name, "left out", "-"])
+            continue
         now = state(study, cell)
         reached = curve(cell, "metrics.jsonl")
         far = f" from {reached[-1]['iteration']} of {cell.iterations[-1]}" if now == GO_ON and reached else ""
@@ -87,6 +95,8 @@ def show_plan(study: Study, console: Console) -> None:
         commands += [shlex.join(["skillsd", *command[3:]]) for command in steps(study, cell)]
     caption = f"{sum(row[1] == DONE for row in rows)} of {len(rows)} done"
     console.print(table(str(study.out), ["cell", "state", "iterations"], rows, caption, words=("state",)))
+    for name, reason in odd.items():
+        console.print(f"{name} is left out: {reason}", highlight=False, soft_wrap=True)
     for command in commands:
         console.print(command, highlight=False, soft_wrap=True)
 
@@ -96,8 +106,8 @@ def _weights(study: Study, label: str) -> str | None:
     for cell in study.cells:
         if cell.model != label:
             continue
-        said: Sequence[Any] = [read_manifest(cell), *read_evaluation(cell.evaluation(study.split))]
-        for record in said:
+        played = [record for pair in (evaluated(study, cell) or {}).values() for record in pair]
+        for record in (read_manifest(cell), *played):
             if weights := record.get("model", {}).get("weights"):
                 return str(weights)
     return None

@@ -118,6 +118,32 @@ def as_record(
     }
 
 
+_IDENTITY = ("run", "iteration", "split", "fingerprint", "samples", "temperature", "seed")
+
+
+def beside(records: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """`records`, after those in the file that are of other evaluations."""
+    new = {_identity(record) for record in records}
+    return [*(record for record in read_records(path) if _identity(record) not in new), *records]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records that `skillsd eval --json` wrote; none if there is no such file, or it holds something else."""
+    if not path.is_file():  # a device would wait for something to read
+        return []
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
+
+
+def _identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What an evaluation is of; another one with the same takes its place."""
+    model = record.get("model")
+    return (model.get("name") if isinstance(model, dict) else None, *(repr(record.get(key)) for key in _IDENTITY))
+
+
 def started(folder: Path) -> str | None:
     """When a run was begun, as its manifest says: two runs in one folder, one after the other, are not the same."""
     try:
