@@ -1,8 +1,8 @@
-"""Puts the tables of the study (`skillsd table ... --out RUNS/NAME`) into one file for docs/results.
+"""Puts the tables of the study into one file for docs/results; `run.sh` calls it.
 
-    python studies/sokoban/collect.py RUNS docs/results/sokoban.json
+    python studies/sokoban/collect.py RUNS/tables docs/results/sokoban.json
 
-The figures of each method at the top are the main study's, after its largest budget.
+At the top: each method after the largest budget, from the table with the most runs of it on the shipped kind of base.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-MAIN = "main"
+SHIPPED = ("main", "rows", "content", "skill-side")
+"""The tables on one kind of base and the same levels, those with the most seeds first."""
+
+
+KEYS = ("accuracy", "interval", "completion", "completion_interval", "greedy_accuracy", "greedy_interval")
 
 
 def rounded(value: Any) -> Any:
@@ -23,18 +27,19 @@ def rounded(value: Any) -> Any:
     return [rounded(inner) for inner in value] if isinstance(value, list) else value
 
 
-def collect(runs: Path) -> dict[str, Any]:
-    tables = {path.parent.name: json.loads(path.read_text()) for path in sorted(runs.glob("*/table.json"))}
-    # The same runs counted on the paper's panel size: `--limit 64` of the same command, kept aside.
-    for path in sorted(runs.glob("*/table-64.json")):
-        tables[f"{path.parent.name}-64"] = json.loads(path.read_text())
-    main = tables[MAIN]
-    last = main["budgets"][max(main["budgets"], key=int)]
-    keys = ("accuracy", "interval", "completion", "completion_interval", "greedy_accuracy", "greedy_interval")
-    methods = {name: {**{k: row[k] for k in keys}, "seeds": row["seeds"], "models": row["models"], "runs": row["cells"],
-                      "episodes": row["episodes"]} for name, row in last.items()}  # fmt: skip
-    differences = {name: row["difference"] for name, row in last.items() if row.get("difference")}
-    return rounded({**methods, "difference_to_grpo": differences, "studies": tables})
+def collect(tables_folder: Path) -> dict[str, Any]:
+    tables = {path.parent.name: json.loads(path.read_text()) for path in sorted(tables_folder.glob("*/table.json"))}
+    methods: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
+    for table in (tables[name] for name in SHIPPED if name in tables):
+        last = table["budgets"][max(table["budgets"], key=int)]
+        for name, row in last.items():
+            figures = {key: row[key] for key in KEYS}
+            methods.setdefault(name, {**figures, "runs": row["cells"], "seeds": row["seeds"], "models": row["models"],
+                                      "episodes": row["episodes"]})  # fmt: skip
+            if row.get("difference"):
+                differences.setdefault(name, row["difference"])
+    return rounded({**methods, "difference_to_grpo": differences, "tables": tables})
 
 
 if __name__ == "__main__":
