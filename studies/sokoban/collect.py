@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SHIPPED = ("main", "rows", "content", "skill-side")
+SHIPPED = ("main", "rows", "content")
 """The tables on one kind of base and the same levels, those with the most seeds first."""
 
 
