@@ -33,7 +33,7 @@ table main --methods grpo,skill-sd,skill-grpo,opd,opsd,grpo-opsd,skill-sd-frozen
 keep main rows
 table main --methods grpo,best,oracle,best-shuffled,best-frozen
 keep main content
-table hard --seeds 3 --methods grpo,imitation,skill-sd,best \
+table hard --seeds 2 --methods grpo,imitation,skill-sd,best \
     "environment.options={preset: nano-hard}" rollout.tasks_per_iteration=32 rollout.group_size=4
 keep hard hard
 
