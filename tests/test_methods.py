@@ -57,6 +57,7 @@ def test_switches_that_contradict_each_other_are_refused(changes):
         ("opd-external", (0, 1, 0, "none", "external", "plain", "student")),
         ("opsd", (0, 1, 0, "oracle", "frozen", "plain", "student")),
         ("grpo-opsd", (1, 0.001, 0, "oracle", "frozen", "plain", "student")),
+        ("grpo-opsd-synchronised", (1, 0.001, 0, "oracle", "synchronised", "plain", "student")),
         ("skill-grpo", (1, 0, 0, "none", "none", "skill", "student")),
         ("skill-sd", (1, 0.001, 0, "skill", "synchronised", "plain", "student")),
         ("skill-sd-frozen", (1, 0.001, 0, "skill", "frozen", "plain", "student")),
@@ -68,7 +69,7 @@ def test_switches_that_contradict_each_other_are_refused(changes):
 def test_the_rows_are_those_of_the_papers_tables_and_the_control(name, switches):
     _, *values, _ = dataclasses.astuple(METHODS[name])
     assert tuple(values) == switches
-    assert len(METHODS) == 11
+    assert len(METHODS) == 12
 
 
 def test_the_table_shows_every_switch_of_every_row():

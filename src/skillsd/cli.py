@@ -403,7 +403,7 @@ def skills_list(
         ]
         for s in stored[:limit]
     ]
-    columns = ["id", "task", "written from", "its reward", "picked", "mean reward taught", "says"]
+    columns = ["id", "task", "written from", "its reward", "picked", "mean credit", "says"]
     more = f"{len(stored) - limit} more: --limit" if len(stored) > limit else ""
     words = ("task", "written from", "says")
     console.print(table(f"{len(stored)} skills", columns, rows, more, words))

@@ -99,6 +99,13 @@ _OPSD = replace(
     teacher="frozen",
     description="Distillation alone, from a frozen teacher that has read the reference solution.",
 )
+_GRPO_OPSD = replace(
+    _OPSD,
+    name="grpo-opsd",
+    reward_weight=1.0,
+    lambda_sdl=0.001,
+    description="GRPO and OPSD together.",
+)
 _ROWS = (
     _GRPO,
     _SKILL_SD,
@@ -117,12 +124,12 @@ _ROWS = (
         description="Distillation alone, from another model under the plain prompt (teacher.model).",
     ),
     _OPSD,
+    _GRPO_OPSD,
     replace(
-        _OPSD,
-        name="grpo-opsd",
-        reward_weight=1.0,
-        lambda_sdl=0.001,
-        description="GRPO and OPSD together.",
+        _GRPO_OPSD,
+        name="grpo-opsd-synchronised",
+        teacher="synchronised",
+        description="GRPO and OPSD together, the teacher being the student that has read the reference solution.",
     ),
     replace(
         _SKILL_SD,

@@ -194,10 +194,10 @@ class Engine(ABC):
     ) -> dict[str, Mean]:
         """Accumulate the gradient of `loss`, summed over micro-batches. The caller normalises by global counts.
 
-        The loss gets the log-probs of the marked tokens and, with `distribution`, of all ``[tokens, vocabulary]``; or,
-        if the items have a signal ``candidates`` (int64 ids ``[marked, k]``, distinct in each row), of the candidates
-        and, last, the log of the mass of all other tokens, ``[tokens, k + 1]``. With a teacher's `TopK.ids` as
-        candidates that is aligned with its `TopK.logprobs`. The loss gets ``candidates`` like any other signal.
+        The loss gets the log-probs of the marked tokens and, with `distribution`, of all ``[tokens, vocabulary]``. With
+        `distribution` and a signal ``candidates`` (int64 ids ``[marked, k]``, distinct in each row) those are the
+        candidates' and, last, the log of the mass of all other tokens, ``[tokens, k + 1]``. With a teacher's `TopK.ids`
+        as candidates that is aligned with its `TopK.logprobs`. The loss gets ``candidates`` like any other signal.
 
         Raises:
             ValueError: if a sequence is longer than `max_length`, or `candidates` are of another shape or type, as many

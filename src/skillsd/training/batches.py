@@ -145,11 +145,11 @@ def _ask_teacher(
             answers.append({"teacher_logprobs": chosen, "teacher_distribution": score})
     for (_, signals), answer in zip(asked, answers, strict=True):
         signals.update(answer)
-    for signals in made:  # every item of a batch carries the same
+    for signals in made:  # every item of a batch carries the same; where nobody answered, zeros that take no memory
         for name, like in answers[0].items():
             if name not in signals:
                 shape = (len(signals["old_logprobs"]), *like.shape[1:])
-                signals[name] = torch.zeros(shape, dtype=like.dtype)
+                signals[name] = torch.zeros((), dtype=like.dtype).expand(shape)
 
 
 def minibatches(batch: Batch, count: int, seed: int) -> list[list[TrainItem]]:
