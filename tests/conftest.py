@@ -34,3 +34,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     architecture = ArchitectureSection(hidden_size=32, layers=2, heads=4, intermediate_size=64, max_length=256)
     make_model(folder, architecture, texts, MOVES, seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """A real pretrained model with a real tokenizer, where it has been fetched; tests fetch nothing unasked."""
+    from skillsd.engines.torch import pretrained
+
+    folder = pretrained.kept(pretrained.SMOLLM2)
+    if folder is None:
+        pytest.skip("smollm2-135m is not here; to fetch it: skillsd models fetch smollm2-135m")
+    return folder

@@ -27,7 +27,9 @@ app = typer.Typer(
 )
 skills_app = typer.Typer(help="Look into a skill bank.", no_args_is_help=True)
 envs_app = typer.Typer(help="Environments: list them, play them.", no_args_is_help=True)
+models_app = typer.Typer(help="Models that go by a name: list them, fetch them ahead.", no_args_is_help=True)
 app.add_typer(skills_app, name="skills")
+app.add_typer(models_app, name="models")
 app.add_typer(envs_app, name="envs")
 
 
@@ -497,6 +499,32 @@ def _as_json(stored: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {**asdict(stored), "source_outcome": stored.source_outcome.value, "mean_reward": stored.mean_reward}
+
+
+# -- models ---------------------------------------------------------------------------------------------------------
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """Names for model.name beside folders and hub names, and where each model lies."""
+    from skillsd.engines.torch.models import SHIPPED
+    from skillsd.engines.torch.pretrained import NAMES, kept
+
+    for name, path in SHIPPED.items():
+        console.print(f"{name:16} shipped: {path}", highlight=False, soft_wrap=True)
+    for name, what in NAMES.items():
+        console.print(f"{name:16} {what}: {kept(name) or 'not fetched yet'}", highlight=False, soft_wrap=True)
+
+
+@models_app.command("fetch")
+def models_fetch(name: Annotated[str, typer.Argument(help="A name of `skillsd models list`.")]) -> None:
+    """Fetch a model now, so that no run has to; prints its folder."""
+    from skillsd.engines.torch.models import SHIPPED, resolve
+    from skillsd.engines.torch.pretrained import NAMES
+
+    if name not in (*SHIPPED, *NAMES):
+        raise unknown_name("model", name, (*SHIPPED, *NAMES))
+    console.print(resolve(name), highlight=False, soft_wrap=True)
 
 
 # -- environments ---------------------------------------------------------------------------------------------------

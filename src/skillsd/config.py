@@ -33,7 +33,7 @@ class LoraSection(_Section):
 
 class ModelSection(_Section):
     name: str = "nano"
-    """A shipped model (``nano``), a local folder, or a hub name."""
+    """A model by name (``nano`` is shipped, ``smollm2-135m`` fetched by pip), a local folder, or a hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     threads: int | None = Field(None, ge=1)
@@ -41,6 +41,8 @@ class ModelSection(_Section):
     lora: LoraSection | None = None
     """Train low-rank adapters instead of all weights."""
     gradient_checkpointing: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    """Given to the tokenizer's chat template, e.g. ``{enable_thinking: false}``. docs/models.md."""
 
 
 class EnvironmentSection(_Section):

@@ -14,7 +14,11 @@ from skillsd.config import RunConfig
 from skillsd.methods import method
 from skillsd.report.manifest import processor, versions
 
-EXTRAS = {"peft": "LoRA (skillsd[lora])", "wandb": "Weights & Biases (skillsd[wandb])"}
+EXTRAS = {
+    "peft": "LoRA (skillsd[lora])",
+    "gguf": "smollm2-135m (skillsd[smollm2])",
+    "wandb": "Weights & Biases (skillsd[wandb])",
+}
 BYTES = {"float32": 4, "bfloat16": 2}
 
 

@@ -23,14 +23,14 @@ LLAMA = (
     "{{ message['content'] | trim }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|header|>assistant<|/header|>\n\n{% endif %}"
 )
-REWRITES = (  # drops what was said before the last message, as templates do with earlier thinking
+FORGETS = (  # drops what was said before the last message
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['role'] != 'assistant' or loop.last %}{{ message['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 HIDES = "{% for m in messages %}{% if m['role'] == 'user' %}[{{ m['content'] }}]{% endif %}{% endfor %}"
-COUNTS = (  # changes the beginning when a message is long
-    "{{ '<long>' if messages[-1]['content'] | length > 20 }}" + CHATML
+COUNTS = CHATML.replace(  # ends earlier messages in another way when the last one is long
+    "<|im_end|>", "{{ '<long>' if messages[-1]['content'] | length > 20 }}<|im_end|>"
 )
 REFUSES = "{{ raise_exception('only one message, please') if messages | length > 1 }}{{ messages[0]['content'] }}"
 
@@ -177,7 +177,11 @@ def test_the_terse_template_of_the_shipped_agent() -> None:
 
 @pytest.mark.parametrize(
     ("template", "words"),
-    [(REWRITES, "rewrites earlier turns"), (HIDES, "does not show"), (REFUSES, "only one message, please")],
+    [
+        (FORGETS, "does not show the assistant's words once another message follows"),
+        (HIDES, "does not show"),
+        (REFUSES, "only one message, please"),
+    ],
 )
 def test_unusable_templates_are_refused(template: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
@@ -187,5 +191,5 @@ def test_unusable_templates_are_refused(template: str, words: str) -> None:
 def test_a_template_that_rewrites_for_one_message_is_noticed_then() -> None:
     renderer, _, stop = _renderer(COUNTS, "<|im_end|>")
     renderer.observation("short", stop)
-    with pytest.raises(UserError, match="rewrites"):
+    with pytest.raises(UserError, match="in another way than usual"):
         renderer.observation("long " * 10, stop)

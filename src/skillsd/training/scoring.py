@@ -65,7 +65,7 @@ def score(
     task_set.tasks(split)
     options = config.rollout
     budget = Budget.of(options, task_set, engine.max_length)
-    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens)
+    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs)
     return [
         asyncio.run(
             evaluate(

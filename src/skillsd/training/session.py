@@ -60,6 +60,8 @@ def run_training(
             on_record=on_record,
             on_note=on_note,
         )
+        for note in run.renderer.notes():
+            writer.note(note)
         if start is None:
             manifest.write(folder, config, run.task_set)
         _write_config(config, folder)  # from here on the folder is a run's

@@ -116,7 +116,7 @@ def train(config: SftConfig, task_set: TaskSet, folder: Path, on_step: Callable[
         max_grad_norm=options.max_grad_norm,
         gradient_checkpointing=config.model.gradient_checkpointing,
     )
-    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens)
+    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs)
     stream = _demonstrations(config, task_set, "demonstrations")
     for step in range(options.steps):
         batch = [

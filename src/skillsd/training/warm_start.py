@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,14 @@ def run_sft(config: SftConfig, folder: Path, on_step: Callable[[sft.SftProgress]
 
     engine = sft.train(config, task_set, folder, record)
     spent = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
-    figures = skill_following(engine, task_set, "tune", config.warm_start.template, seed=config.seed)
+    figures = skill_following(
+        engine,
+        task_set,
+        "tune",
+        config.warm_start.template,
+        seed=config.seed,
+        template_kwargs=config.model.chat_template_kwargs,
+    )
     report = {
         "figures": figures,
         "split": "tune",
@@ -58,7 +65,14 @@ def run_sft(config: SftConfig, folder: Path, on_step: Callable[[sft.SftProgress]
 
 
 def skill_following(
-    engine: Engine, task_set: TaskSet, split: str, template: str, *, seed: int, samples: int = 2
+    engine: Engine,
+    task_set: TaskSet,
+    split: str,
+    template: str,
+    *,
+    seed: int,
+    samples: int = 2,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Success under the plain prompt, with a golden skill (the oracle's workflow), and with another task's skill.
 
@@ -78,7 +92,7 @@ def skill_following(
     if all(oracles.values()):
         prompts += [("golden skill", golden), ("another task's skill", lambda task: golden(others[task.id]))]
     budget = Budget(turns=task_set.max_turns, turn_tokens=64, trajectory_tokens=engine.max_length)
-    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens)
+    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, template_kwargs)
     rows = []
     for name, context in prompts:
         sampled, greedy = (

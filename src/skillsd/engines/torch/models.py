@@ -1,4 +1,4 @@
-"""Loading a policy: a model folder, a hub name, or the tiny agent that this package ships."""
+"""Loading a policy: a model folder, a hub name, the tiny agent that this package ships, or one that pip can fetch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from skillsd.engines.torch import attention
+from skillsd.engines.torch import attention, pretrained
 from skillsd.errors import UserError
 
 SHIPPED = {"nano": Path(__file__).parents[2] / "assets" / "nano-base"}
@@ -45,7 +45,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def resolve(name: str) -> str:
-    """The folder of a shipped model; any other name as it is."""
+    """The folder of a model that goes by a name here, fetched if need be; any other name as it is."""
+    if name in pretrained.NAMES:
+        return str(pretrained.fetch(name))
     return str(SHIPPED[name]) if name in SHIPPED else name
 
 
@@ -61,7 +63,7 @@ def load_model(name: str, *, dtype: str, device: torch.device) -> tuple[nn.Modul
     if looks_local and not (Path(path).expanduser() / "config.json").is_file():
         raise UserError(
             f"no model in {path!r}: expected a folder with config.json, weights and a tokenizer. "
-            f"Shipped models: {', '.join(SHIPPED)}"
+            f"Models by name: {', '.join([*SHIPPED, *pretrained.NAMES])}"
         )
     hf_logging.disable_progress_bar()
     try:
@@ -74,7 +76,7 @@ def load_model(name: str, *, dtype: str, device: torch.device) -> tuple[nn.Modul
     except (OSError, ValueError) as error:
         raise UserError(
             f"can't load the model {name!r}: {str(error).splitlines()[0]} Give a local folder, a hub name that this "
-            f"machine can reach, or one of the shipped models: {', '.join(SHIPPED)}"
+            f"machine can reach, or one of: {', '.join([*SHIPPED, *pretrained.NAMES])}"
         ) from error
     except KeyError as error:
         raise UserError(
