@@ -108,6 +108,7 @@ BROKEN: list[tuple[str, type[Good]]] = [
     ("disjoint", tasking(lambda split, tasks: [replace(t, id=t.id[-1]) for t in tasks])),
     ("task_split", tasking(lambda split, tasks: [replace(t, split="train") for t in tasks])),
     ("payload", tasking(lambda split, tasks: [replace(t, payload={"x": {1}}) for t in tasks])),
+    ("secrets", type("Broken", (Good,), {"secrets": lambda self, task: "up"})),
     ("prompt", resetting(text_reset)),
     ("reset_again", resetting(forgetful_reset)),
     ("reset_again", resetting(broken_reset)),

@@ -95,6 +95,18 @@ class TestCopies:
         assert check("x a b a b a b x", trajectory_with(turns=turns)) == "copies_trajectory"
 
 
+class TestSecrets:
+    @pytest.mark.parametrize("said", ["It is 4217.", "Say ANNA\n Lee", "anna lee's", "(4217)"])
+    def test_a_leak(self, trajectory: Trajectory, said: str) -> None:
+        skill = Skill("", said, "Go red.")
+        assert check_skill(skill, trajectory, max_chars=1000, secrets=("4217", "Anna Lee")) == "leaks_answer"
+        assert check_skill(skill, trajectory, max_chars=1000) is None
+
+    @pytest.mark.parametrize("said", ["It is 42170.", "Annabel Lee", "ananna lee", "x4217"])
+    def test_part_of_a_word_is_none(self, trajectory: Trajectory, said: str) -> None:
+        assert check_skill(Skill("", said, ""), trajectory, max_chars=1000, secrets=("4217", "Anna Lee", " ")) is None
+
+
 class TestSchema:
     def test_a_skill_survives(self, skill: Skill) -> None:
         text = json.dumps({field: getattr(skill, field) for field in skill.__dataclass_fields__})

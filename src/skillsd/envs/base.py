@@ -111,6 +111,13 @@ class TaskSet(ABC):
         """A reference solution in words (the privileged context of OPSD), if there is one."""
         return None
 
+    def secrets(self, task: Task) -> Sequence[str]:
+        """What no skill of the task may say: its final answer, say. A skill that does is refused.
+
+        Name only what is telling: with "3" as a secret, every skill that says "3" is refused.
+        """
+        return ()
+
     def demonstrations(self, split: str, *, seed: int, **options: Any) -> Iterator[Demonstration]:
         """An endless stream of episodes to imitate in the warm start."""
         raise NotImplementedError(f"environment {self.name!r} brings no demonstrations")

@@ -103,6 +103,9 @@ class _Checker:
             for task in tasks:
                 self._expect(task.split == split, "task_split", f"task.split {split!r}", repr(task.split))
                 self._expect(_is_json(task.payload), "payload", "a JSON-able payload", repr(task.payload))
+                secrets = self._task_set.secrets(task)
+                texts = not isinstance(secrets, str) and all(isinstance(secret, str) for secret in secrets)
+                self._expect(texts, "secrets", "a sequence of strings", repr(secrets))  # of a string: its letters
 
     def _check_unknown_split(self) -> None:
         found = "no error"

@@ -10,14 +10,14 @@ import asyncio
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from skillsd.records import trajectory_from_json, trajectory_to_json
 from skillsd.skills.bank import SkillBank
-from skillsd.skills.summarise import Summariser, check_skill
-from skillsd.types import Skill, Trajectory
+from skillsd.skills.summarise import Summariser, SummaryError, check_skill
+from skillsd.types import Skill, Task, Trajectory
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,21 @@ class BackgroundSummaries:
         max_chars: the most characters of a skill's field, see `check_skill`.
         concurrency: the most summaries that are written at once; the others wait their turn.
         timeout: seconds that one summary may take, its waiting not counted.
+        secrets: what a skill of a task must not say, see `check_skill`.
+        counts: where `stats` are counted; a summariser that counts too (calls, tokens ...) shares it, and its counts
+            are in the stats and survive a restart.
     """
 
     def __init__(
-        self, summariser: Summariser, bank: SkillBank, *, max_chars: int, concurrency: int, timeout: float
+        self,
+        summariser: Summariser,
+        bank: SkillBank,
+        *,
+        max_chars: int,
+        concurrency: int,
+        timeout: float,
+        secrets: Callable[[Task], Sequence[str]] = lambda task: (),
+        counts: Counter[str] | None = None,
     ) -> None:
         if max_chars < 1 or concurrency < 1 or not timeout > 0:
             raise ValueError(
@@ -52,10 +63,12 @@ class BackgroundSummaries:
         self._bank = bank
         self._max_chars = max_chars
         self._timeout = timeout
+        self._secrets = secrets
         self._slots = asyncio.Semaphore(concurrency)
         self._jobs: dict[int, _Job] = {}  # by submission number: running, or accepted and not yet collected
         self._submitted = 0
-        self._stats: Counter[str] = Counter()
+        self._stats: Counter[str] = Counter() if counts is None else counts
+        self._told: set[str] = set()  # reasons that were logged
 
     def submit(self, trajectory: Trajectory, *, source: str, iteration: int) -> None:
         """Start the summary of `trajectory` and return at once; one without a reward is counted and left.
@@ -144,14 +157,16 @@ class BackgroundSummaries:
         """Counts since the start, for the metrics.
 
         ``submitted``, ``resumed``, ``pending`` (now), ``added``, ``duplicate``, ``no_skill`` (the summariser
-        found nothing to say), ``failed`` (it raised), ``timeout``, ``rejected_<reason>`` (see `check_skill`)
-        and ``skipped_no_reward``; those that never happened are left out.
+        found nothing to say), ``failed`` (it raised), ``timeout``, ``rejected_<reason>`` (see `check_skill`),
+        ``skipped_no_reward``, the `SummaryError.reason` of others, and what the summariser counts itself; those
+        that never happened are left out.
         """
         return {**self._stats, "pending": len(self._jobs)}
 
     def restore_stats(self, stats: Mapping[str, int]) -> None:
         """Go on counting where `stats` of a checkpoint stopped."""
-        self._stats = Counter({name: count for name, count in stats.items() if name != "pending"})
+        self._stats.clear()
+        self._stats.update({name: count for name, count in stats.items() if name != "pending"})
 
     def _start(self, job: _Job) -> None:
         number = self._submitted
@@ -183,8 +198,14 @@ class BackgroundSummaries:
             skill = writing.result()
             if skill is None:
                 return "no_skill"
-            reason = check_skill(skill, job.trajectory, max_chars=self._max_chars)
+            secrets = self._secrets(job.trajectory.task)
+            reason = check_skill(skill, job.trajectory, max_chars=self._max_chars, secrets=secrets)
             return skill if reason is None else f"rejected_{reason}"
+        except SummaryError as error:
+            if error.reason not in self._told:
+                self._told.add(error.reason)
+                log.warning("no skill of %s: %s (from now on only counted, as %s)", job.source, error, error.reason)
+            return error.reason
         except Exception as error:
             log.warning("the summary of %s failed: %s: %s", job.source, type(error).__name__, error)
             return "failed"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import string
+from collections.abc import Sequence
 from pathlib import Path
 
 from skillsd.errors import UserError, unknown_name
@@ -48,7 +49,7 @@ def render_skill(skill: Skill, template: str) -> str:
     text, separator = "", ""
     for line in template.split("\n"):
         joined = line.endswith("\\")
-        pieces = _parse(line.removesuffix("\\"))
+        pieces = parse_line(line.removesuffix("\\"), FIELDS)
         if all(field is None or values[field] for _, field in pieces):
             text += separator + "".join(literal + (values[field] if field else "") for literal, field in pieces)
             separator = "" if joined else "\n"
@@ -63,10 +64,28 @@ def load_template(name_or_path: str | Path) -> str:
     Raises:
         UserError: if there is no such template, or it names unknown fields or none.
     """
+    text, used = read_template(name_or_path, "teacher", FIELDS)
+    if not used:
+        raise UserError(
+            f"template {name_or_path} names no field of a skill; expected at least one of {_braced(FIELDS)}"
+        )
+    return text
+
+
+def read_template(name_or_path: str | Path, kind: str, known: Sequence[str]) -> tuple[str, set[str]]:
+    """The text of a template, and which of the `known` fields it names.
+
+    Args:
+        name_or_path: a path if it ends in ``.txt`` or has a slash in it; otherwise one of the package's templates
+            whose names begin with `kind`.
+
+    Raises:
+        UserError: if there is no such template, or it names unknown fields.
+    """
     given = str(name_or_path)
     path = Path(given)
     if path.suffix != ".txt" and len(path.parts) == 1:
-        shipped = {file.stem: file for file in PROMPTS.glob("*.txt")}
+        shipped = {file.stem: file for file in PROMPTS.glob(f"{kind}*.txt")}
         if given not in shipped:
             raise unknown_name("template", given, shipped)
         path = shipped[given]
@@ -75,25 +94,22 @@ def load_template(name_or_path: str | Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the template {given}: {error}. Give a text file, or a name.") from error
     try:
-        used = {field for line in text.split("\n") for _, field in _parse(line) if field}
+        return text, {field for line in text.split("\n") for _, field in parse_line(line, known) if field}
     except UserError as error:
         raise UserError(f"template {given}: {error}") from error
-    if not used:
-        raise UserError(f"template {given} names no field of a skill; expected at least one of {_braced()}")
-    return text
 
 
-def _parse(line: str) -> list[tuple[str, str | None]]:
-    """(literal text, field after it or None) for each piece of the line. Raises UserError."""
+def parse_line(line: str, known: Sequence[str]) -> list[tuple[str, str | None]]:
+    """(literal text, field after it or None) for each piece of a template's line. Raises UserError."""
     try:
         pieces = list(string.Formatter().parse(line))
     except ValueError as error:
         raise UserError(f"cannot read the line {line!r}: {error}. Write {{{{ and }}}} for braces.") from error
     for _, field, spec, conversion in pieces:
-        if field is not None and (field not in FIELDS or spec or conversion):
-            raise UserError(f"unknown field in the line {line!r}; expected {_braced()}")
+        if field is not None and (field not in known or spec or conversion):
+            raise UserError(f"unknown field in the line {line!r}; expected {_braced(known)}")
     return [(literal, field) for literal, field, _, _ in pieces]
 
 
-def _braced() -> str:
-    return ", ".join(f"{{{name}}}" for name in FIELDS)
+def _braced(known: Sequence[str]) -> str:
+    return ", ".join(f"{{{name}}}" for name in known)

@@ -7,7 +7,7 @@ the bank does.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,8 +22,24 @@ MIN_PROMPT_WORDS = 8
 """Messages shorter than this may be quoted whole: "Play Sokoban." is not a copy."""
 
 
+class SummaryError(Exception):
+    """No skill came of a trajectory, for a reason that is known.
+
+    Attributes:
+        reason: what it is counted as, e.g. ``failed_http_401`` or ``rejected_malformed``.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class Summariser(Protocol):
-    """Writes the skill of a finished trajectory, success or failure; None where there is nothing to learn."""
+    """Writes the skill of a finished trajectory, success or failure; None where there is nothing to learn.
+
+    Raises:
+        SummaryError: where it can say why there is no skill. Anything else that it raises counts as ``failed``.
+    """
 
     async def summarise(self, trajectory: Trajectory) -> Skill | None: ...
 
@@ -59,15 +75,21 @@ class SkillSchema(BaseModel):
 
 
 def check_skill(
-    skill: object, trajectory: Trajectory, *, max_chars: int, max_copied_turns: int = MAX_COPIED_TURNS
+    skill: object,
+    trajectory: Trajectory,
+    *,
+    max_chars: int,
+    max_copied_turns: int = MAX_COPIED_TURNS,
+    secrets: Sequence[str] = (),
 ) -> str | None:
     """Why `skill` may not enter the bank as the lesson of `trajectory`, or None if it may.
 
     The reasons are few and fixed, to be counted: ``malformed`` (not a Skill, a field that is no string or no
-    Unicode text), ``empty``, ``too_long`` (a field of more than `max_chars` characters), ``copies_prompt``
-    and ``copies_trajectory`` (a skill is "never the trajectory itself": it quotes more than
-    `max_copied_turns` consecutive turns, action and observation). Copies are found whatever their white space
-    and role labels.
+    Unicode text), ``empty``, ``too_long`` (a field of more than `max_chars` characters), ``copies_prompt``,
+    ``copies_trajectory`` (a skill is "never the trajectory itself": it quotes more than
+    `max_copied_turns` consecutive turns, action and observation) and ``leaks_answer`` (it says one of the
+    `secrets`, see `skillsd.envs.base.TaskSet.secrets`). Copies are found whatever their white space and role
+    labels; secrets as whole words, whatever their case and white space.
     """
     if not isinstance(skill, Skill):
         return "malformed"
@@ -86,6 +108,8 @@ def check_skill(
         return "copies_prompt"
     if _copies_turns(text, trajectory, max_copied_turns + 1):
         return "copies_trajectory"
+    if any(_says("\n".join(fields), secret) for secret in secrets):
+        return "leaks_answer"
     return None
 
 
@@ -114,3 +138,8 @@ def _copies_turns(text: str, trajectory: Trajectory, run: int) -> bool:
         for window in windows
         if all(turn.observation.strip() for turn in window)
     )
+
+
+def _says(text: str, secret: str) -> bool:
+    words = r"\s+".join(re.escape(word) for word in secret.casefold().split())
+    return bool(words) and re.search(rf"(?<!\w){words}(?!\w)", text.casefold()) is not None
