@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skillsd import config as configs
-from skillsd.config import ObjectiveSection, RunConfig, SftConfig, load
+from skillsd.config import ObjectiveSection, RunConfig, SftConfig, SummariserSection, load
 from skillsd.errors import UserError
 from skillsd.objective import ESTIMATORS, SCHEDULES
 
@@ -195,3 +195,31 @@ def test_a_recipe_that_may_not_be_read(tmp_path: Path) -> None:
     path.write_text(RUN)
     path.chmod(0)
     assert "can't be read" in problem(str(path))
+
+
+# -- the summariser -------------------------------------------------------------------------------------------------
+
+
+def test_a_cost_needs_a_price() -> None:
+    assert SummariserSection().cost(10, 10) is None
+    assert SummariserSection(price_in=2).cost(500_000, 10) == 1.0
+    assert SummariserSection(price_in=2, price_out=8).cost(500_000, 250_000) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("skills.summariser=gpt", "'rules', 'openai' or 'policy'"),
+        ("summariser.modle=x", "Did you mean 'summariser.model'?"),
+        ("summariser.api_key=sk-123", "unknown key 'summariser.api_key'"),
+        ("summariser.api_key_env=sk-123", "the name of an environment variable, not the key itself"),
+        ("summariser.base_url=localhost:8000", "such as http://localhost:8000/v1"),
+        ("summariser.base_url=https://me:sk-123@host/v1", "summariser.api_key_env instead"),
+        ("summariser.base_url=https://host/v1?key=sk-123", "summariser.api_key_env instead"),
+        ("summariser.max_retries=-1", "greater than or equal to 0"),
+    ],
+)
+def test_what_is_wrong_with_a_summariser(recipe: Any, override: str, said: str) -> None:
+    message = problem(recipe(), override)
+    assert said in message
+    assert "sk-123" not in message  # a key in the wrong place is not repeated

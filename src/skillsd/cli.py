@@ -89,7 +89,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
 ) -> None:
     """Train a policy."""
-    from skillsd.report.progress import Bars, training_note
+    from skillsd.report.progress import Bars, summaries_note, training_note
     from skillsd.report.tables import percent
     from skillsd.training.session import default_folder, run_training
 
@@ -97,9 +97,12 @@ def train(
     folder = out or default_folder(config)
     console.print(f"{config.name}: {config.method}, seed {config.seed} -> {folder}/", highlight=False)
     bars = Bars(console)
+    spent: str | None = None
 
     def on_record(kind: str, record: Mapping[str, Any]) -> None:
+        nonlocal spent
         if kind == "iteration":
+            spent = summaries_note(record)
             bars.update("training", record["iteration"], config.training.iterations, training_note(record))
         else:
             accuracy = percent(record["eval/accuracy"], record["eval/interval"])
@@ -113,6 +116,8 @@ def train(
         finished = run_training(
             config, folder, resume=resume, on_record=on_record, on_note=lambda text: bars.print(f"  note: {text}")
         )
+    if spent:
+        console.print(spent, highlight=False)
     if finished:
         console.print(f"done: {folder}/  (next: skillsd eval {folder})")
     else:

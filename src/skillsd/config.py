@@ -10,7 +10,8 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -105,8 +106,9 @@ class TeacherSection(_Section):
 
 
 class SkillsSection(_Section):
-    summariser: Literal["rules"] = "rules"
-    """``rules``: the environment's own, without a language model."""
+    summariser: Literal["rules", "openai", "policy"] = "rules"
+    """Who writes the skills. ``rules``: the environment's own, without a language model; ``openai``: any endpoint that
+    speaks OpenAI's chat completions; ``policy``: the student itself. The section ``summariser`` is for the last two."""
     sources: Literal["all", "successes", "failures"] = "all"
     """Which trajectories are summarised. The paper's: all."""
     hindsight: bool = False
@@ -138,7 +140,75 @@ class SkillsSection(_Section):
     deterministic: bool = True
     """Wait for all summaries at the iteration's end. False: what is not ready serves a later iteration."""
     concurrency: int = Field(16, ge=1)
+    """The most summaries that are written at once."""
     timeout_seconds: float = Field(120.0, gt=0)
+    """What one summary may take in all: repeated requests and the rests between them count."""
+
+
+class SummariserSection(_Section):
+    """A language model that writes skills, for ``skills.summariser`` ``openai`` and ``policy``. docs/summarisers.md."""
+
+    model: str | None = None
+    """Its name at the endpoint. The policy has none."""
+    base_url: str | None = None
+    """The endpoint's address, as a rule with ``/v1`` at its end. None is OpenAI's own."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; the key itself is never written anywhere. None is
+    ``OPENAI_API_KEY`` for OpenAI's own address, and no key for another ``base_url``."""
+    prompt: str = "summarise"
+    """What it is asked: a template of the package, or a path to one. The paper's is not given; this is ours."""
+    temperature: float | None = Field(None, ge=0)
+    """None takes the endpoint's own; the policy's is then ``rollout.temperature``."""
+    max_input_chars: int = Field(24_000, ge=1000)
+    """A longer prompt is condensed (`skillsd.skills.prompt`). The policy's has to fit the model's context besides."""
+    max_output_tokens: int = Field(1024, ge=1)
+    """The most tokens of an answer, a reasoning model's thoughts included."""
+    request: dict[str, Any] = {}
+    """More fields of the endpoint's requests (``seed``, ``reasoning_effort``, ``chat_template_kwargs`` ...)."""
+    timeout_seconds: float = Field(60.0, gt=0)
+    """Deadline of one request."""
+    max_retries: int = Field(4, ge=0)
+    """How often a request is repeated after 408, 409, 429, 5xx, a missed deadline or a broken connection."""
+    requests_per_minute: float | None = Field(None, gt=0)
+    budget_calls: int | None = Field(None, ge=0)
+    """After so many requests in a run no more are made. None is no limit."""
+    budget_tokens: int | None = Field(None, ge=0)
+    """After so many tokens, prompts and answers together, no more requests are made; those under way are finished."""
+    price_in: float | None = Field(None, ge=0)
+    """Of a million tokens of prompts, in any currency; for the metrics."""
+    price_out: float | None = Field(None, ge=0)
+    """Of a million tokens of answers."""
+
+    ACCESS: ClassVar = (
+        *("base_url", "api_key_env", "timeout_seconds", "max_retries", "requests_per_minute"),
+        *("budget_calls", "budget_tokens", "price_in", "price_out"),
+    )
+    """What decides how the model is reached and paid, not what it says: may change when a run is taken up again."""
+
+    def cost(self, tokens_in: int, tokens_out: int) -> float | None:
+        """In the currency of the prices; None if there are none. A price that is not given is 0."""
+        if self.price_in is None and self.price_out is None:
+            return None
+        return (tokens_in * (self.price_in or 0) + tokens_out * (self.price_out or 0)) / 1e6
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_variables_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError("expected the name of an environment variable, not the key itself")
+        return name
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_an_address_without_secrets(cls, address: str | None) -> str | None:
+        if address is None:
+            return None
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("expected an address such as http://localhost:8000/v1")
+        if "@" in parts.netloc or parts.query:
+            raise ValueError("it would be written down with the run: name a key in summariser.api_key_env instead")
+        return address
 
 
 class TrainingSection(_Section):
@@ -207,6 +277,7 @@ class RunConfig(_Section):
     objective: ObjectiveSection = ObjectiveSection()
     teacher: TeacherSection = TeacherSection()
     skills: SkillsSection = SkillsSection()
+    summariser: SummariserSection = SummariserSection()
     training: TrainingSection = TrainingSection()
     curriculum: CurriculumSection = CurriculumSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -339,6 +410,10 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 """A number, though YAML 1.1 takes 1e-4 for a string."""
 
 
+_MAY_HOLD_A_KEY = ("summariser.api_key_env", "summariser.base_url")
+"""Where someone may put a key by mistake: it is not repeated in the error."""
+
+
 def _override(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -384,7 +459,8 @@ def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key} is {problem['input']!r}, expected keys and values of its own"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+    given = "not usable" if key in _MAY_HOLD_A_KEY else repr(problem["input"])
+    return f"{key} is {given}: {message[0].lower()}{message[1:]}"
 
 
 def _location(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

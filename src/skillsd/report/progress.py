@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -84,3 +85,14 @@ def training_note(record: Mapping[str, object]) -> str:
     if isinstance(seconds, float):
         parts.append(f"{seconds:.1f} s/it")
     return ", ".join(parts)
+
+
+def summaries_note(record: Mapping[str, Any]) -> str | None:
+    """One line on what a language model's summaries took, from an iteration's record; None if there were none."""
+    calls = record.get("summaries/calls")
+    if calls is None:
+        return None
+    tokens = [record.get(f"summaries/tokens_{way}", 0) for way in ("in", "out")]
+    cost = record.get("summaries/cost")
+    spent = "" if cost is None else f", cost {cost:,.4f}"
+    return f"summaries: {calls:,} calls, {tokens[0]:,} tokens in, {tokens[1]:,} out{spent}"

@@ -48,10 +48,13 @@ def describe_skills(run: Run, written: int) -> dict[str, float]:
     """The bank's growth, and what became of the summaries since the start."""
     if run.summaries is None:
         return {}
+    stats = run.summaries.stats()
+    cost = run.config.summariser.cost(stats.get("tokens_in", 0), stats.get("tokens_out", 0))
     return {
         "skills/new": written,
         **{f"skills/{name}": n for name, n in run.bank.counts().items()},
-        **{f"summaries/{name}": n for name, n in run.summaries.stats().items()},
+        **{f"summaries/{name}": n for name, n in stats.items()},
+        **({} if cost is None else {"summaries/cost": cost}),
     }
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from skillsd.config import RunConfig
+from skillsd.config import RunConfig, SummariserSection
 from skillsd.engines.base import Engine
 from skillsd.envs import registry
 from skillsd.envs.base import TaskSet, spread
@@ -20,6 +21,9 @@ from skillsd.skills import ucb
 from skillsd.skills.background import BackgroundSummaries
 from skillsd.skills.bank import SkillBank
 from skillsd.skills.context import load_template
+from skillsd.skills.endpoint import EndpointSummariser, check_access
+from skillsd.skills.policy import PolicySummariser
+from skillsd.skills.prompt import SummaryPrompt, load_prompt
 from skillsd.skills.summarise import RuleSummariser, Summariser
 from skillsd.training.curriculum import Curriculum
 from skillsd.training.imitation import BestSuccesses
@@ -160,6 +164,8 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
             f"{config.environment.name!r} has none for some of its training tasks"
         )
     template = load_template(config.skills.template)
+    if row.uses_skills and config.skills.summariser == "openai":
+        check_access(config.summariser)
     engine = engine or make_engine(config)
     if config.rollout.trajectory_tokens > engine.max_length:
         raise UserError(
@@ -177,21 +183,25 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
         forbidden=held_out,
         max_per_task=config.skills.max_per_task,
     )
+    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs)
     summaries = None
     if row.uses_skills:
+        counts: Counter[str] = Counter()
         summaries = BackgroundSummaries(
-            _summariser(config, task_set),
+            _summariser(config, task_set, engine, renderer, counts),
             bank,
             max_chars=config.skills.max_chars,
             concurrency=config.skills.concurrency,
             timeout=config.skills.timeout_seconds,
+            secrets=task_set.secrets,
+            counts=counts,
         )
     run = Run(
         config=config,
         method=row,
         folder=folder,
         engine=engine,
-        renderer=ChatRenderer(engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs),
+        renderer=renderer,
         task_set=task_set,
         curriculum=curriculum,
         template=template,
@@ -246,25 +256,71 @@ def check_config(config: RunConfig) -> None:
         refuse("skills.credit", "uplift", f"method {row.name!r} plays no episodes without the skill to compare with")
     if skills.content == "shuffled" and config.rollout.tasks_per_iteration == 1:
         refuse("skills.content", "shuffled", "rollout.tasks_per_iteration is 1: there is no other task's skill")
+    _check_summariser(config)
 
 
-def _summariser(config: RunConfig, task_set: TaskSet) -> Summariser:
-    rules = task_set.summariser()
-    if rules is None:
+def _check_summariser(config: RunConfig) -> None:
+    skills, options = config.skills, config.summariser
+    load_prompt(options.prompt)
+    if skills.summariser == "openai" and options.model is None:
+        raise UserError("skills.summariser is 'openai': give the model's name at the endpoint in summariser.model")
+    if skills.summariser != "openai" and options.model is not None:
         raise UserError(
-            f"skills.summariser is 'rules', but the environment {config.environment.name!r} brings no rule-based "
-            "summariser"
+            f"summariser.model is {options.model!r}, but skills.summariser is {skills.summariser!r}: only 'openai' "
+            "asks a model of that name"
         )
-    return RuleSummariser(rules)
+    if skills.summariser == "policy" and not skills.deterministic:
+        raise UserError(
+            "skills.summariser is 'policy', but skills.deterministic is false: the policy would go on writing while "
+            "its weights change. Set skills.deterministic to true"
+        )
+    if skills.summariser == "openai" and options.requests_per_minute:
+        queue = skills.concurrency * 60 / options.requests_per_minute
+        if queue > skills.timeout_seconds:
+            raise UserError(
+                f"summariser.requests_per_minute is {options.requests_per_minute:g}: with skills.concurrency "
+                f"{skills.concurrency} a summary may wait {queue:.0f} s for its turn, but skills.timeout_seconds is "
+                f"{skills.timeout_seconds:g}. Lower the concurrency or raise the timeout"
+            )
+
+
+def _summariser(
+    config: RunConfig, task_set: TaskSet, engine: Engine, renderer: ChatRenderer, counts: Counter[str]
+) -> Summariser:
+    options = config.summariser
+    if config.skills.summariser == "rules":
+        rules = task_set.summariser()
+        if rules is None:
+            raise UserError(
+                f"skills.summariser is 'rules', but the environment {config.environment.name!r} brings no rule-based "
+                "summariser; the others are 'openai' and 'policy'"
+            )
+        return RuleSummariser(rules)
+    prompt = SummaryPrompt(
+        load_prompt(options.prompt), max_chars=config.skills.max_chars, max_input_chars=options.max_input_chars
+    )
+    if config.skills.summariser == "openai":
+        return EndpointSummariser(options, prompt, counts)
+    return PolicySummariser(
+        engine,
+        renderer,
+        prompt,
+        max_output_tokens=options.max_output_tokens,
+        temperature=_or(options.temperature, config.rollout.temperature),
+        seed=config.seed,
+        counts=counts,
+    )
 
 
 def comparable(config: RunConfig) -> RunConfig:
     """The configuration without what may change when a run is taken up again."""
     defaults = RunConfig(name=config.name)
+    access = {name: getattr(defaults.summariser, name) for name in SummariserSection.ACCESS}
     training = config.training.model_copy(update={"iterations": defaults.training.iterations})
     return config.model_copy(
         update={
             "training": training,
+            "summariser": config.summariser.model_copy(update=access),
             "evaluation": defaults.evaluation,
             "checkpoint": defaults.checkpoint,
             "log": defaults.log,
