@@ -11,7 +11,7 @@ help:
 	@echo "make test       set up and run the tests"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      rollout and step benchmark"
+	@echo "make bench      rollout and step beside TRL and a hand-written floor (an hour; sets TRL up in build/peers)"
 	@echo "make gpu-check  the tests that need a GPU (they skip without one)"
 	@echo "make nano-base  rebuild the shipped tiny base model"
 
@@ -42,7 +42,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python benchmarks/rollout_and_step.py
+	$(BIN)/python benchmarks/vs_trl.py --json benchmarks/results/vs_trl.json
 
 gpu-check: setup
 	$(BIN)/python -m pytest -m gpu -rs

@@ -1,0 +1,263 @@
+"""`skillsd` at the workload: whole iterations of its own training loop, GRPO and Skill-SD, and rollouts alone."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import workload as work
+
+from skillsd.config import RunConfig
+from skillsd.engines.base import TokenSequence, TrainItem
+from skillsd.engines.torch.engine import TorchEngine
+from skillsd.envs.base import Environment, Step, TaskSet
+from skillsd.objective import Objective, group_advantages
+from skillsd.rollouts.collect import Collected, collect
+from skillsd.rollouts.episode import Budget
+from skillsd.training import loop
+from skillsd.training.run import Run, build, make_engine
+from skillsd.types import Message, Skill, Task, Trajectory
+
+
+class Echo(Environment):
+    """The workload's environment, in time or at once."""
+
+    def __init__(self, turns: int, seconds: float) -> None:
+        self._turns, self._seconds = turns, seconds
+
+    async def reset(self, task: Task, seed: int) -> tuple[Message, ...]:
+        self._task, self._turn = task.payload["task"], 0
+        return (Message("user", work.prompt(self._task)),)
+
+    async def step(self, action: str) -> Step:
+        if self._seconds:
+            await asyncio.sleep(self._seconds)
+        self._turn += 1
+        return Step(work.observation(self._task, self._turn - 1), self._turn == self._turns, work.score(action), False)
+
+
+class EchoTasks(TaskSet):
+    name: ClassVar[str] = "echo"
+
+    def __init__(self, turns: int, seconds: float = 0.0) -> None:
+        self.turns, self._seconds = turns, seconds
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return ("train", "tune")
+
+    @property
+    def max_turns(self) -> int:
+        return self.turns
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        ids = [work.task_id(i) if split == "train" else f"{split}-{i}" for i in range(work.TASKS)]
+        return [Task(name, "echo", split, {"task": i}) for i, name in enumerate(ids)]
+
+    def make(self) -> Environment:
+        return Echo(self.turns, self._seconds)
+
+    def summariser(self) -> Any:
+        def write(trajectory: Trajectory) -> Skill:
+            return Skill("", "", f"say {trajectory.score:.3f} and {trajectory.seed % 97}".ljust(90, "."))
+
+        return write
+
+
+class Silent:
+    iteration = evaluation = note = trajectories = staticmethod(lambda *_: None)
+
+
+def make_run(model: str, folder: Path, method: str, turns: int) -> Run:
+    config = RunConfig.model_validate({
+        "name": "bench",
+        "method": method,
+        "model": {"name": model, "threads": 1},
+        "rollout": {
+            "tasks_per_iteration": work.TASKS, "group_size": work.EPISODES,
+            "turn_tokens": work.TOKENS_A_TURN, "trajectory_tokens": work.MAX_LENGTH,
+        },
+        "training": {"iterations": 1000, "learning_rate": 1e-6, "micro_batch_tokens": 8192},
+        "log": {"tensorboard": False, "trajectories_every": 0},
+    })  # fmt: skip
+    engine: Any = make_engine(config)
+    engine.stop_tokens = frozenset()  # an end of turn is a token like any other: exactly 8 a turn
+    for sampler in engine.samplers.values():
+        if not hasattr(sampler, "_stop"):
+            raise RuntimeError("the sampler has no `_stop` any more: tell the benchmark how turns are kept from ending")
+        sampler._stop = frozenset()
+    folder.mkdir()
+    return build(config, folder, engine=engine, task_set=EchoTasks(turns))
+
+
+class Meter:
+    """CPU and wall-clock seconds of a run's phases, and the tokens that went through them."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.clock = run, work.Clock()
+        self.tokens: dict[str, int] = {}
+        self.asked: tuple[Any, ...] = ()
+        """What the teacher was asked last."""
+        engine: Any = run.engine
+        score, forward_backward, step = engine.score, engine.forward_backward, engine.step
+
+        def timed_score(sequences: Any, weights: str = "student", **options: Any) -> Any:
+            self.asked = (sequences, weights, options)
+            with self.clock("teacher"):
+                return score(sequences, weights, **options)
+
+        def timed_forward_backward(items: Any, *arguments: Any, **options: Any) -> Any:
+            self.tokens["trained"] += sum(item.sequence.marked for item in items)
+            self.tokens["sequence"] += sum(len(item.sequence.tokens) for item in items)
+            with self.clock("update"):
+                return forward_backward(items, *arguments, **options)
+
+        def timed_step(learning_rate: float) -> Any:
+            with self.clock("update"):
+                return step(learning_rate)
+
+        engine.score, engine.forward_backward, engine.step = timed_score, timed_forward_backward, timed_step
+        self._score = score
+
+    async def iterate(self) -> dict[str, Any]:
+        @wraps(collect)
+        async def timed(*arguments: Any, **options: Any) -> Collected:
+            with self.clock("rollout"):
+                collected = await collect(*arguments, **options)
+            self.tokens["sampled"] += sum(t.action_tokens for group in collected.groups for t in group.trajectories)
+            return collected
+
+        self.tokens = {"sampled": 0, "trained": 0, "sequence": 0}
+        loop.collect = timed
+        try:
+            with self.clock("step"):
+                record = await loop.iterate(self.run, Silent())
+        finally:
+            loop.collect = collect
+        gap = record["gap/max"]
+        if not gap < 1e-4:
+            raise RuntimeError(f"log-probs when sampled and when trained differ by {gap}: the rollout was wrong")
+        return {**self.clock.take(), "tokens": self.tokens, "gap": gap}
+
+    def teacher_alone(self) -> float:
+        """CPU seconds of the teacher's forward pass over what it was asked last, and nothing else."""
+        sequences, weights, options = self.asked
+        self.run.engine.sync_teacher()
+        begin = time.process_time()
+        self._score(sequences, weights, **options)
+        return time.process_time() - begin
+
+
+async def warm_up(meters: Sequence[Meter], turns: int) -> None:
+    """Two short iterations each: the second one is the first whose bank has skills. Then `turns` turns."""
+    for meter in meters:
+        tasks: Any = meter.run.task_set
+        tasks.turns = 2
+        for _ in range(2):
+            await meter.iterate()
+        tasks.turns = turns
+
+
+# ----------------------------------------------------------------------------------------------------- the jobs
+
+
+def step(model: str, method: str, turns: int, steps: int) -> dict[str, Any]:
+    """Whole iterations."""
+    with tempfile.TemporaryDirectory() as name:
+        meter = Meter(make_run(model, Path(name) / "run", method, turns))
+        before = work.peak_mib()
+
+        async def go() -> list[dict[str, Any]]:
+            await warm_up([meter], turns)
+            return [await meter.iterate() for _ in range(steps)]
+
+        measured = asyncio.run(go())
+        meter.run.close()
+    return {"steps": measured, "peak_before_mib": before}
+
+
+def pair(model: str, turns: int, steps: int) -> dict[str, Any]:
+    """GRPO and Skill-SD in turn in one process, and the teacher's pass alone: the same weather for all three."""
+    with tempfile.TemporaryDirectory() as name:
+        meters = {method: Meter(make_run(model, Path(name) / method, method, turns)) for method in ("grpo", "skill-sd")}
+
+        async def go() -> list[dict[str, float]]:
+            await warm_up(list(meters.values()), turns)
+            rows = []
+            for number in range(steps):
+                order = ["grpo", "skill-sd"] if number % 2 else ["skill-sd", "grpo"]
+                row = {method: (await meters[method].iterate())["cpu"]["step"] for method in order}
+                rows.append({**row, "teacher": meters["skill-sd"].teacher_alone()})
+            return rows
+
+        rows = asyncio.run(go())
+        for meter in meters.values():
+            meter.run.close()
+    return {"pairs": rows}
+
+
+def rollout(model: str, turns: Sequence[int], environment_seconds: Sequence[float] = (0.0,)) -> dict[str, Any]:
+    """Rollouts alone: of each of the given numbers of turns, with each of the given paces of the environment."""
+    results = []
+    with tempfile.TemporaryDirectory() as name:
+        run = make_run(model, Path(name) / "run", "grpo", max(turns))
+
+        async def go(count: int, seconds: float) -> dict[str, Any]:
+            clock, tasks = work.Clock(), EchoTasks(count, seconds)
+            budget = Budget(turns=count, turn_tokens=work.TOKENS_A_TURN, trajectory_tokens=work.MAX_LENGTH)
+            with clock("rollout"):
+                collected = await collect(
+                    run.actor, tasks, tasks.tasks("train"), budget, group_size=work.EPISODES, seed=count
+                )
+            sampled = sum(t.action_tokens for group in collected.groups for t in group.trajectories)
+            return {**clock.take(), "turns": count, "environment_seconds": seconds, "tokens": {"sampled": sampled}}
+
+        asyncio.run(go(2, 0.0))  # warm-up
+        for count in turns:
+            results += [asyncio.run(go(count, seconds)) for seconds in environment_seconds]
+        run.close()
+    return {"rollouts": results}
+
+
+def loss(model: str) -> dict[str, Any]:
+    """Two updates on the given batch, by the engine and the objective that training uses."""
+    engine = TorchEngine(model, betas=work.BETAS, weight_decay=0.0, max_grad_norm=work.CLIP_NORM)
+    objective = Objective(lambda_sdl=0.0, clip_low=work.CLIP_RATIO, clip_high=work.CLIP_RATIO)
+    groups = work.loss_batch(engine.tokenizer)
+    sequences = [
+        TokenSequence((*e.prompt, *e.completion), (*[False] * len(e.prompt), *map(bool, e.mask)))
+        for group in groups
+        for e in group
+    ]
+    advantages = [a for group in groups for a in group_advantages([e.reward for e in group], scale_by_std=False)]
+    items = [
+        TrainItem(sequence, {
+            "old_logprobs": old, "advantages": torch.full_like(old, float(advantage)),
+            "teacher_logprobs": torch.zeros_like(old), "has_teacher": torch.zeros_like(old, dtype=torch.bool),
+        })
+        for sequence, old, advantage in zip(sequences, engine.score(sequences), advantages, strict=True)
+    ]  # fmt: skip
+    counts = {"action_tokens": float(sum(s.marked for s in sequences)), "teacher_tokens": 0.0, "imitated_tokens": 0.0}
+    updates = []
+    for _ in range(2):
+        parts: list[float] = []
+
+        def noted(student: Any, signals: Any, parts: list[float] = parts) -> Any:
+            value, metrics = objective(student, signals, counts)
+            parts.append(value.item())
+            return value, metrics
+
+        engine.forward_backward(items, noted)
+        norm = engine.step(work.LEARNING_RATE).grad_norm
+        updates.append({"loss": sum(parts), "grad_norm": norm, "trained": int(counts["action_tokens"])})
+    return {"updates": updates}
+
+
+if __name__ == "__main__":
+    work.contestant({"step": step, "pair": pair, "rollout": rollout, "loss": loss})

@@ -1,0 +1,182 @@
+"""The work that every contestant does. Plain Python, so that it runs in any contestant's environment.
+
+8 tasks x 8 episodes of T turns. A prompt has 99 tokens, a turn exactly 8 sampled ones, an observation 24 to 32. Its
+length depends on the task and the turn alone: whatever a contestant samples, it reads and writes the same number of
+tokens. The vocabulary is the 256 bytes and four tokens of the chat template.
+
+A contestant is a script that takes one job (JSON) and prints its result (JSON) as the last line.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TASKS = 8
+EPISODES = 8
+"""Of each task: GRPO's group."""
+TOKENS_A_TURN = 8
+MAX_LENGTH = 4096
+PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
+
+# A turn of exactly 8 tokens is one that was cut, so its end comes with what the environment answers. Our renderer does
+# that by itself; TRL supposes that a turn ended with its end-of-turn token, so here the tool's message begins with the
+# end. That way all contestants read the same ids. The list of tools is left out of the prompt for the same reason.
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'tool' %}<|end|><|user|>{{ m['content'] }}<|end|>"
+    "{% else %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}{{ call | tojson }}{% endfor %}<|end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+# AdamW as it is compared: no warm-up, no decay; a norm that really clips.
+LEARNING_RATE, BETAS, EPSILON, CLIP_NORM, CLIP_RATIO = 1e-3, (0.9, 0.999), 1e-8, 0.1, 0.2
+
+
+def task_id(task: int) -> str:
+    return f"train-{task}"
+
+
+def prompt(task: int) -> str:
+    """96 letters, 99 tokens with what the template puts around them."""
+    return f"{task_id(task)} ".ljust(96, "x")
+
+
+def observation(task: int, turn: int) -> str:
+    """20 to 28 letters, 24 to 32 tokens with what the template puts around them."""
+    return "o" * (20 + random.Random(f"{task}/{turn}").randrange(9))
+
+
+def heard(task: int, turn: int) -> str:
+    """The observation as it stands between two turns."""
+    return f"{END}{USER}{observation(task, turn)}{END}{ASSISTANT}"
+
+
+def opening(task: int) -> str:
+    """The prompt as it stands before the first turn."""
+    return f"{USER}{prompt(task)}{END}{ASSISTANT}"
+
+
+def score(action: str) -> float:
+    """The reward of an episode: of its last action, in [0, 1]."""
+    return (len(action) % 7) / 6
+
+
+def expected_tokens(turns: int) -> dict[str, int]:
+    """Tokens of a step: those sampled (which are those trained on), and the length of all sequences together."""
+    said = TASKS * EPISODES * turns * TOKENS_A_TURN
+    read = EPISODES * sum(len(observation(task, turn)) + 4 for task in range(TASKS) for turn in range(turns - 1))
+    return {"sampled": said, "trained": said, "sequence": 99 * TASKS * EPISODES + read + said}
+
+
+def make_model(folder: Path) -> None:
+    """Write the random model and its tokenizer. Written once: all contestants load these very weights."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, clean_up_tokenization_spaces=False)
+    tokenizer.add_special_tokens({"pad_token": PAD, "eos_token": END, "additional_special_tokens": [USER, ASSISTANT]})
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=48, max_position_embeddings=MAX_LENGTH, tie_word_embeddings=True, **ids,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(**ids)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------- the batch of the loss's check
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Token ids of an episode; `mask` is 1 where the completion's token was sampled, 0 where it was heard."""
+
+    prompt: list[int]
+    completion: list[int]
+    mask: list[int]
+    reward: float
+
+
+def loss_batch(tokenizer: Any, turns: int = 6) -> list[list[Episode]]:
+    """Groups of episodes of different numbers of turns, so that the loss, weighted by tokens, is not zero."""
+    groups = []
+    for task in range(TASKS):
+        start = tokenizer.encode(opening(task), add_special_tokens=False)
+        group = []
+        for member in range(EPISODES):
+            chance = random.Random(f"loss/{task}/{member}")
+            completion: list[int] = []
+            mask: list[int] = []
+            for turn in range(1 + (task + 3 * member) % turns):
+                if turn:
+                    completion += tokenizer.encode(heard(task, turn - 1), add_special_tokens=False)
+                    mask += [0] * (len(completion) - len(mask))
+                completion += [chance.randrange(256) for _ in range(TOKENS_A_TURN)]
+                mask += [1] * TOKENS_A_TURN
+            group.append(Episode(start, completion, mask, chance.randrange(7) / 6))
+        groups.append(group)
+    return groups
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+@dataclass
+class Clock:
+    """CPU seconds of the whole process (all threads) and wall-clock seconds, by phase."""
+
+    cpu: dict[str, float] = field(default_factory=dict)
+    wall: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        cpu, wall = time.process_time(), time.perf_counter()
+        try:
+            yield
+        finally:
+            self.cpu[phase] = self.cpu.get(phase, 0.0) + time.process_time() - cpu
+            self.wall[phase] = self.wall.get(phase, 0.0) + time.perf_counter() - wall
+
+    def take(self) -> dict[str, dict[str, float]]:
+        """What was measured since the last time."""
+        taken = {"cpu": self.cpu, "wall": self.wall}
+        self.cpu, self.wall = {}, {}
+        return taken
+
+
+def peak_mib() -> float:
+    """The most memory that the process ever had, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def contestant(jobs: dict[str, Callable[..., dict[str, Any]]], arguments: Sequence[str] | None = None) -> None:
+    """Do the one job that the command line names, ``{"job": name, ...}``, and print its result."""
+    (text,) = sys.argv[1:] if arguments is None else arguments
+    options = json.loads(text)
+    name = options.pop("job")
+    if name not in jobs:
+        raise SystemExit(f"no job {name!r} here; there are: {', '.join(jobs)}")
+    import torch
+
+    torch.set_num_threads(1)
+    result = jobs[name](**options)
+    print(json.dumps({**result, "peak_mib": peak_mib()}))
