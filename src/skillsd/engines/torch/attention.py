@@ -235,57 +235,89 @@ class CachedPlan:
         self, pool: KVPool, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device
     ) -> None:
         self.pool = pool
-        batch, most = len(rows), max(counts)
-        self.longest = max(start + count for start, count in zip(starts, counts, strict=True))
-        start, count = torch.tensor(starts), torch.tensor(counts)
-        if most == 1:
-            offset, self.place = torch.zeros_like(start), None
-            self.row, self.position = torch.tensor(rows), start
-            query_position = start.unsqueeze(1)
+        count, start = torch.tensor(counts), torch.tensor(starts)
+        index = torch.repeat_interleave(torch.arange(len(rows)), count)
+        first = torch.cumsum(count, 0) - count  # where each episode's first new token stands, packed
+        offset = torch.arange(len(index)) - first[index]
+        position = start[index] + offset
+        self.last = (first + count - 1).to(device)  # and its last one
+        self.positions = position.unsqueeze(0).to(device)
+        self._row, self._position = torch.tensor(rows)[index].to(device), position.to(device)
+        several = (count > 1).nonzero().squeeze(1)
+        if 2 * len(several) < len(rows):
+            # Most go on by one token, some have heard an observation: the latter's many queries are not to pad the
+            # former's. Rows of one query are read in place, the others between them included.
+            single = (count == 1).nonzero().squeeze(1)
+            self._blocks = [_Block(rows, start, first[single], single, device)]
+            if len(several):
+                tokens = (count[index] > 1).nonzero().squeeze(1)
+                most = int(count.max())
+                slots = torch.searchsorted(several, index[tokens]) * most + offset[tokens]
+                where = [rows[i] for i in several.tolist()]
+                self._blocks.append(_Block(where, start[several], tokens, slots, device, most))
         else:
-            index = torch.repeat_interleave(torch.arange(batch), count)
-            offset = torch.arange(len(index)) - torch.repeat_interleave(torch.cumsum(count, 0) - count, count)
-            self.place = (index * most + offset).to(device)
-            self.row, self.position = torch.tensor(rows)[index], start[index] + offset
-            query_position = start.unsqueeze(1) + torch.arange(most)
-        self.batch, self.most = batch, most
-        self.last = (torch.cumsum(count, 0) - 1).to(device)  # where each episode's last new token stands, packed
-        self.positions = self.position.unsqueeze(0).to(device)
-        self.row, self.position = self.row.to(device), self.position.to(device)
-        # Rows that stand in a block are read in place; others have to be gathered.
-        block = list(rows) == list(range(rows[0], rows[0] + batch))
-        self.rows: slice | Tensor = slice(rows[0], rows[0] + batch) if block else torch.tensor(rows).to(device)
-        self._query_position = query_position.to(device)  # [batch, most]
-        self._biases: dict[tuple[int | None, int], Tensor] = {}  # the same for all layers of one kind
+            most = int(count.max())
+            self._blocks = [_Block(rows, start, torch.arange(len(index)), index * most + offset, device, most)]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        self.pool.write(layer, self.row, self.position, key, value)
-        k = self.pool.keys[layer][self.rows, :, : self.longest]
-        v = self.pool.values[layer][self.rows, :, : self.longest]
+        self.pool.write(layer, self._row, self._position, key, value)
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        if len(self._blocks) == 1:
+            return self._blocks[0].attend(query, keys, values, scale, window)
+        out = query.new_empty(query.shape[0], query.shape[1], values.shape[3])
+        for block in self._blocks:
+            part = query.index_select(0, block.tokens)
+            out.index_copy_(0, block.tokens, block.attend(part, keys, values, scale, window))
+        return out
+
+
+class _Block:
+    """Queries of some rows of the pool, `most` slots for each row: its tokens from place `start` on.
+
+    Args:
+        tokens: the packed tokens that are queries here.
+        slots: where each of them stands among the ``rows * most``. The other slots are padding.
+    """
+
+    def __init__(
+        self, rows: Sequence[int], start: Tensor, tokens: Tensor, slots: Tensor, device: torch.device, most: int = 1
+    ) -> None:
+        self.tokens = tokens.to(device)
+        self._batch, self._most = len(rows), most
+        self._slots = slots.to(device) if len(slots) < len(rows) * most else None  # None: no padding, nothing to move
+        self._places = (start.unsqueeze(1) + torch.arange(most)).to(device)  # [rows, most]
+        self._longest = int((start[slots // most] + slots % most).max()) + 1
+        # Rows that stand side by side are read in place; others have to be gathered.
+        together = list(rows) == list(range(rows[0], rows[0] + len(rows)))
+        self._rows = slice(rows[0], rows[0] + len(rows)) if together else torch.tensor(rows).to(device)
+        self._biases: dict[tuple[int | None, int], Tensor] = {}  # the same for all layers of one kind
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+        """``[tokens, heads, dim]`` of its own tokens, and a layer's keys and values -> ``[tokens, heads, dim]``."""
+        k, v = keys[self._rows, :, : self._longest], values[self._rows, :, : self._longest]
         heads, kv_heads, dim = query.shape[1], k.shape[1], query.shape[2]
-        if self.place is not None:
-            query = query.new_zeros(self.batch * self.most, heads, dim).index_copy_(0, self.place, query)
+        if self._slots is not None:
+            query = query.new_zeros(self._batch * self._most, heads, dim).index_copy_(0, self._slots, query)
         # Heads that share a key head become further queries of it: no copy of the keys for grouped-query attention.
         repeats = heads // kv_heads
-        q = query.view(self.batch, self.most, kv_heads, repeats, dim).permute(0, 2, 3, 1, 4)
-        q = q.reshape(self.batch, kv_heads, repeats * self.most, dim)
+        q = query.view(self._batch, self._most, kv_heads, repeats, dim).permute(0, 2, 3, 1, 4)
+        q = q.reshape(self._batch, kv_heads, repeats * self._most, dim)
         bias = self._bias(window, repeats, q.dtype)
-        if self.most == 1 and q.device.type == "cpu" and q.dtype == torch.float32:
+        if self._most == 1 and q.device.type == "cpu" and q.dtype == torch.float32:
             # Plain products read keys and values faster than the CPU's fused kernel, which is made for many queries.
             # In this order: (keys x query) streams through memory faster than (query x keys).
             scores = (k @ (q * scale).transpose(2, 3)).transpose(2, 3)
             out = torch.softmax(scores + bias, dim=-1) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
-        out = out.view(self.batch, kv_heads, repeats, self.most, -1).permute(0, 3, 1, 2, 4)
-        out = out.reshape(self.batch * self.most, heads, -1)
-        return out if self.place is None else out.index_select(0, self.place)
+        out = out.view(self._batch, kv_heads, repeats, self._most, -1).permute(0, 3, 1, 2, 4)
+        out = out.reshape(self._batch * self._most, heads, -1)
+        return out if self._slots is None else out.index_select(0, self._slots)
 
     def _bias(self, window: int | None, repeats: int, dtype: torch.dtype) -> Tensor:
-        """0 where a query sees a key and -inf elsewhere, ``[batch, 1, repeats * most, longest]``."""
+        """0 where a query sees a key and -inf elsewhere, ``[rows, 1, repeats * most, longest]``."""
         if (window, repeats) not in self._biases:
-            keys = torch.arange(self.longest, device=self._query_position.device)
-            distance = self._query_position.unsqueeze(2) - keys
+            distance = self._places.unsqueeze(2) - torch.arange(self._longest, device=self._places.device)
             unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
             bias = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
             self._biases[window, repeats] = bias.unsqueeze(1).repeat(1, 1, repeats, 1)
