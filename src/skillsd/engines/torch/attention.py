@@ -5,7 +5,8 @@ after the other with no padding between, so that everything position-wise (proje
 what the real tokens cost. Only attention has to know where one sequence ends; it asks the *plan* that travels with the
 call as a keyword argument. There are two plans:
 
-- `PackedPlan`: whole sequences, causal, differentiable (scoring and training);
+- `PackedPlan`: whole sequences, causal, differentiable (scoring and training). What neighbours begin with alike, such
+  as the prompt of a group of episodes, is packed and computed once;
 - `CachedPlan`: new tokens of many episodes over their kept keys and values (prefill and decode in one).
 """
 
@@ -68,35 +69,41 @@ AttentionInterface.register(NAME, _attention)
 
 
 class _Spread(torch.autograd.Function):
-    """``[tokens, ...]`` -> zeros ``[size, ...]`` with each token at its own place; `_Collect` is its inverse.
+    """Packed ``[tokens, ...]`` -> ``[slots, ...]``, slot by slot the token `source` names.
 
-    The places are distinct, so each one's backward is the other's forward. Autograd's own index_select would
-    accumulate instead, several times slower on a CPU.
+    Autograd's own index_select would add every slot's gradient up one by one, several times slower on a CPU. Here each
+    token takes over that of its `first` slot, and only what comes from the `again` slots is added to it. Slots that are
+    neither must have no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, place: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(place)
-        return tokens.new_zeros(size, *tokens.shape[1:]).index_copy_(0, place, tokens)
+    def forward(ctx: Any, tokens: Tensor, source: Tensor, first: Tensor, again: Tensor | None) -> Tensor:
+        ctx.save_for_backward(source, first, again)
+        return tokens.index_select(0, source)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (place,) = ctx.saved_tensors
-        return grads[0].index_select(0, place), None, None
+        source, first, again = ctx.saved_tensors
+        grad = grads[0].index_select(0, first)
+        if again is not None:
+            grad.index_add_(0, source[again], grads[0].index_select(0, again))
+        return grad, None, None, None
 
 
 class _Collect(torch.autograd.Function):
+    """``[slots, ...]`` -> packed ``[tokens, ...]``, each from its own slot."""
+
     @staticmethod
-    def forward(ctx: Any, spread: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.size = spread.shape[0]
-        return spread.index_select(0, place)
+    def forward(ctx: Any, spread: Tensor, first: Tensor) -> Tensor:
+        ctx.save_for_backward(first)
+        ctx.slots = spread.shape[0]
+        return spread.index_select(0, first)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (place,) = ctx.saved_tensors
+        (first,) = ctx.saved_tensors
         grad = grads[0]
-        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, place, grad), None
+        return grad.new_zeros(ctx.slots, *grad.shape[1:]).index_copy_(0, first, grad), None
 
 
 def _repeat_heads(states: Tensor, heads: int) -> Tensor:
@@ -106,24 +113,48 @@ def _repeat_heads(states: Tensor, heads: int) -> Tensor:
 
 
 class PackedPlan:
-    """Whole sequences of the given lengths, packed one after the other."""
+    """Sequences of the given lengths, packed one after the other.
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    Args:
+        lengths: of the whole sequences.
+        shared: of each sequence, how many of its first tokens are those of the sequence before it too. They are not
+            packed again. None for the first.
+
+    Attributes:
+        source: for each sequence, where each of its tokens stands in the packed row.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device, shared: Sequence[int] | None = None) -> None:
         self.batch, self.longest = len(lengths), max(lengths)
         self.layers_asked: set[int] = set()  # a model that mixes tokens in other ways too leaves layers out
-        sizes = torch.tensor(lengths)
-        row = torch.repeat_interleave(torch.arange(self.batch), sizes)
-        starts = torch.repeat_interleave(torch.cumsum(sizes, 0) - sizes, sizes)
-        position = torch.arange(len(row)) - starts
-        self.positions = position.unsqueeze(0).to(device)
-        # All of one length: packed and padded layouts coincide and nothing needs to be moved.
-        even = all(length == self.longest for length in lengths)
-        self.place = None if even else (row * self.longest + position).to(device)
+        self.source: list[Tensor] = []
+        positions, firsts = [], []  # of each packed token: its place in its sequence, the slot that computes it
+        size = 0
+        for row, (length, taken) in enumerate(zip(lengths, shared or [0] * self.batch, strict=True)):
+            new = torch.arange(size, size + length - taken)
+            self.source.append(torch.cat([self.source[-1][:taken], new]) if taken else new)
+            positions.append(torch.arange(taken, length))
+            firsts.append(row * self.longest + positions[-1])
+            size += length - taken
+        self.positions = torch.cat(positions).unsqueeze(0).to(device)
+        # All of one length and nothing in common: packed and padded layouts coincide, and nothing needs to be moved.
+        self._even = size == self.batch * self.longest
+        self._again: Tensor | None = None
+        if not self._even:
+            source = torch.zeros(self.batch, self.longest, dtype=torch.long)  # padding: any token, as nobody sees it
+            again = torch.zeros(self.batch, self.longest, dtype=torch.bool)
+            for row, places in enumerate(self.source):
+                source[row, : len(places)] = places
+                again[row, : shared[row] if shared else 0] = True
+            self._source, self._first = source.flatten().to(device), torch.cat(firsts).to(device)
+            self._again = again.flatten().nonzero().squeeze(1).to(device) if again.any() else None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         self.layers_asked.add(layer)
         heads = query.shape[1]
-        q, k, v = (self._padded(states) for states in (query, key, value))
+        # What is shared is attended from in its first sequence alone, so only keys and values get gradients from later
+        # ones.
+        q, k, v = self._padded(query, None), self._padded(key, self._again), self._padded(value, self._again)
         k, v = _repeat_heads(k, heads), _repeat_heads(v, heads)
         if window is not None and self.longest > window:
             ahead = torch.arange(self.longest, device=q.device)
@@ -133,12 +164,12 @@ class PackedPlan:
             # Padding stands behind each sequence's end, so causality alone hides it from every real query.
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         out = out.transpose(1, 2).reshape(self.batch * self.longest, heads, -1)
-        return out if self.place is None else _Collect.apply(out, self.place)
+        return out if self._even else _Collect.apply(out, self._first)
 
-    def _padded(self, states: Tensor) -> Tensor:
+    def _padded(self, states: Tensor, again: Tensor | None) -> Tensor:
         """``[tokens, heads, dim]`` -> ``[batch, heads, longest, dim]``."""
-        if self.place is not None:
-            states = _Spread.apply(states, self.place, self.batch * self.longest)
+        if not self._even:
+            states = _Spread.apply(states, self._source, self._first, again)
         return states.reshape(self.batch, self.longest, *states.shape[1:]).transpose(1, 2)
 
 
@@ -147,14 +178,21 @@ class KVPool:
 
     GROWTH = 64  # tokens: capacity grows in such steps, at least by half
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int = 0, length: int = 0) -> None:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
-        self.rows = 0
-        self.capacity = 0
+        self.rows = self.capacity = 0
+        self.most = (0, 0)  # rows and tokens that were asked for so far
+        self.reserve(rows, length)
+        self.most = (0, 0)
+
+    def emptied(self) -> KVPool:
+        """A pool without memory, which at the first token takes at once as much as was needed of this one."""
+        return KVPool(*self.most)
 
     def reserve(self, rows: int, length: int) -> None:
         """Make room for `rows` episodes of `length` tokens."""
+        self.most = (max(rows, self.most[0]), max(length, self.most[1]))
         if rows > self.rows:
             self.rows = max(rows, self.rows + self.rows // 2)
         if length > self.capacity:
@@ -171,8 +209,12 @@ class KVPool:
         if layer not in self.keys:
             for layers, states in ((self.keys, key), (self.values, value)):  # their widths may differ (MLA)
                 layers[layer] = states.new_zeros(self.rows, states.shape[1], self.capacity, states.shape[2])
-        self.keys[layer][row, :, position] = key
-        self.values[layer][row, :, position] = value
+        heads = key.shape[1]
+        # As one flat index: half the time of two indices with a slice between them.
+        slots = (row.unsqueeze(1) * heads + torch.arange(heads, device=row.device)) * self.capacity
+        slots = (slots + position.unsqueeze(1)).flatten()
+        for pool, states in ((self.keys[layer], key), (self.values[layer], value)):
+            pool.view(-1, pool.shape[3]).index_copy_(0, slots, states.reshape(-1, states.shape[2]))
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
         """Copy the first `length` tokens of whole rows, all at once (so a swap is a move)."""
@@ -193,49 +235,90 @@ class CachedPlan:
         self, pool: KVPool, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device
     ) -> None:
         self.pool = pool
-        batch, most = len(rows), max(counts)
-        self.longest = max(start + count for start, count in zip(starts, counts, strict=True))
-        start, count = torch.tensor(starts), torch.tensor(counts)
-        if most == 1:
-            offset, self.place = torch.zeros_like(start), None
-            self.row, self.position = torch.tensor(rows), start
-            query_position = start.unsqueeze(1)
+        count, start = torch.tensor(counts), torch.tensor(starts)
+        index = torch.repeat_interleave(torch.arange(len(rows)), count)
+        first = torch.cumsum(count, 0) - count  # where each episode's first new token stands, packed
+        offset = torch.arange(len(index)) - first[index]
+        position = start[index] + offset
+        self.last = (first + count - 1).to(device)  # and its last one
+        self.positions = position.unsqueeze(0).to(device)
+        self._row, self._position = torch.tensor(rows)[index].to(device), position.to(device)
+        several = (count > 1).nonzero().squeeze(1)
+        if 2 * len(several) < len(rows):
+            # Most go on by one token, some have heard an observation: the latter's many queries are not to pad the
+            # former's. Rows of one query are read in place, the others between them included.
+            single = (count == 1).nonzero().squeeze(1)
+            self._blocks = [_Block(rows, start, first[single], single, device)]
+            if len(several):
+                tokens = (count[index] > 1).nonzero().squeeze(1)
+                most = int(count.max())
+                slots = torch.searchsorted(several, index[tokens]) * most + offset[tokens]
+                where = [rows[i] for i in several.tolist()]
+                self._blocks.append(_Block(where, start[several], tokens, slots, device, most))
         else:
-            index = torch.repeat_interleave(torch.arange(batch), count)
-            offset = torch.arange(len(index)) - torch.repeat_interleave(torch.cumsum(count, 0) - count, count)
-            self.place = (index * most + offset).to(device)
-            self.row, self.position = torch.tensor(rows)[index], start[index] + offset
-            query_position = start.unsqueeze(1) + torch.arange(most)
-        self.batch, self.most = batch, most
-        self.last = (torch.cumsum(count, 0) - 1).to(device)  # where each episode's last new token stands, packed
-        self.positions = self.position.unsqueeze(0).to(device)
-        self.row, self.position = self.row.to(device), self.position.to(device)
-        # Rows that stand in a block are read in place; others have to be gathered.
-        block = list(rows) == list(range(rows[0], rows[0] + batch))
-        self.rows: slice | Tensor = slice(rows[0], rows[0] + batch) if block else torch.tensor(rows).to(device)
-        distance = query_position.unsqueeze(2) - torch.arange(self.longest)
-        self.distance = distance.unsqueeze(1).to(device)  # [batch, 1, most, longest], of a key behind its query
-        self._visible: dict[tuple[int | None, int], Tensor] = {}  # the same for all layers of one kind
+            most = int(count.max())
+            self._blocks = [_Block(rows, start, torch.arange(len(index)), index * most + offset, device, most)]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        self.pool.write(layer, self.row, self.position, key, value)
-        k = self.pool.keys[layer][self.rows, :, : self.longest]
-        v = self.pool.values[layer][self.rows, :, : self.longest]
+        self.pool.write(layer, self._row, self._position, key, value)
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        if len(self._blocks) == 1:
+            return self._blocks[0].attend(query, keys, values, scale, window)
+        out = query.new_empty(query.shape[0], query.shape[1], values.shape[3])
+        for block in self._blocks:
+            part = query.index_select(0, block.tokens)
+            out.index_copy_(0, block.tokens, block.attend(part, keys, values, scale, window))
+        return out
+
+
+class _Block:
+    """Queries of some rows of the pool, `most` slots for each row: its tokens from place `start` on.
+
+    Args:
+        tokens: the packed tokens that are queries here.
+        slots: where each of them stands among the ``rows * most``. The other slots are padding.
+    """
+
+    def __init__(
+        self, rows: Sequence[int], start: Tensor, tokens: Tensor, slots: Tensor, device: torch.device, most: int = 1
+    ) -> None:
+        self.tokens = tokens.to(device)
+        self._batch, self._most = len(rows), most
+        self._slots = slots.to(device) if len(slots) < len(rows) * most else None  # None: no padding, nothing to move
+        self._places = (start.unsqueeze(1) + torch.arange(most)).to(device)  # [rows, most]
+        self._longest = int((start[slots // most] + slots % most).max()) + 1
+        # Rows that stand side by side are read in place; others have to be gathered.
+        together = list(rows) == list(range(rows[0], rows[0] + len(rows)))
+        self._rows = slice(rows[0], rows[0] + len(rows)) if together else torch.tensor(rows).to(device)
+        self._biases: dict[tuple[int | None, int], Tensor] = {}  # the same for all layers of one kind
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+        """``[tokens, heads, dim]`` of its own tokens, and a layer's keys and values -> ``[tokens, heads, dim]``."""
+        k, v = keys[self._rows, :, : self._longest], values[self._rows, :, : self._longest]
         heads, kv_heads, dim = query.shape[1], k.shape[1], query.shape[2]
-        if self.place is not None:
-            query = query.new_zeros(self.batch * self.most, heads, dim).index_copy_(0, self.place, query)
+        if self._slots is not None:
+            query = query.new_zeros(self._batch * self._most, heads, dim).index_copy_(0, self._slots, query)
         # Heads that share a key head become further queries of it: no copy of the keys for grouped-query attention.
         repeats = heads // kv_heads
-        q = query.view(self.batch, self.most, kv_heads, repeats, dim).permute(0, 2, 3, 1, 4)
-        q = q.reshape(self.batch, kv_heads, repeats * self.most, dim)
-        out = F.scaled_dot_product_attention(q, k, v, self._mask(window, repeats), scale=scale)
-        out = out.view(self.batch, kv_heads, repeats, self.most, -1).permute(0, 3, 1, 2, 4)
-        out = out.reshape(self.batch * self.most, heads, -1)
-        return out if self.place is None else out.index_select(0, self.place)
+        q = query.view(self._batch, self._most, kv_heads, repeats, dim).permute(0, 2, 3, 1, 4)
+        q = q.reshape(self._batch, kv_heads, repeats * self._most, dim)
+        bias = self._bias(window, repeats, q.dtype)
+        if self._most == 1 and q.device.type == "cpu" and q.dtype == torch.float32:
+            # Plain products read keys and values faster than the CPU's fused kernel, which is made for many queries.
+            # In this order: (keys x query) streams through memory faster than (query x keys).
+            scores = (k @ (q * scale).transpose(2, 3)).transpose(2, 3)
+            out = torch.softmax(scores + bias, dim=-1) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+        out = out.view(self._batch, kv_heads, repeats, self._most, -1).permute(0, 3, 1, 2, 4)
+        out = out.reshape(self._batch * self._most, heads, -1)
+        return out if self._slots is None else out.index_select(0, self._slots)
 
-    def _mask(self, window: int | None, repeats: int) -> Tensor:
-        """Which keys a query sees, ``[batch, 1, repeats * most, longest]``."""
-        if (window, repeats) not in self._visible:
-            seen = self.distance >= 0 if window is None else (self.distance >= 0) & (self.distance < window)
-            self._visible[window, repeats] = seen.repeat(1, 1, repeats, 1)
-        return self._visible[window, repeats]
+    def _bias(self, window: int | None, repeats: int, dtype: torch.dtype) -> Tensor:
+        """0 where a query sees a key and -inf elsewhere, ``[rows, 1, repeats * most, longest]``."""
+        if (window, repeats) not in self._biases:
+            distance = self._places.unsqueeze(2) - torch.arange(self._longest, device=self._places.device)
+            unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            bias = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
+            self._biases[window, repeats] = bias.unsqueeze(1).repeat(1, 1, repeats, 1)
+        return self._biases[window, repeats]

@@ -25,6 +25,7 @@ from skillsd.engines.base import (
 )
 from skillsd.engines.candidates import check_candidates, check_k, coarse_grain, nothing, top_k
 from skillsd.engines.torch.attention import CachedPlan, PackedPlan
+from skillsd.engines.torch.halves import Halves, in_chunks
 from skillsd.engines.torch.models import (
     LoraOptions,
     add_lora,
@@ -40,6 +41,9 @@ from skillsd.engines.torch.sampler import Sampler
 from skillsd.errors import UserError
 from skillsd.metrics import Mean, add_metrics
 from skillsd.objective import TokenLogprobs
+
+Wanted = Callable[..., tuple[Tensor, ...]]
+"""(log-probs ``[tokens, vocabulary]``, the tokens' ids ``[tokens]``, ...) -> tensors with a row a token."""
 
 
 class TorchEngine(Engine):
@@ -88,6 +92,8 @@ class TorchEngine(Engine):
             self.max_length = min(self.max_length, longest_sequence(self._external.config))
         self.lora = lora is not None
         self.model: nn.Module = add_lora(loaded, lora) if lora else loaded
+        self._halves = Halves(self.model)
+        self._external_halves = Halves(self._external) if self._external is not None else None
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             if lora:
@@ -126,7 +132,7 @@ class TorchEngine(Engine):
 
     def _decoder(self, weights: Weights) -> Any:
         def forward(ids: Tensor, plan: CachedPlan, places: Tensor) -> Tensor:
-            return self._logits(ids, plan, places, weights)
+            return self._decode(ids, plan, places, weights)
 
         return forward
 
@@ -140,7 +146,7 @@ class TorchEngine(Engine):
         temperature: float = 1.0,
         distribution: bool = False,
     ) -> list[Tensor]:
-        wanted = self._score(sequences, weights, temperature, lambda *both: both[1:] if distribution else both[:1])
+        wanted = self._score(sequences, weights, temperature, (lambda full, ids: (full,)) if distribution else _chosen)
         return [found[0] if found else torch.empty(0) for found in wanted]
 
     def score_top_k(
@@ -152,7 +158,7 @@ class TorchEngine(Engine):
         temperature: float = 1.0,
     ) -> list[TopK]:
         check_k(k, self._vocabulary)
-        wanted = self._score(sequences, weights, temperature, lambda chosen, full: (chosen, *top_k(full, k)))
+        wanted = self._score(sequences, weights, temperature, lambda full, ids: (*_chosen(full, ids), *top_k(full, k)))
         return [TopK(*found) if found else nothing(k) for found in wanted]
 
     def _score(
@@ -160,17 +166,17 @@ class TorchEngine(Engine):
         sequences: Sequence[TokenSequence],
         weights: Weights,
         temperature: float,
-        wanted: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+        wanted: Wanted,
     ) -> list[list[Tensor]]:
-        """What `wanted` makes of ``[marked]`` and ``[marked, vocabulary]``, for each sequence; on the CPU."""
+        """What is wanted of each sequence's marked tokens, on the CPU; nothing where none is marked."""
         if weights == "teacher":
             self._check_teacher()
         self._check_lengths(sequences)
         results: list[list[Tensor]] = [[] for _ in sequences]
         with torch.inference_mode():
-            for part in self._micro_batches(sequences):
+            for part, shared in self._micro_batches(sequences):
                 counts = [sequences[i].marked for i in part]
-                for found in wanted(*self._logprobs([sequences[i] for i in part], weights, temperature)):
+                for found in self._read([sequences[i] for i in part], shared, weights, temperature, wanted):
                     for i, piece in zip(part, found.cpu().split(counts), strict=True):
                         results[i].append(piece.clone())
         return results
@@ -190,19 +196,24 @@ class TorchEngine(Engine):
         for sampler in self.samplers.values():
             sampler.release()
         parts: list[dict[str, Mean]] = []
-        for part in self._micro_batches([item.sequence for item in batch]):
+        wanted: Wanted = _chosen
+        if coarse:
+            wanted = lambda full, ids, candidates: (*_chosen(full, ids), coarse_grain(full, candidates))  # noqa: E731
+        elif distribution:
+            wanted = lambda full, ids: (*_chosen(full, ids), full)  # noqa: E731
+        for part, shared in self._micro_batches([item.sequence for item in batch]):
             items = [batch[i] for i in part]
             with self._checkpoints():
                 names = items[0].signals.keys()
                 signals = {name: torch.cat([item.signals[name] for item in items]).to(self.device) for name in names}
-                chosen, full = self._logprobs([i.sequence for i in items], "student", temperature)
-                if coarse:
-                    full = coarse_grain(full, signals["candidates"])
-                value, metrics = loss(TokenLogprobs(chosen, full if distribution else None), signals)
+                more = [signals["candidates"]] if coarse else []
+                sequences = [item.sequence for item in items]
+                value, metrics = loss(
+                    TokenLogprobs(*self._read(sequences, shared, "student", temperature, wanted, *more)), signals
+                )
                 # A loss can be infinite while its gradient is not: `step` has to refuse that too.
                 self._loss_is_finite &= bool(torch.isfinite(value.detach()))
                 value.backward()
-                del full  # [marked, vocabulary] is not to stand beside the next forward pass
             parts.append(metrics)
         return add_metrics(parts)
 
@@ -262,21 +273,33 @@ class TorchEngine(Engine):
 
     # -- forward passes -----------------------------------------------------------------------------------------
 
-    def _micro_batches(self, sequences: Sequence[TokenSequence]) -> Iterator[list[int]]:
-        """Indices of sequences that go together: of like length, their tokens within the budget."""
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
+    def _micro_batches(self, sequences: Sequence[TokenSequence]) -> Iterator[tuple[list[int], list[int]]]:
+        """Indices of sequences that go together, and how many first tokens each has in common with the one before it.
+
+        Those tokens are computed once. Sequences of one prompt stand together, prompts in the order of their longest
+        sequence. The budget is of tokens that are computed; what is shared and padding count too, half.
+        """
+        prompts: dict[tuple[int, ...], list[int]] = {}
+        for i, sequence in enumerate(sequences):
+            if sequence.marked:
+                prompts.setdefault(sequence.tokens[: sequence.mask.index(True)], []).append(i)
+        groups = sorted(prompts.values(), key=lambda group: max(len(sequences[i].tokens) for i in group))
         part: list[int] = []
-        size = 0
-        for i in order:
-            length = len(sequences[i].tokens)
-            if part and size + length > self._micro_batch_tokens:
-                yield part
-                part, size = [], 0
-            if sequences[i].marked:
-                part.append(i)
-                size += length
+        shared: list[int] = []
+        size = longest = 0
+        for i in [i for group in groups for i in sorted(group, key=lambda i: sequences[i].tokens)]:
+            tokens = sequences[i].tokens
+            common = _common_prefix(sequences[part[-1]].tokens, tokens) if part else 0
+            longest = max(longest, len(tokens))
+            tokens_too_many = size + len(tokens) - common > self._micro_batch_tokens
+            if part and (tokens_too_many or longest * (len(part) + 1) > 2 * self._micro_batch_tokens):
+                yield part, shared
+                part, shared, size, longest, common = [], [], 0, len(tokens), 0
+            part.append(i)
+            shared.append(common)
+            size += len(tokens) - common
         if part:
-            yield part
+            yield part, shared
 
     def _check_lengths(self, sequences: Sequence[TokenSequence]) -> None:
         longest = max((len(s.tokens) for s in sequences), default=0)
@@ -297,33 +320,57 @@ class TorchEngine(Engine):
             for layer in layers:
                 layer.training = False
 
-    def _logprobs(
-        self, sequences: Sequence[TokenSequence], weights: Weights, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs of the marked tokens of all sequences, flat ``[marked]``, and ``[marked, vocabulary]``."""
-        ids = torch.tensor([t for s in sequences for t in s.tokens])
-        marked = torch.tensor([m for s in sequences for m in s.mask]).nonzero().squeeze(1)
-        targets = ids[marked].to(self.device)
-        plan = PackedPlan([len(s.tokens) for s in sequences], self.device)
-        # The token at place i is predicted from place i - 1: lm_head runs there and nowhere else.
-        logits = self._logits(ids.to(self.device), plan, (marked - 1).to(self.device), weights)
-        full = torch.log_softmax(logits.float() / temperature, dim=-1)
-        return full.gather(1, targets.unsqueeze(1)).squeeze(1), full
+    def _read(
+        self,
+        sequences: Sequence[TokenSequence],
+        shared: Sequence[int],
+        weights: Weights,
+        temperature: float,
+        wanted: Wanted,
+        *more: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """One forward pass: what is `wanted` of the marked tokens of all sequences, a row each.
 
-    def _logits(self, ids: Tensor, plan: PackedPlan | CachedPlan, places: Tensor, weights: Weights) -> Tensor:
+        Args:
+            shared: of each sequence, how many first tokens are those of the one before it.
+            more: tensors ``[marked, ...]`` that `wanted` gets beside the log-probs.
+        """
+        plan = PackedPlan([len(s.tokens) for s in sequences], self.device, shared)
+        ids = torch.tensor([t for s, taken in zip(sequences, shared, strict=True) for t in s.tokens[taken:]])
+        # The token at place i is predicted from place i - 1: the head runs there and nowhere else.
+        marked = [torch.tensor(s.mask).nonzero().squeeze(1) for s in sequences]
+        places = torch.cat([source[at - 1] for source, at in zip(plan.source, marked, strict=True)])
+        targets = torch.tensor(
+            [t for s in sequences for t, is_marked in zip(s.tokens, s.mask, strict=True) if is_marked]
+        )
+        run, halves = self._runner(weights)
+        inputs = {"input_ids": ids.to(self.device).unsqueeze(0), "position_ids": plan.positions}
+        hidden = halves.hidden(run, **inputs, use_cache=False, plan=plan).index_select(0, places.to(self.device))
+
+        def compute(hidden: Tensor, targets: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+            logits = halves.logits(run, hidden)[:, : self._vocabulary].float()
+            if temperature != 1:
+                logits = logits / temperature
+            return wanted(torch.log_softmax(logits, dim=-1), targets, *more)
+
+        return in_chunks(hidden, targets.to(self.device), self._vocabulary, compute, *more)
+
+    def _decode(self, ids: Tensor, plan: CachedPlan, places: Tensor, weights: Weights) -> Tensor:
         """Logits ``[places, vocabulary]`` of packed ids ``[tokens]`` at the given places."""
-        inputs: dict[str, Any] = {
-            "input_ids": ids.unsqueeze(0),
-            "position_ids": plan.positions,
-            "use_cache": False,
-            "logits_to_keep": places,
-            "plan": plan,
-        }
+        run, _ = self._runner(weights)
+        inputs = {"input_ids": ids.unsqueeze(0), "position_ids": plan.positions, "logits_to_keep": places}
+        logits: Tensor = run(**inputs, use_cache=False, plan=plan).logits[0, :, : self._vocabulary]
+        return logits
+
+    def _runner(self, weights: Weights) -> tuple[Callable[..., Any], Halves]:
+        """The forward pass under these weights, and the halves of the model that it runs."""
         if weights == "teacher" and self._external is not None:
-            return self._external(**inputs).logits[0, :, : self._vocabulary]
+            assert self._external_halves is not None
+            return self._external, self._external_halves
         if weights == "teacher" and self._teacher is not None:
-            return torch.func.functional_call(self.model, self._teacher, (), inputs).logits[0]
-        return self.model(**inputs).logits[0]
+            teacher = self._teacher
+            return lambda **inputs: torch.func.functional_call(self.model, teacher, (), inputs), self._halves
+        return self.model, self._halves
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -386,6 +433,22 @@ class TorchEngine(Engine):
             torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
         for sampler in self.samplers.values():
             sampler.clear()
+
+
+def _chosen(full: Tensor, ids: Tensor) -> tuple[Tensor]:
+    return (full.gather(1, ids.unsqueeze(1)).squeeze(1),)
+
+
+def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """How many first tokens two sequences have in common."""
+    same, differs = 0, min(len(a), len(b)) + 1  # a[:same] == b[:same], and not so for `differs`
+    while differs - same > 1:
+        middle = (same + differs) // 2
+        if a[same:middle] == b[same:middle]:
+            same = middle
+        else:
+            differs = middle
+    return same
 
 
 def _copies(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

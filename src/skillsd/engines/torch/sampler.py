@@ -88,7 +88,7 @@ class Sampler:
     def release(self) -> None:
         """Give the memory of keys and values back, if no episode is under way: the update needs it."""
         if not self._rows and not self._queue:
-            self._pool = KVPool()
+            self._pool = self._pool.emptied()
 
     # -- the decode loop ----------------------------------------------------------------------------------------
 
