@@ -100,6 +100,8 @@ def one_line(said: Said, *parts: str) -> None:
         (["train", "sokoban-nano", "rollout.tasks_per_iteration=1000"], "96 training tasks"),
         (["train", "sokoban-nano", "model.name=/no/model"], "/no/model"),
         (["train", "sokoban-nano", "model.device=gpu"], "gpu"),
+        (["train", "sokoban-nano", "model.chat_template_kwargs={enable_thinkng: true}"], "'enable_thinkng'"),
+        (["models", "fetch", "smollm-135m"], "'smollm2-135m'"),
         (["train", "sokoban-nano", "skills.template=teach"], "'teacher'"),
         (["train", "nano-base"], "skillsd sft"),
         (["train", "."], "is a folder"),
@@ -259,3 +261,15 @@ def test_the_command_itself() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr == "error: No such command 'trian'. Did you mean 'train'? (skillsd --help)\n"
+
+
+def test_models_by_name(skillsd: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SKILLSD_CACHE", str(tmp_path))
+    said = skillsd("models", "list")
+    assert (said.code, said.err) == (0, "")
+    nano, smollm2 = said.out.splitlines()
+    assert nano.startswith("nano ")
+    assert smollm2.startswith("smollm2-135m ")
+    assert smollm2.endswith("not fetched yet")
+    said = skillsd("models", "fetch", "nano")
+    assert (Path(said.out.strip()) / "config.json").is_file()

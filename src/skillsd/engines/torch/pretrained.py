@@ -123,7 +123,7 @@ def _make(folder: Path) -> None:
     source.mkdir(parents=True)
     try:
         _provide(source)
-        _say("converting it (once; about 20 s)")
+        _say("converting it (once; half a minute or so)")
         try:
             _convert(source, made)
             _check(made)
