@@ -123,7 +123,7 @@ def test_wrong_attention_is_refused(model_folder: Callable[[str], Path], monkeyp
         with monkeypatch.context() as patch:
             attend = plan.attend
             patch.setattr(plan, "attend", lambda *args, attend=attend: attend(*args[:-1], 2))
-            with pytest.raises(UserError, match="other log-probs"):
+            with pytest.raises(UserError, match="does not say the same"):
                 TorchEngine(str(model_folder("llama")), device="cpu")
 
 

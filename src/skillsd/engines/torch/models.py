@@ -166,7 +166,8 @@ def verify_attention(model: nn.Module, name: str) -> None:
     if unknown:
         raise UserError(f"model {name!r} has layers of a kind that is not supported: {', '.join(sorted(unknown))}")
     device = next(model.parameters()).device
-    ids = torch.arange(3, 15, device=device) % config.vocab_size
+    # Spread over the vocabulary: the first ids are often special tokens, whose states are far larger than any other's.
+    ids = torch.arange(1, 13, device=device) * (config.vocab_size // 13)
     lengths, places = [7, 5], torch.tensor([2, 6, 8, 11], device=device)
     plan = attention.PackedPlan(lengths, device)
     with torch.inference_mode():
@@ -191,12 +192,16 @@ def verify_attention(model: nn.Module, name: str) -> None:
             "are of a kind that is not supported"
         )
     shown = plain[torch.cat([places, places[[1, 3]]])].float().log_softmax(-1)
-    gap = (torch.cat([packed, cached]).float().log_softmax(-1) - shown).abs().max().item()
-    limit = 1e-3 if packed.dtype == torch.float32 else 0.25
+    packed = torch.cat([packed, cached]).float().log_softmax(-1)
+    # Below float32 single log-probs of two right ways to compute differ by rounding, by up to 0.7 on a real model.
+    # Averaged over the vocabulary by its probabilities little is left of that (0.01).
+    exact = next(model.parameters()).dtype == torch.float32
+    gap = (packed - shown).abs().max() if exact else (shown.exp() * (shown - packed)).sum(-1).max()
+    what, limit = ("log-probs", 1e-3) if exact else ("Kullback-Leibler divergences", 0.05)
     if not gap < limit:
         raise UserError(
-            f"model {name!r} gives other log-probs on packed sequences than with its own attention (by {gap:.3g}, at "
-            f"most {limit} expected): its kind of attention is not supported"
+            f"model {name!r} does not say the same on packed sequences as with its own attention ({what} up to "
+            f"{gap:.3g}, less than {limit} expected): its kind of attention is not supported"
         )
 
 

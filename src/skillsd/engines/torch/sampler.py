@@ -27,6 +27,10 @@ PREFILL = 16_384
 """The most tokens, padding to the longest included, that one forward pass of prefill takes (a longer one: alone)."""
 
 
+GATHER = 10
+"""Milliseconds that the first of many requests waits at most for the others, as long as more of them come."""
+
+
 @dataclass
 class _Session:
     """An episode's row in the pool. `cached` tokens have their keys and values there."""
@@ -94,7 +98,7 @@ class Sampler:
 
     async def _run(self) -> None:
         try:
-            await asyncio.sleep(0)  # let every episode that is about to start put its request in the queue
+            await self._gather()
             while self._queue or any(session.request for session in self._rows):
                 with torch.inference_mode():
                     self._admit()
@@ -112,6 +116,21 @@ class Sampler:
                     future.set_exception(RuntimeError(f"decoding failed: {error!r}"))
             if not isinstance(error, Exception):
                 raise
+
+    async def _gather(self) -> None:
+        """Before decoding begins anew, let everyone who is about to ask put its request in the queue.
+
+        Environments that take equally long answer within milliseconds of each other. Whoever began at the first answer
+        would decode alone, and never in step with the others again.
+        """
+        await asyncio.sleep(0)  # in-process environments are through by now
+        for _ in range(GATHER):
+            waiting = len(self._queue)
+            if waiting >= len(self._rows):
+                return
+            await asyncio.sleep(0.001)
+            if len(self._queue) == waiting:
+                return
 
     def _admit(self) -> None:
         """Give each waiting request a row, as far as there are rows, and prefill what is new."""
