@@ -107,10 +107,14 @@ def one_line(said: Said, *parts: str) -> None:
         (["train", "."], "is a folder"),
         (["sft", "sokoban-nano"], "skillsd train"),
         (["eval", "nowhere"], "--recipe"),
-        (["eval", "nowhere", "--recipe", "sokoban-nano"], "nowhere"),
-        (["eval", "nano", "--recipe", "sokoban-nano", "--json", "no/folder/x.json"], "no/folder"),
-        (["eval", "nano", "--recipe", "sokoban-nano", "--limit", "0"], "--limit"),
-        (["eval", "nano", "--recipe", "sokoban-nano", "--append"], "--json"),
+        (["eval", "--model", "nowhere", "--recipe", "sokoban-nano"], "nowhere"),
+        (["eval"], "what shall play"),
+        (["eval", "--model", "m", "--endpoint", "nonsense", "--recipe", "sokoban-nano"], "base_url"),
+        (["eval", "--endpoint", "http://localhost:1/v1"], "--model"),
+        (["eval", "--model", "nano", "--recipe", "sokoban-nano", "--price-in", "1"], "--endpoint"),
+        (["eval", "--model", "nano", "--recipe", "sokoban-nano", "--json", "no/folder/x.json"], "no/folder"),
+        (["eval", "--model", "nano", "--recipe", "sokoban-nano", "--limit", "0"], "--limit"),
+        (["eval", "--model", "nano", "--recipe", "sokoban-nano", "--append"], "--json"),
         (["table", "sokoban-nano", "--methods", "gpro"], "'grpo'"),
         (["table", "sokoban-nano", "--methods", "grpo,,"], "commas"),
         (["table", "sokoban-nano", "--episodes", "many"], "--episodes is 'many'"),
@@ -186,7 +190,7 @@ def test_a_run_and_a_model_are_evaluated(skillsd: Command, run: Path, tmp_path: 
     assert f"{100 * sampled['accuracy']:.1f} %" in said.out
     assert "…" not in said.out
     assert (run / "run" / "skills.sqlite").read_bytes() == rows
-    said = skillsd("eval", tiny_model, "--recipe", run / "toy.yaml", "--limit", 1)
+    said = skillsd("eval", "--model", tiny_model, "--recipe", run / "toy.yaml", "--limit", 1)
     assert said.code == 0, said
     assert len(sampled["successes"]) == 4
     assert sum(sampled["successes"]) / 4 == pytest.approx(sampled["accuracy"])
@@ -209,7 +213,9 @@ def test_several_checkpoints_of_a_run_are_evaluated(skillsd: Command, run: Path,
     last = json.loads((tmp_path / "last.json").read_text())
     assert [r["successes"] for r in last] == [r["successes"] for r in records[:2]]
     one_line(skillsd("eval", run / "run", "--at", 3), "no checkpoint of iteration 3; it has those of 2, 4")
-    one_line(skillsd("eval", "nano", "--recipe", run / "toy.yaml", "--at", 3), "--at is for a run's checkpoints")
+    one_line(
+        skillsd("eval", "--model", "nano", "--recipe", run / "toy.yaml", "--at", 3), "--at is for a run's checkpoints"
+    )
 
 
 def test_skills_are_listed_shown_and_exported(skillsd: Command, run: Path, tmp_path: Path) -> None:

@@ -214,8 +214,8 @@ def test_a_cost_needs_a_price() -> None:
         ("summariser.api_key=sk-123", "unknown key 'summariser.api_key'"),
         ("summariser.api_key_env=sk-123", "the name of an environment variable, not the key itself"),
         ("summariser.base_url=localhost:8000", "such as http://localhost:8000/v1"),
-        ("summariser.base_url=https://me:sk-123@host/v1", "summariser.api_key_env instead"),
-        ("summariser.base_url=https://host/v1?key=sk-123", "summariser.api_key_env instead"),
+        ("summariser.base_url=https://me:sk-123@host/v1", "environment variable instead"),
+        ("summariser.base_url=https://host/v1?key=sk-123", "environment variable instead"),
         ("summariser.max_retries=-1", "greater than or equal to 0"),
     ],
 )

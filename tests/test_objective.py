@@ -22,6 +22,7 @@ from skillsd.objective import (
     clipped_policy_loss,
     group_advantages,
     scheduled,
+    truncated_importance,
 )
 
 VOCAB = 5
@@ -330,6 +331,53 @@ def test_advantages_by_hand():
 def test_what_is_not_a_list_of_finite_rewards_is_refused(values):
     with pytest.raises(ValueError, match="rewards"):
         group_advantages(values)
+
+
+# --------------------------------------------------------------------------- between two engines
+
+
+@enough
+@given(logits, logits, st.lists(st.floats(-3, 3), min_size=VOCAB, max_size=VOCAB), st.sampled_from([0.5, 2.0, 1e6]))
+def test_weighted_tokens_of_the_sampler_give_the_trainers_policy_gradient(student, sampler, advantages, cap):
+    """The mean over y ~ mu is that over y ~ min(pi_old, cap mu), which for a cap out of reach is pi_old."""
+    theta, gains = student.clone().requires_grad_(), torch.tensor(advantages, dtype=torch.float64)
+    log_p, log_mu = log_policy(theta), log_policy(sampler)
+    mu = log_mu.exp()
+    signals = {
+        "old_logprobs": log_mu,
+        "rescored_logprobs": log_p.detach(),
+        "advantages": mu * gains,  # the loss is linear in the advantage: so each word counts as often as it is sampled
+        "teacher_logprobs": torch.zeros(VOCAB),
+        "has_teacher": torch.zeros(VOCAB, dtype=torch.bool),
+    }
+    counts = {"action_tokens": 1, "teacher_tokens": 0}
+    loss, metrics = Objective(lambda_sdl=0.0, importance_cap=cap)(TokenLogprobs(log_p), signals, counts)
+    loss.backward()
+    other = student.clone().requires_grad_()
+    target = torch.minimum(log_p.detach().exp(), cap * mu)
+    (-(target * gains) * log_policy(other)).sum().backward()
+    close(theta.grad, other.grad)
+    weight = truncated_importance(log_p, log_mu, cap)
+    close(weight, target / mu, 1e-6)
+    assert not weight.requires_grad
+    assert metrics["importance"].value == pytest.approx(weight.mean().item())
+    assert metrics["importance_capped"].value == pytest.approx((weight >= cap).double().mean().item())
+    if cap == 1e6:
+        assert (mu * weight).sum().item() == pytest.approx(1)
+
+
+def test_importance_is_of_the_policy_term_alone_and_off_by_default():
+    batch = Batch.of(6)
+    plain = batch.run(Objective(lambda_sdl=0.3))
+    batch.signals["rescored_logprobs"] = batch.signals["old_logprobs"] + 0.1
+    assert torch.equal(batch.run(Objective(lambda_sdl=0.3))[1], plain[1])
+    distilled = [batch.run(Objective(reward_weight=0.0, lambda_sdl=1.0, importance_cap=c))[1] for c in (None, 0.1)]
+    assert torch.equal(*distilled)
+    batch.signals["rescored_logprobs"] = batch.signals["old_logprobs"]
+    close(batch.run(Objective(lambda_sdl=0.3, importance_cap=2.0))[1], plain[1])  # engines that agree
+    for bad in (0.0, -1.0, math.nan):
+        with pytest.raises(UserError, match="importance_cap"):
+            Objective(importance_cap=bad)
 
 
 # --------------------------------------------------------------------------------------------- the objective

@@ -85,8 +85,9 @@ class Collected:
         if job.kind == "step":
             for one in result["steps"]:
                 check_tokens(job, one, job.turns[0])
-                row = {f"{phase}_{kind}": one[kind][phase] for kind in ("cpu", "wall") for phase in one[kind]}
-                for kind in ("cpu", "wall"):  # all that is not the rollout; the teacher's pass apart
+                kinds = ("cpu", "system", "wall")
+                row = {f"{phase}_{kind}": one[kind][phase] for kind in kinds for phase in one[kind]}
+                for kind in kinds:  # all that is not the rollout; the teacher's pass apart
                     rest = row[f"step_{kind}"] - row[f"rollout_{kind}"] - row.get(f"teacher_{kind}", 0.0)
                     row[f"update_{kind}"] = rest
                 row |= {name: result[name] for name in ("peak_mib", "peak_before_mib") if name in result}
@@ -99,7 +100,8 @@ class Collected:
                 self.growth.setdefault((job.contestant, one["turns"]), []).append(row)
             else:
                 self.slow.setdefault((job.contestant, one["turns"], one["environment_seconds"]), []).append(row)
-        return ", ".join(f"{one['turns']} turns {one['wall']['rollout']:.1f} s" for one in result["rollouts"])
+        kind = "cpu" if job.kind == "growth" else "wall"
+        return ", ".join(f"{one['turns']} turns {one[kind]['rollout']:.1f} s" for one in result["rollouts"])
 
 
 def spread(rows: Sequence[dict[str, float]], name: str) -> dict[str, float]:

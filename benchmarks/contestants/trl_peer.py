@@ -1,7 +1,8 @@
 """TRL's GRPOTrainer at the workload, in an environment of its own: with `rollout_func` or with `environment_factory`.
 
-What is TRL's to choose is chosen for speed: no gradient checkpointing and no bfloat16 (its defaults), nothing logged
-or saved, the batch per device that was the quickest here.
+What is TRL's to choose is chosen for speed: no gradient checkpointing and no bfloat16 (both are on by default), nothing
+logged or saved, the batch per device that was the quickest here, and a static cache (10 % quicker than the default
+one, which is copied for every token: 20.6 for 23.0 CPU seconds a rollout of 8 turns).
 """
 
 from __future__ import annotations
@@ -167,7 +168,10 @@ def make_trainer(
         max_steps=steps, max_completion_length=work.MAX_LENGTH, temperature=1.0, top_p=1.0, top_k=0, beta=0.0,
         loss_type="dapo", shuffle_dataset=False, save_strategy="no", logging_strategy="no", report_to="none",
         disable_tqdm=True, max_tool_calling_iterations=turns - 1,
-        generation_kwargs={"max_new_tokens": work.TOKENS_A_TURN, "min_new_tokens": work.TOKENS_A_TURN},
+        generation_kwargs={
+            "max_new_tokens": work.TOKENS_A_TURN, "min_new_tokens": work.TOKENS_A_TURN,
+            "cache_implementation": "static",
+        },
         **{"learning_rate": 1e-6, **options},
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -142,24 +142,35 @@ def loss_batch(tokenizer: Any, turns: int = 6) -> list[list[Episode]]:
 
 @dataclass
 class Clock:
-    """CPU seconds of the whole process (all threads) and wall-clock seconds, by phase."""
+    """Seconds by phase: CPU of the whole process (all threads), the system's share of it, and wall-clock.
+
+    The system's share tells fresh memory (page faults) from arithmetic.
+    """
 
     cpu: dict[str, float] = field(default_factory=dict)
+    system: dict[str, float] = field(default_factory=dict)
     wall: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        cpu, wall = time.process_time(), time.perf_counter()
+        begin = self._now()
         try:
             yield
         finally:
-            self.cpu[phase] = self.cpu.get(phase, 0.0) + time.process_time() - cpu
-            self.wall[phase] = self.wall.get(phase, 0.0) + time.perf_counter() - wall
+            for kind, seconds, before in zip(self._kinds(), self._now(), begin, strict=True):
+                kind[phase] = kind.get(phase, 0.0) + seconds - before
+
+    def _kinds(self) -> tuple[dict[str, float], ...]:
+        return self.cpu, self.system, self.wall
+
+    @staticmethod
+    def _now() -> tuple[float, ...]:
+        return time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_stime, time.perf_counter()
 
     def take(self) -> dict[str, dict[str, float]]:
         """What was measured since the last time."""
-        taken = {"cpu": self.cpu, "wall": self.wall}
-        self.cpu, self.wall = {}, {}
+        taken = {"cpu": self.cpu, "system": self.system, "wall": self.wall}
+        self.cpu, self.system, self.wall = {}, {}, {}
         return taken
 
 

@@ -128,14 +128,45 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    target: Annotated[str, typer.Argument(help="A run's folder, a model folder, or a model's name.")],
-    overrides: Overrides = None,
-    split: Annotated[str, typer.Option(help="Panel to play.")] = "test",
-    recipe: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Recipe with the environment and budgets, for a model that is not a run's."),
+    words: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(
+            metavar="[RUN] [KEY=VALUE]...", help="A run's folder; or, with --model, settings of the recipe."
+        ),
     ] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A model that is not a run's: a name, a folder, or its name at --endpoint."),
+    ] = None,
+    recipe: Annotated[Optional[str], typer.Option(help="Environment and budgets for --model.")] = None,  # noqa: UP045
+    endpoint: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="URL", help="Where --model answers to OpenAI's chat completions, e.g. http://host:8000/v1"
+        ),
+    ] = None,
+    key_env: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="NAME", help="Environment variable that holds the endpoint's key."),
+    ] = None,
+    request: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="YAML", help="More fields of the requests, e.g. '{reasoning_effort: low}'."),
+    ] = None,
+    price_in: Annotated[Optional[float], typer.Option(help="Of a million tokens sent.")] = None,  # noqa: UP045
+    price_out: Annotated[Optional[float], typer.Option(help="Of a million tokens answered.")] = None,  # noqa: UP045
+    budget_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Ask no more after so many tokens in all."),
+    ] = None,
+    requests_per_minute: Annotated[Optional[float], typer.Option(help="Ask no faster.")] = None,  # noqa: UP045
+    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 120.0,
+    split: Annotated[str, typer.Option(help="Panel to play.")] = "test",
     samples: Annotated[int, typer.Option(min=1, help="Sampled episodes per task.")] = 1,
+    temperature: Annotated[
+        Optional[list[float]],  # noqa: UP045
+        typer.Option(min=0, help="Of sampling; may be repeated. [the recipe's, and 0: greedily]"),
+    ] = None,
     limit: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Only so many of the panel's tasks, evenly spread."),
@@ -144,81 +175,60 @@ def evaluate(
         Optional[list[int]],  # noqa: UP045
         typer.Option(metavar="ITERATION", help="This checkpoint of a run instead of the last one; may be repeated."),
     ] = None,
+    episodes: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Keep finished episodes in this file and go on from it. [runs/eval-... for an endpoint]"),
+    ] = None,
     json_out: Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")] = None,  # noqa: UP045
     append: Annotated[
         bool, typer.Option("--append", help="Leave what the file of --json holds of other evaluations in it.")
     ] = False,
 ) -> None:
-    """Score a checkpoint, or any model, on a panel: sampled and greedily, with 95 % intervals."""
-    from skillsd.envs import registry
-    from skillsd.report import manifest
-    from skillsd.report.progress import Bars, duration
-    from skillsd.report.tables import percent, table
-    from skillsd.report.writer import write_whole
-    from skillsd.training import checkpoint
-    from skillsd.training.scoring import as_record, beside, is_run, load_trained, load_untrained, score
-
+    """Score a run's checkpoint, or any model, here or remote, on a panel: sampled and greedily, with 95 % intervals."""
     if append and not json_out:
         raise UserError("--append is for the file of --json, which is not given")
-    if json_out:
-        _check_writable(json_out)  # now, not after minutes of playing
-    if is_run(target):
-        if recipe or overrides:
-            raise UserError("a run brings its own recipe: leave out --recipe and KEY=VALUE")
-        wanted = [checkpoint.find(Path(target), iteration) for iteration in dict.fromkeys(at or ())]
-        checkpoints: list[Path | None] = [*(wanted or [checkpoint.find(Path(target))])]
-        engine, config = load_trained(target, at[0] if at else None)
-    else:
-        if recipe is None:
-            raise UserError(f"{target!r} is not a run's folder; for a model, --recipe says which environment to play")
-        if at:
-            raise UserError(f"--at is for a run's checkpoints; {target!r} is not a run's folder")
-        config = configs.load(configs.RunConfig, recipe, overrides or ())
-        engine = load_untrained(target, config)
-        checkpoints = [None]
-    temperatures = (config.rollout.temperature, 0.0)
-    tasks = len(registry.load(config.environment.name, config.environment.options).tasks(split)[:limit])
-    bars, done = Bars(console), 0
+    for path in filter(None, (json_out, episodes)):
+        _check_writable(path)  # now, not after minutes of playing
+    given = list(words or ())
+    run = given.pop(0) if given and model is None else None
+    options = {
+        "base_url": endpoint, "api_key_env": key_env, "price_in": price_in, "price_out": price_out,
+        "budget_tokens": budget_tokens, "requests_per_minute": requests_per_minute,
+    }  # fmt: skip
+    if endpoint is None and (request or any(value is not None for value in options.values())):
+        raise UserError("these settings are for a model behind an --endpoint, which is not given")
+    if endpoint is not None and model is None:
+        raise UserError(f"--model names the model that {endpoint} is to be asked for, and is not given")
+    from skillsd.evals import run_eval
 
-    def on_episode(trajectory: object) -> None:
-        nonlocal done
-        done += 1
-        bars.update(f"playing {split}", done, tasks * (samples + 1) * len(checkpoints))
+    run_eval(
+        console,
+        run=run,
+        model=model,
+        endpoint={**options, "timeout_seconds": timeout, "request": _mapping(request)} if endpoint else None,
+        recipe=recipe,
+        overrides=given,
+        split=split,
+        samples=samples,
+        limit=limit,
+        at=at or (),
+        temperatures=temperature or (),
+        episodes=episodes,
+        json_out=json_out,
+        append=append,
+    )
 
-    results = []
-    with bars.shown():
-        for path in checkpoints:
-            if path and path != checkpoints[0]:  # that one is loaded
-                engine.load(path)
-            for figures in score(
-                engine, config, split, samples=samples, limit=limit, temperatures=temperatures, on_episode=on_episode
-            ):
-                results.append((checkpoint.number(path) if path else None, figures))
-    rows = [
-        [
-            *([str(iteration)] if len(checkpoints) > 1 else []),
-            "greedy" if result.temperature == 0 else f"sampled at {result.temperature:g}",
-            percent(result.accuracy, result.interval),
-            percent(result.completion, result.completion_interval),
-            f"{result.episodes:,}",
-            f"{result.mean_turns:.1f}",
-            duration(result.seconds),
-        ]
-        for iteration, result in results
-    ]
-    columns = ["", "accuracy [95 %]", "completion [95 %]", "episodes", "turns", "took"]
-    columns = ["iteration", *columns] if len(checkpoints) > 1 else columns
-    first = results[0][1]
-    caption = f"Intervals over {first.tasks} tasks; panel {first.fingerprint}"
-    console.print(table(f"{target} on {config.environment.name}, split {split}", columns, rows, caption))
-    if json_out:
-        run = target if is_run(target) else None
-        model = manifest.model(config.model.name if run else target)
-        records = [
-            as_record(result, engine, config, model=model, run=run, iteration=iteration, samples=samples)
-            for iteration, result in results
-        ]
-        write_whole(json_out, json.dumps(beside(records, json_out) if append else records, indent=2))
+
+def _mapping(text: str | None) -> dict[str, Any]:
+    import yaml
+
+    try:
+        value = yaml.safe_load(text or "{}")
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"--request is {text!r}: expected fields with values, e.g. '{{reasoning_effort: low}}'")
+    return value
 
 
 @app.command()

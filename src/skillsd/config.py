@@ -46,6 +46,25 @@ class ModelSection(_Section):
     """Given to the tokenizer's chat template, e.g. ``{enable_thinking: false}``. docs/models.md."""
 
 
+class EngineSection(_Section):
+    """Who samples the rollouts. The embedded engine trains in any case. docs/vllm.md."""
+
+    name: Literal["torch", "vllm"] = "torch"
+    """``vllm`` runs in a process of its own. The keys below are for it alone."""
+    python: str | None = None
+    """Path of the interpreter that has vLLM (``build/vllm/bin/python`` after `make vllm-env`). None is this one."""
+    gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
+    """Share of the GPU's memory that vLLM takes for good; the training needs the rest."""
+    cpu_kv_cache_gib: int = Field(1, ge=1)
+    """Memory for keys and values where vLLM runs on a CPU."""
+    max_model_len: int | None = Field(None, ge=2)
+    """The most tokens of a sequence. None is what the model takes."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """The longest that vLLM may take to start, to load weights, or to answer one request."""
+    options: dict[str, Any] = {}
+    """More keyword arguments of ``vllm.LLM``, e.g. ``{tensor_parallel_size: 2}``."""
+
+
 class EnvironmentSection(_Section):
     name: str = "sokoban"
     """A registered environment (`skillsd envs list`), or ``module:Class``."""
@@ -90,6 +109,9 @@ class ObjectiveSection(_Section):
     clip_high: float = Field(0.2, ge=0)
     distil_clamp: float | None = Field(None, gt=0)
     """A change of method, off by default: tokens with a larger |l| give no distillation gradient, and are counted."""
+    importance_cap: float | None = Field(None, gt=0)
+    """Truncated importance sampling between sampler and trainer: the policy term is weighted by min(ratio of their
+    log-probs, this). Costs one pass of scoring. None is off; 2 is usual where vLLM samples."""
     scale_by_std: bool = True
     """Divide the group's advantages by their standard deviation."""
 
@@ -145,24 +167,16 @@ class SkillsSection(_Section):
     """What one summary may take in all: repeated requests and the rests between them count."""
 
 
-class SummariserSection(_Section):
-    """A language model that writes skills, for ``skills.summariser`` ``openai`` and ``policy``. docs/summarisers.md."""
+class EndpointSection(_Section):
+    """A language model behind an endpoint that speaks OpenAI's chat completions, and what it may cost."""
 
     model: str | None = None
-    """Its name at the endpoint. The policy has none."""
+    """Its name at the endpoint."""
     base_url: str | None = None
     """The endpoint's address, as a rule with ``/v1`` at its end. None is OpenAI's own."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the key; the key itself is never written anywhere. None is
     ``OPENAI_API_KEY`` for OpenAI's own address, and no key for another ``base_url``."""
-    prompt: str = "summarise"
-    """What it is asked: a template of the package, or a path to one. The paper's is not given; this is ours."""
-    temperature: float | None = Field(None, ge=0)
-    """None takes the endpoint's own; the policy's is then ``rollout.temperature``."""
-    max_input_chars: int = Field(24_000, ge=1000)
-    """A longer prompt is condensed (`skillsd.skills.prompt`). The policy's has to fit the model's context besides."""
-    max_output_tokens: int = Field(1024, ge=1)
-    """The most tokens of an answer, a reasoning model's thoughts included."""
     request: dict[str, Any] = {}
     """More fields of the endpoint's requests (``seed``, ``reasoning_effort``, ``chat_template_kwargs`` ...)."""
     timeout_seconds: float = Field(60.0, gt=0)
@@ -171,11 +185,11 @@ class SummariserSection(_Section):
     """How often a request is repeated after 408, 409, 429, 5xx, a missed deadline or a broken connection."""
     requests_per_minute: float | None = Field(None, gt=0)
     budget_calls: int | None = Field(None, ge=0)
-    """After so many requests in a run no more are made. None is no limit."""
+    """After so many requests in all no more are made. None is no limit."""
     budget_tokens: int | None = Field(None, ge=0)
     """After so many tokens, prompts and answers together, no more requests are made; those under way are finished."""
     price_in: float | None = Field(None, ge=0)
-    """Of a million tokens of prompts, in any currency; for the metrics."""
+    """Of a million tokens of prompts, in any currency; for the figures."""
     price_out: float | None = Field(None, ge=0)
     """Of a million tokens of answers."""
 
@@ -183,7 +197,7 @@ class SummariserSection(_Section):
         *("base_url", "api_key_env", "timeout_seconds", "max_retries", "requests_per_minute"),
         *("budget_calls", "budget_tokens", "price_in", "price_out"),
     )
-    """What decides how the model is reached and paid, not what it says: may change when a run is taken up again."""
+    """What decides how the model is reached and paid, not what it says: may change when work is taken up again."""
 
     def cost(self, tokens_in: int, tokens_out: int) -> float | None:
         """In the currency of the prices; None if there are none. A price that is not given is 0."""
@@ -207,8 +221,24 @@ class SummariserSection(_Section):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("expected an address such as http://localhost:8000/v1")
         if "@" in parts.netloc or parts.query:
-            raise ValueError("it would be written down with the run: name a key in summariser.api_key_env instead")
+            raise ValueError("it would be written down: give the name of the key's environment variable instead")
         return address
+
+
+class SummariserSection(EndpointSection):
+    """A language model that writes skills, for ``skills.summariser`` ``openai`` and ``policy``. docs/summarisers.md.
+
+    The policy has neither a model's name nor anything else of an endpoint's.
+    """
+
+    prompt: str = "summarise"
+    """What it is asked: a template of the package, or a path to one. The paper's is not given; this is ours."""
+    temperature: float | None = Field(None, ge=0)
+    """None takes the endpoint's own; the policy's is then ``rollout.temperature``."""
+    max_input_chars: int = Field(24_000, ge=1000)
+    """A longer prompt is condensed (`skillsd.skills.prompt`). The policy's has to fit the model's context besides."""
+    max_output_tokens: int = Field(1024, ge=1)
+    """The most tokens of an answer, a reasoning model's thoughts included."""
 
 
 class TrainingSection(_Section):
@@ -272,6 +302,7 @@ class RunConfig(_Section):
     method: str = "skill-sd"
     seed: int = Field(0, ge=0)
     model: ModelSection = ModelSection()
+    engine: EngineSection = EngineSection()
     environment: EnvironmentSection = EnvironmentSection()
     rollout: RolloutSection = RolloutSection()
     objective: ObjectiveSection = ObjectiveSection()
@@ -350,7 +381,7 @@ class SftConfig(_Section):
     warm_start: WarmStartSection = WarmStartSection()
 
 
-C = TypeVar("C", RunConfig, SftConfig)
+C = TypeVar("C", RunConfig, SftConfig, EndpointSection)
 _COMMANDS: dict[type[BaseModel], str] = {RunConfig: "skillsd train", SftConfig: "skillsd sft"}
 
 
@@ -410,7 +441,7 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 """A number, though YAML 1.1 takes 1e-4 for a string."""
 
 
-_MAY_HOLD_A_KEY = ("summariser.api_key_env", "summariser.base_url")
+_MAY_HOLD_A_KEY = ("api_key_env", "base_url")
 """Where someone may put a key by mistake: it is not repeated in the error."""
 
 
@@ -459,7 +490,7 @@ def _explain(kind: type[BaseModel], problem: dict[str, Any]) -> str:
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key} is {problem['input']!r}, expected keys and values of its own"
     message = problem["msg"].removeprefix("Value error, ")
-    given = "not usable" if key in _MAY_HOLD_A_KEY else repr(problem["input"])
+    given = "not usable" if key.split(".")[-1] in _MAY_HOLD_A_KEY else repr(problem["input"])
     return f"{key} is {given}: {message[0].lower()}{message[1:]}"
 
 

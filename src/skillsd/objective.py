@@ -112,6 +112,25 @@ def clipped_policy_loss(
     return PolicyTerms(loss, ratio, clipped)
 
 
+def truncated_importance(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """min(pi_old(y_t) / mu(y_t), cap): truncated importance sampling between two engines.
+
+    A sampling engine (mu) and the training engine (pi_old) compute the same weights' log-probs with other kernels, in
+    other precision. Uncapped, the mean over y_t ~ mu of weight times anything is its mean over y_t ~ pi_old; the cap
+    trades a little bias for a bounded variance (Ionides, 2008; between two engines: Yao et al., 2025, "Your Efficient
+    RL Framework Secretly Brings You Off-Policy RL Training"). Not in the paper.
+
+    Args:
+        logprobs: log pi_old(y_t), by the training engine, ``[tokens]``.
+        sampler_logprobs: log mu(y_t), as the sampling engine reported it, ``[tokens]``.
+        cap: C, above 0.
+
+    Returns:
+        ``[tokens]``, without gradient.
+    """
+    return _log_ratio(logprobs, sampler_logprobs).exp().clamp(max=cap)
+
+
 # ---------------------------------------------------------------------------------------- the teacher's term
 
 
@@ -286,6 +305,8 @@ class Objective:
         clip_low, clip_high: of the policy term. The paper gives none; 0.2 is PPO's.
         distil_clamp: a change of method, hence off (None). If set, tokens with |l| above it give the
             distillation no gradient; they stay in its denominator, and `distil_clamped` counts them.
+        importance_cap: if set, pi_old of the policy term is the training engine's, and the term is weighted by
+            `truncated_importance`. The distillation needs no such weight: its rho is over what the sampler reported.
     """
 
     reward_weight: float = 1.0
@@ -296,6 +317,7 @@ class Objective:
     clip_low: float = 0.2
     clip_high: float = 0.2
     distil_clamp: float | None = None
+    importance_cap: float | None = None
 
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
@@ -310,6 +332,8 @@ class Objective:
             given = getattr(self, name)
             if given is not None and not given >= 0:
                 raise UserError(f"{name} is {given}; it must be 0 or more")
+        if self.importance_cap is not None and not self.importance_cap > 0:
+            raise UserError(f"importance_cap is {self.importance_cap}; it must be above 0, or None for no weight")
 
     @property
     def needs_distribution(self) -> bool:
@@ -326,9 +350,10 @@ class Objective:
 
         Args:
             student: log-probs of the action tokens, with gradient.
-            signals: aligned with them: ``old_logprobs``, ``advantages``, ``teacher_logprobs`` (anything where
-                there is no teacher) ``[tokens]``, ``has_teacher`` ``[tokens]`` bool; where there is something to
-                imitate, ``imitated`` ``[tokens]`` bool; if `needs_distribution`, ``teacher_distribution``
+            signals: aligned with them: ``old_logprobs`` (the sampler's), ``advantages``, ``teacher_logprobs`` (anything
+                where there is no teacher) ``[tokens]``, ``has_teacher`` ``[tokens]`` bool; where there is something to
+                imitate, ``imitated`` ``[tokens]`` bool; with `importance_cap`, ``rescored_logprobs`` ``[tokens]`` (of
+                the weights that sampled, by the training engine); if `needs_distribution`, ``teacher_distribution``
                 ``[tokens, vocab]`` (or ``[tokens, top_k + 1]``).
             normalisers: of the whole minibatch, ``action_tokens``, ``teacher_tokens`` (those with a teacher) and
                 ``imitated_tokens`` (not among the action tokens).
@@ -350,12 +375,18 @@ class Objective:
         self, student: TokenLogprobs, signals: Mapping[str, Tensor], normalisers: Mapping[str, float]
     ) -> tuple[Tensor, Metrics]:
         old_logprobs, advantages, taught = (signals[k] for k in ("old_logprobs", "advantages", "has_teacher"))
+        sampled_by = old_logprobs if self.importance_cap is None else signals["rescored_logprobs"]
         policy = clipped_policy_loss(
-            student.chosen, old_logprobs, advantages, clip_low=self.clip_low, clip_high=self.clip_high
+            student.chosen, sampled_by, advantages, clip_low=self.clip_low, clip_high=self.clip_high
         )
-        loss = self.reward_weight * policy.loss.sum() / max(normalisers["action_tokens"], 1)
-        logged = {
-            "policy_loss": policy.loss,
+        policy_loss, logged = policy.loss, {}
+        if self.importance_cap is not None:
+            weight = truncated_importance(sampled_by, old_logprobs, self.importance_cap)
+            policy_loss = weight * policy_loss
+            logged = {"importance": weight, "importance_capped": weight >= self.importance_cap}
+        loss = self.reward_weight * policy_loss.sum() / max(normalisers["action_tokens"], 1)
+        logged |= {
+            "policy_loss": policy_loss,
             "ratio": policy.ratio,
             "clip_fraction": policy.clipped,
             # unbiased for KL(pi_old || pi), as the tokens are pi_old's

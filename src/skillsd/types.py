@@ -80,6 +80,8 @@ class Turn:
 class Trajectory:
     """A finished episode. It owns its token ids: they are never decoded and encoded again on the way to a loss.
 
+    The episode of an actor that knows no token ids (a model behind an endpoint) has none.
+
     Attributes:
         task: the task that was played.
         prompt: the messages that the student was shown first; rendered, they are ``tokens[:prompt_length]``.

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 from fake_endpoint import SKILL, FakeEndpoint, Reply, completion, refusal
 
+from skillsd import endpoint
 from skillsd.config import SummariserSection
 from skillsd.errors import UserError
-from skillsd.skills import endpoint
 from skillsd.skills.background import BackgroundSummaries
 from skillsd.skills.bank import SkillBank
-from skillsd.skills.endpoint import EndpointSummariser
+from skillsd.skills.endpoint import NAMES, EndpointSummariser
 from skillsd.skills.prompt import SummaryPrompt, load_prompt
 from skillsd.skills.summarise import SummaryError
-from skillsd.types import Skill, Trajectory
+from skillsd.types import Message, Skill, Trajectory
 
 KEY = "sk-very-secret-0123456789"
 GOOD = completion(SKILL)
@@ -45,12 +45,8 @@ def _warm() -> None:
     server = FakeEndpoint(GOOD)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NO_PROXY", "127.0.0.1")
-        one = EndpointSummariser(
-            SummariserSection(model="m", base_url=server.url),
-            SummaryPrompt("{trajectory}", max_chars=1, max_input_chars=1000),
-            Counter(),
-        )
-        asyncio.run(one._request("x", True))
+        one = endpoint.Endpoint(SummariserSection(model="m", base_url=server.url), Counter(), NAMES)
+        asyncio.run(one.ask([Message("user", "x")], max_tokens=1))
     server.close()
 
 
@@ -344,14 +340,14 @@ def test_a_missing_or_odd_key_is_told_before_anything_is_asked(
     if value:
         monkeypatch.setenv("ODD", value)
     with pytest.raises(UserError, match=message) as error:
-        endpoint.check_access(SummariserSection(model="m", **options))
+        endpoint.check_access(SummariserSection(model="m", **options), NAMES)
     assert not value or value not in str(error.value)
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UserError, match=r"pip install 'skillsd\[openai\]'"):
-        endpoint.check_access(SummariserSection(model="m", base_url="http://localhost:1/v1"))
+        endpoint.check_access(SummariserSection(model="m", base_url="http://localhost:1/v1"), NAMES)
 
 
 def test_openais_own_address_gets_the_usual_key_and_the_new_name_of_the_limit(

@@ -251,6 +251,22 @@ def test_a_success_is_imitated_beside_the_group_and_takes_part_in_nothing_else(
             assert not item.signals["has_teacher"].any()
 
 
+def test_rescored_logprobs_are_the_engines_own_of_what_the_actor_saw(
+    groups: list[Group], engine: TorchEngine, renderer: ChatRenderer
+) -> None:
+    told = [Told(student=SKILL, teacher=SKILL)] * 4  # trained under another prompt than it acted under
+    best = BestSuccesses()
+    best.update(groups)
+    batch = build_batch(
+        groups, told, engine, renderer, temperature=1.3, scale_by_std=True, best=best, rescore="student"
+    )
+    for item in (item for items in batch.groups for item in items):
+        # The sampler of this engine is exact, so the two agree to rounding.
+        torch.testing.assert_close(item.signals["rescored_logprobs"], item.signals["old_logprobs"], atol=1e-5, rtol=0)
+        if not item.signals["imitated"].any():
+            assert item.signals["rescored_logprobs"] is not item.signals["old_logprobs"]
+
+
 def acted(engine: TorchEngine, renderer: ChatRenderer, context: str) -> list[Group]:
     """A group whose actor was told `context`."""
     toy = Toy()

@@ -14,12 +14,12 @@ from fake_endpoint import SKILL, FakeEndpoint, Reply, Request, completion
 from toy_env import Toy
 from toy_run import Listener, MakeRun, go, toy_settings
 
+from skillsd import endpoint
 from skillsd.config import RunConfig
 from skillsd.engines.base import Sample, SampleRequest
 from skillsd.errors import UserError
 from skillsd.report.progress import summaries_note
 from skillsd.report.writer import METRICS, read
-from skillsd.skills import endpoint
 from skillsd.skills.bank import SkillBank
 from skillsd.training import checkpoint
 from skillsd.training.loop import train

@@ -230,3 +230,6 @@ class Engine(ABC):
     @abstractmethod
     def load(self, folder: Path) -> None:
         """Take up what `save` wrote: training then goes on bit for bit."""
+
+    def close(self) -> None:  # noqa: B027  most engines have nothing to end
+        """Nothing is asked of this engine any more: end whatever runs outside of this process for it."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from skillsd.envs.base import TaskSet
-from skillsd.rollouts.episode import Actor, Budget, run_episode
+from skillsd.rollouts.episode import Budget, Player, run_episode
 from skillsd.seeds import derive_seed
 from skillsd.types import Group, Outcome, Task, Trajectory
 
@@ -30,7 +30,7 @@ class Collected:
 
 
 async def collect(
-    actor: Actor,
+    actor: Player,
     task_set: TaskSet,
     tasks: Sequence[Task],
     budget: Budget,
@@ -40,6 +40,7 @@ async def collect(
     retries: int = 2,
     concurrency: int = 256,
     contexts: Sequence[str] | None = None,
+    kept: Mapping[int, Trajectory] | None = None,
     on_episode: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> Collected:
     """Play every task `group_size` times.
@@ -52,7 +53,8 @@ async def collect(
         seed: all episodes' seeds are derived from it by name, so that they do not depend on who runs when.
         concurrency: the most episodes under way at once.
         contexts: text added to the actor's first prompt, one for each task; none if not given.
-        on_episode: called for each episode that carries a reward, in the order in which they end.
+        kept: episodes of an earlier try of this very collection, by their seeds; they are not played again.
+        on_episode: called for each other episode that carries a reward, in the order in which they end.
     """
     collected = Collected()
     slots = asyncio.Semaphore(concurrency)
@@ -63,7 +65,11 @@ async def collect(
 
     async def play(task: Task, place: int, member: int) -> Trajectory | None:
         # `place` tells two visits of one task in the same collection apart.
-        for attempt in range(retries + 1):
+        seeds = [derive_seed(seed, place, task.id, member, attempt) for attempt in range(retries + 1)]
+        for episode_seed in seeds:
+            if kept and episode_seed in kept:
+                return kept[episode_seed]
+        for attempt, episode_seed in enumerate(seeds):
             name = f"{seed}/{place}/{task.id}/{member}/{attempt}"
             async with slots:
                 try:
@@ -76,7 +82,7 @@ async def collect(
                     environment,
                     task,
                     budget,
-                    seed=derive_seed(seed, place, task.id, member, attempt),
+                    seed=episode_seed,
                     # The whole group plays the same episode of the environment: GRPO compares like with like.
                     environment_seed=derive_seed(seed, place, task.id),
                     session=name,

@@ -1,4 +1,4 @@
-"""One episode: a student acts in an environment, and what it sampled is kept as it was sampled."""
+"""One episode: an actor plays in an environment, and what it sampled is kept as it was sampled."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from skillsd.config import RolloutSection
 from skillsd.engines.base import Engine, SampleRequest, Weights
@@ -45,18 +46,117 @@ class Budget:
         )
 
 
+class ActorFailedError(Exception):
+    """Who acts could not: the infrastructure behind it broke. The episode then carries no reward."""
+
+
+class Part(ABC):
+    """An actor's part in one episode: says actions, hears the answers.
+
+    Attributes:
+        tokens, mask, logprobs, prompt_length: as of `Trajectory`; empty for an actor that knows no token ids.
+        said: where the last action stands in `tokens`.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.mask: list[bool] = []
+        self.logprobs: list[float] = []
+        self.prompt_length = 0
+        self.said = (0, 0)
+
+    @abstractmethod
+    async def act(self, number: int) -> str | None:
+        """The action of turn `number` (from 0); None where the budget of tokens leaves no room for one.
+
+        Raises:
+            ActorFailedError: if the episode is lost for reasons that are not its own.
+        """
+
+    @abstractmethod
+    def hear(self, observation: str) -> None:
+        """The environment's answer, when the episode goes on."""
+
+    def end(self) -> None:  # noqa: B027 (not every actor holds something)
+        """The episode is over."""
+
+
+class Player(Protocol):
+    """Whoever can play episodes, many at once."""
+
+    @property
+    def temperature(self) -> float: ...
+
+    def begin(
+        self, prompt: tuple[Message, ...], budget: Budget, *, seed: int, session: str, context: str = ""
+    ) -> Part: ...
+
+
 @dataclass(frozen=True)
 class Actor:
-    """Who samples, and how: the engine, which of its weights, under what temperature."""
+    """A `Player` of token ids: the engine, which of its weights, under what temperature."""
 
     engine: Engine
     renderer: ChatRenderer
     temperature: float = 1.0
     weights: Weights = "student"
 
+    def begin(
+        self, prompt: tuple[Message, ...], budget: Budget, *, seed: int, session: str, context: str = ""
+    ) -> TokenPart:
+        return TokenPart(self, prompt, budget, seed=seed, session=session, context=context)
+
+
+class TokenPart(Part):
+    """Token-in, token-out: ids are only ever appended, the sampled ones as they were sampled."""
+
+    def __init__(
+        self, actor: Actor, prompt: tuple[Message, ...], budget: Budget, *, seed: int, session: str, context: str
+    ) -> None:
+        super().__init__()
+        self._actor, self._budget, self._seed, self._session = actor, budget, seed, session
+        self._append(actor.renderer.prompt(with_context(prompt, context) if context else prompt), None)
+        self.prompt_length = len(self.tokens)
+        self._most = budget.trajectory_tokens
+        if context:  # who is told more may say as much
+            extra = self.prompt_length - len(actor.renderer.prompt(prompt))
+            self._most = min(self._most + extra, actor.engine.max_length)
+        self._heard: tuple[int, ...] = ()  # the environment's last words: they join the tokens when a turn follows them
+
+    async def act(self, number: int) -> str | None:
+        room = min(self._budget.turn_tokens, self._most - len(self.tokens) - len(self._heard))
+        if room <= 0:
+            return None
+        self._append(self._heard, None)
+        sample = await self._actor.engine.sample(
+            SampleRequest(
+                tokens=tuple(self.tokens),
+                max_tokens=room,
+                seed=derive_seed(self._seed, number),
+                temperature=self._actor.temperature,
+                session=self._session,
+                weights=self._actor.weights,
+            )
+        )
+        start = len(self.tokens)
+        self._append(sample.tokens, sample.logprobs)
+        self.said = (start, len(self.tokens))
+        return self._actor.renderer.text(sample.tokens)
+
+    def hear(self, observation: str) -> None:
+        self._heard = self._actor.renderer.observation(observation, self.tokens[-1])
+
+    def end(self) -> None:
+        self._actor.engine.end_session(self._session)
+
+    def _append(self, ids: tuple[int, ...], logprobs: tuple[float, ...] | None) -> None:
+        self.tokens.extend(ids)
+        self.mask.extend([logprobs is not None] * len(ids))
+        self.logprobs.extend(logprobs if logprobs is not None else [0.0] * len(ids))
+
 
 async def run_episode(
-    actor: Actor,
+    actor: Player,
     environment: Environment,
     task: Task,
     budget: Budget,
@@ -75,70 +175,42 @@ async def run_episode(
             tokens come on top of the budget's, as far as the model takes them.
 
     Never raises for what the environment does: an exception or a missed deadline there ends the episode with the
-    outcome ``env_error`` or ``timeout``, which carries no reward.
+    outcome ``env_error`` or ``timeout``, which carries no reward. So does an actor whose own infrastructure broke.
     """
     prompt: tuple[Message, ...] = ()
-    tokens: list[int] = []
-    mask: list[bool] = []
-    logprobs: list[float] = []
+    part: Part = _Silent()
     turns: list[Turn] = []
-    prompt_length = 0
     score, success, error = 0.0, False, ""
     outcome = Outcome.TRUNCATED_TURNS
-    heard: tuple[int, ...] = ()  # the environment's last words: they join the tokens when a turn follows them
-
-    def append(ids: tuple[int, ...], logprobs_: tuple[float, ...] | None) -> None:
-        tokens.extend(ids)
-        mask.extend([logprobs_ is not None] * len(ids))
-        logprobs.extend(logprobs_ if logprobs_ is not None else [0.0] * len(ids))
-
     try:
         prompt = await _in_time(environment.reset(task, environment_seed), budget.step_seconds, "reset")
-        append(actor.renderer.prompt(with_context(prompt, context) if context else prompt), None)
-        prompt_length = len(tokens)
-        most = budget.trajectory_tokens
-        if context:  # who is told more may say as much
-            most = min(most + prompt_length - len(actor.renderer.prompt(prompt)), actor.engine.max_length)
+        part = actor.begin(prompt, budget, seed=seed, session=session, context=context)
         for number in range(budget.turns):
-            room = min(budget.turn_tokens, most - len(tokens) - len(heard))
-            if room <= 0:
+            action = await part.act(number)
+            if action is None:
                 outcome = Outcome.TRUNCATED_TOKENS
                 break
-            append(heard, None)
-            sample = await actor.engine.sample(
-                SampleRequest(
-                    tokens=tuple(tokens),
-                    max_tokens=room,
-                    seed=derive_seed(seed, number),
-                    temperature=actor.temperature,
-                    session=session,
-                    weights=actor.weights,
-                )
-            )
-            start = len(tokens)
-            append(sample.tokens, sample.logprobs)
-            action = actor.renderer.text(sample.tokens)
             step = await _in_time(_checked(environment.step(action)), budget.step_seconds, f"step {number}")
-            turns.append(Turn(action, step.observation, start, len(tokens), step.info))
+            turns.append(Turn(action, step.observation, *part.said, step.info))
             score, success = step.score, step.success
             if step.done:
                 outcome = Outcome.SOLVED if success else Outcome.FAILED
                 break
-            heard = actor.renderer.observation(step.observation, sample.tokens[-1])
+            part.hear(step.observation)
     except _DeadlineMissedError as missed:
         outcome, error = Outcome.TIMEOUT, str(missed)
-    except _EnvironmentFailedError as failed:
+    except (_EnvironmentFailedError, ActorFailedError) as failed:
         outcome, error = Outcome.ENV_ERROR, str(failed)
     finally:
-        actor.engine.end_session(session)
+        part.end()
         await _close(environment, budget.step_seconds)
     return Trajectory(
         task=task,
         prompt=prompt,
-        tokens=tuple(tokens),
-        action_mask=tuple(mask),
-        logprobs=tuple(logprobs),
-        prompt_length=prompt_length,
+        tokens=tuple(part.tokens),
+        action_mask=tuple(part.mask),
+        logprobs=tuple(part.logprobs),
+        prompt_length=part.prompt_length,
         turns=tuple(turns),
         outcome=outcome,
         score=score,
@@ -146,6 +218,16 @@ async def run_episode(
         seed=seed,
         error=error,
     )
+
+
+class _Silent(Part):
+    """Before an episode has begun."""
+
+    async def act(self, number: int) -> str | None:
+        return None
+
+    def hear(self, observation: str) -> None:
+        pass
 
 
 class _EnvironmentFailedError(Exception):

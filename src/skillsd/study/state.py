@@ -57,7 +57,7 @@ def steps(study: Study, cell: Cell) -> list[list[str]]:
     how = ["--split", study.split, "--samples", str(study.samples), "--json", file, "--append"]
     if not cell.trained:
         settings = list(cell.overrides)
-        return [[*python, "eval", study.models[cell.model], *settings, "--recipe", study.recipe, *how]]
+        return [[*python, "eval", "--model", study.models[cell.model], *settings, "--recipe", study.recipe, *how]]
     train = [*python, "train", study.recipe, *cell.overrides, "--out", str(cell.folder), "--resume"]
     points = [word for iteration in _unplayed(study, cell) for word in ("--at", str(iteration))]
     evaluate = [*python, "eval", str(cell.folder), *how, *points]

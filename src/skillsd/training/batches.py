@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from skillsd.engines.base import Engine, TokenSequence, TrainItem
+from skillsd.engines.base import Engine, TokenSequence, TrainItem, Weights
 from skillsd.objective import group_advantages
 from skillsd.rollouts.tokens import ChatRenderer
 from skillsd.seeds import derive_seed
@@ -60,6 +60,7 @@ def build_batch(
     distribution: bool = False,
     top_k: int | None = None,
     best: BestSuccesses | None = None,
+    rescore: Weights | None = None,
 ) -> Batch:
     """Advantages of each group, and the teacher's log-probs of the groups that have a teacher.
 
@@ -69,10 +70,12 @@ def build_batch(
         distribution: ask the teacher for its whole distribution ``[tokens, vocabulary]`` at each token.
         top_k: then only for its `top_k` most likely tokens, and one bucket for the rest.
         best: successes to imitate; adds an item, without advantage or teacher, to each group whose task has one.
+        rescore: the weights that acted, if the engine is to say itself how likely it held what was sampled.
     """
     batch = Batch()
     made: list[Signals] = []
     asked: list[tuple[TokenSequence, Signals]] = []
+    acted: list[tuple[TokenSequence, Signals]] = []
     for group, words in zip(groups, told, strict=True):
         advantages = group_advantages(group.rewards, scale_by_std=scale_by_std)
         batch.flat += not bool(advantages.any())
@@ -91,6 +94,7 @@ def build_batch(
             if views is not None:
                 asked.append((views[place], signals))
             sequence = TokenSequence(trajectory.tokens, trajectory.action_mask)
+            acted.append((sequence, signals))
             if words.student != words.actor:
                 sequence = view(trajectory, words.student, renderer)
             items.append(TrainItem(sequence, signals))
@@ -99,6 +103,12 @@ def build_batch(
             items.append(TrainItem(view(success, words.student, renderer), made[-1]))
             batch.imitated += 1
         batch.groups.append(items)
+    if rescore is not None:
+        scores = engine.score([sequence for sequence, _ in acted], rescore, temperature=temperature)
+        for signals in made:  # of what is imitated nothing is asked
+            signals["rescored_logprobs"] = signals["old_logprobs"]
+        for (_, signals), score in zip(acted, scores, strict=True):
+            signals["rescored_logprobs"] = score
     _ask_teacher(made, asked, engine, temperature, distribution, top_k)
     return batch
 

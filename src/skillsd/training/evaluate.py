@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from scipy import stats
 
 from skillsd.envs.base import TaskSet, spread
-from skillsd.rollouts.collect import collect
-from skillsd.rollouts.episode import Actor, Budget
+from skillsd.rollouts.collect import collect, outcome_counts
+from skillsd.rollouts.episode import Budget, Player
 from skillsd.types import Task, Trajectory
 
 
@@ -28,6 +28,7 @@ class Evaluation:
         tasks, episodes: how many were played; episodes that the infrastructure broke are not among them.
         mean_turns: turns an episode took.
         fingerprint: identifies the panel; figures with different ones are not comparable.
+        outcomes: how the episodes ended (`skillsd.types.Outcome`), and how often.
         successes, scores: of each task of the panel, in its order: the mean over its episodes. None for a task that the
             infrastructure broke.
     """
@@ -43,12 +44,13 @@ class Evaluation:
     split: str
     fingerprint: str
     temperature: float
+    outcomes: Mapping[str, int] = field(default_factory=dict)
     successes: tuple[float | None, ...] = ()
     scores: tuple[float | None, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures of the whole panel, without those of single tasks."""
-        return {key: value for key, value in self.with_tasks().items() if key not in ("successes", "scores")}
+        """The figures of the whole panel that are single numbers or names."""
+        return {k: v for k, v in self.with_tasks().items() if k not in ("outcomes", "successes", "scores")}
 
     def with_tasks(self) -> dict[str, Any]:
         """The figures, with those of each task."""
@@ -81,7 +83,7 @@ def student(values: Sequence[float], bounds: tuple[float, float] = (0.0, 1.0)) -
 
 
 async def evaluate(
-    actor: Actor,
+    actor: Player,
     task_set: TaskSet,
     split: str,
     budget: Budget,
@@ -91,6 +93,7 @@ async def evaluate(
     limit: int | None = None,
     concurrency: int = 256,
     context: Callable[[Task], str] | None = None,
+    kept: Mapping[int, Trajectory] | None = None,
     on_episode: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> Evaluation:
     """Play every task of `split` `samples` times with the actor as it is (temperature 0: greedily).
@@ -98,6 +101,7 @@ async def evaluate(
     Args:
         context: text to add to each task's first prompt, for studies of what a skill is worth; none by default: the
             student is tested under the plain prompt.
+        kept, on_episode: as of `skillsd.rollouts.collect.collect`.
     """
     tasks = list(spread(task_set.tasks(split), limit))
     begin = time.perf_counter()
@@ -110,6 +114,7 @@ async def evaluate(
         seed=seed,
         concurrency=concurrency,
         contexts=[context(task) for task in tasks] if context else None,
+        kept=kept,
         on_episode=on_episode,
     )
     # Episodes of one task are not independent: the task's mean is the unit of the interval.
@@ -130,6 +135,7 @@ async def evaluate(
         split=split,
         fingerprint=task_set.fingerprint(split) + (f":{limit} spread" if limit else ""),
         temperature=actor.temperature,
+        outcomes={outcome.value: count for outcome, count in outcome_counts(collected.groups).items() if count},
         successes=tuple(None if place is None else successes[place] for place in places),
         scores=tuple(None if place is None else scores[place] for place in places),
     )

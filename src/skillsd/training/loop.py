@@ -115,6 +115,7 @@ async def iterate(run: Run, reporter: Reporter) -> Record:
                 distribution=objective.needs_distribution,
                 top_k=objective.top_k,
                 best=run.best,
+                rescore=run.method.sampler if objective.importance_cap else None,
             ),
         )
 

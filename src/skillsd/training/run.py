@@ -7,7 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from skillsd.config import RunConfig, SummariserSection
+from skillsd.config import EngineSection, RunConfig, SummariserSection
+from skillsd.endpoint import check_access
 from skillsd.engines.base import Engine
 from skillsd.envs import registry
 from skillsd.envs.base import TaskSet, spread
@@ -21,7 +22,7 @@ from skillsd.skills import ucb
 from skillsd.skills.background import BackgroundSummaries
 from skillsd.skills.bank import SkillBank
 from skillsd.skills.context import load_template
-from skillsd.skills.endpoint import EndpointSummariser, check_access
+from skillsd.skills.endpoint import NAMES, EndpointSummariser
 from skillsd.skills.policy import PolicySummariser
 from skillsd.skills.prompt import SummaryPrompt, load_prompt
 from skillsd.skills.summarise import RuleSummariser, Summariser
@@ -84,6 +85,7 @@ class Run:
             clip_low=options.clip_low,
             clip_high=options.clip_high,
             distil_clamp=options.distil_clamp,
+            importance_cap=options.importance_cap,
         )
 
     def learning_rate(self) -> float:
@@ -94,10 +96,11 @@ class Run:
 
     def close(self) -> None:
         self.bank.close()
+        self.engine.close()
 
 
 def make_engine(config: RunConfig) -> Engine:
-    """The embedded engine as the recipe wants it."""
+    """The engine as the recipe wants it: the embedded one, with vLLM for its rollouts where asked for."""
     import torch
 
     from skillsd.engines.torch.engine import TorchEngine
@@ -111,7 +114,7 @@ def make_engine(config: RunConfig) -> Engine:
     every_time = config.teacher.sync_every == 1 and config.teacher.ema is None
     follows = row.teacher == "none" or (row.teacher == "synchronised" and every_time)
     torch.manual_seed(derive_seed(config.seed, "torch"))
-    return TorchEngine(
+    trainer = TorchEngine(
         config.model.name,
         dtype=config.model.dtype,
         device=config.model.device,
@@ -125,6 +128,12 @@ def make_engine(config: RunConfig) -> Engine:
         max_grad_norm=options.max_grad_norm,
         gradient_checkpointing=config.model.gradient_checkpointing,
     )
+    if config.engine.name == "torch":
+        return trainer
+    from skillsd.engines.vllm.engine import VllmEngine, VllmOptions
+
+    given = config.engine.model_dump(exclude={"name"})
+    return VllmEngine(trainer, VllmOptions(**given, max_requests=config.rollout.concurrency))
 
 
 def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task_set: TaskSet | None = None) -> Run:
@@ -165,7 +174,7 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
         )
     template = load_template(config.skills.template)
     if row.uses_skills and config.skills.summariser == "openai":
-        check_access(config.summariser)
+        check_access(config.summariser, NAMES)
     engine = engine or make_engine(config)
     if config.rollout.trajectory_tokens > engine.max_length:
         raise UserError(
@@ -320,6 +329,7 @@ def comparable(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "training": training,
+            "engine": EngineSection(name=config.engine.name),
             "summariser": config.summariser.model_copy(update=access),
             "evaluation": defaults.evaluation,
             "checkpoint": defaults.checkpoint,

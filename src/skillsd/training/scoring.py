@@ -1,18 +1,22 @@
-"""`skillsd eval`: a run's checkpoints, or any model, on a panel."""
+"""What `skillsd eval` plays: a run's checkpoints, or any model, on a panel; and its records."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from skillsd import config as configs
 from skillsd.config import RunConfig
+from skillsd.endpoint import Endpoint
 from skillsd.engines.base import Engine
 from skillsd.envs import registry
-from skillsd.rollouts.episode import Actor, Budget
+from skillsd.rollouts.chat import ChatActor
+from skillsd.rollouts.episode import Actor, Budget, Player
 from skillsd.rollouts.tokens import ChatRenderer
 from skillsd.seeds import derive_seed
 from skillsd.training import checkpoint
@@ -46,47 +50,63 @@ def load_untrained(model: str, config: RunConfig) -> Engine:
     return make_engine(config.model_copy(update={"model": config.model.model_copy(update=changes)}))
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a player for each temperature, and the most tokens that it takes."""
+
+    at: Callable[[float], Player]
+    max_length: int
+
+    @classmethod
+    def local(cls, engine: Engine, config: RunConfig) -> Subject:
+        """An engine's student under the plain prompt."""
+        renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs)
+        return cls(lambda temperature: Actor(engine, renderer, temperature), engine.max_length)
+
+    @classmethod
+    def remote(cls, endpoint: Endpoint) -> Subject:
+        """A model behind an endpoint, which says itself what is too long for it."""
+        return cls(lambda temperature: ChatActor(endpoint, temperature), sys.maxsize)
+
+
 def score(
-    engine: Engine,
+    subject: Subject,
     config: RunConfig,
     split: str,
     *,
+    temperature: float,
     samples: int = 1,
     limit: int | None = None,
-    temperatures: Sequence[float] = (1.0, 0.0),
-    seed: int | None = None,
+    kept: Mapping[int, Trajectory] | None = None,
     on_episode: Callable[[Trajectory], None] = lambda trajectory: None,
-) -> list[Evaluation]:
-    """Play a split under the plain prompt at each temperature (0: greedily, once a task). No bank is opened.
+) -> Evaluation:
+    """Play a split under the plain prompt (at temperature 0: greedily, once a task). No bank is opened.
 
     Environment, budgets and seed are `config`'s.
+
+    Args:
+        kept, on_episode: as of `skillsd.rollouts.collect.collect`.
     """
     task_set = registry.load(config.environment.name, config.environment.options)
-    task_set.tasks(split)
-    options = config.rollout
-    budget = Budget.of(options, task_set, engine.max_length)
-    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs)
-    return [
-        asyncio.run(
-            evaluate(
-                Actor(engine, renderer, temperature),
-                task_set,
-                split,
-                budget,
-                seed=derive_seed(config.seed if seed is None else seed, "final evaluation"),
-                samples=samples if temperature > 0 else 1,
-                limit=limit,
-                concurrency=options.concurrency,
-                on_episode=on_episode,
-            )
+    return asyncio.run(
+        evaluate(
+            subject.at(temperature),
+            task_set,
+            split,
+            Budget.of(config.rollout, task_set, subject.max_length),
+            seed=derive_seed(config.seed, "final evaluation"),
+            samples=samples if temperature > 0 else 1,
+            limit=limit,
+            concurrency=config.rollout.concurrency,
+            kept=kept,
+            on_episode=on_episode,
         )
-        for temperature in temperatures
-    ]
+    )
 
 
 def as_record(
     figures: Evaluation,
-    engine: Engine,
+    subject: Subject,
     config: RunConfig,
     *,
     model: Mapping[str, str | None],
@@ -97,12 +117,12 @@ def as_record(
     """An evaluation as JSON says it: its figures, those of each task, and all that makes them comparable or not.
 
     Args:
-        model: the base model (`skillsd.report.manifest.model`).
+        model: the base model (`skillsd.report.manifest.model`), or a remote one with its endpoint.
         run: the folder of the run that was evaluated; None for a model that is not a run's.
         iteration: of the run's checkpoint.
     """
     task_set = registry.load(config.environment.name, config.environment.options)
-    budget = Budget.of(config.rollout, task_set, engine.max_length)
+    budget = Budget.of(config.rollout, task_set, subject.max_length)
     return {
         **figures.with_tasks(),
         "iteration": iteration,

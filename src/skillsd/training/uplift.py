@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from skillsd.envs.base import TaskSet
 from skillsd.rollouts.collect import collect
-from skillsd.rollouts.episode import Actor, Budget
+from skillsd.rollouts.episode import Budget, Player
 from skillsd.seeds import derive_seed
 from skillsd.skills.bank import HeldOutTaskError, StoredSkill
 from skillsd.training.evaluate import mean_interval
@@ -51,7 +51,7 @@ class Uplift:
 
 
 async def measure_uplift(
-    actor: Actor,
+    actor: Player,
     task_set: TaskSet,
     told: Sequence[tuple[Task, str]],
     budget: Budget,

@@ -1,0 +1,146 @@
+"""Our side of the worker: start it, ask it, notice when it is gone. No vLLM here, nor torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import tempfile
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import IO, Any
+
+from skillsd.errors import UserError
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+class WorkerError(RuntimeError):
+    """The process that runs vLLM failed or is gone."""
+
+
+class WorkerClient:
+    """A worker process and the answers that are due from it. May be used from any thread.
+
+    Args:
+        python: the interpreter that has vLLM.
+        options: keyword arguments of ``vllm.LLM``.
+        environment: of the process, whole.
+        worker: the script (tests have their own).
+
+    Raises:
+        UserError: if `python` can't be run.
+    """
+
+    def __init__(
+        self, python: str, options: Mapping[str, Any], environment: Mapping[str, str], worker: Path = WORKER
+    ) -> None:
+        self._python = python
+        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            self._process = subprocess.Popen(
+                [python, str(worker)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, env=dict(environment),
+                text=True, encoding="utf-8",
+                start_new_session=True,  # Ctrl-C is for us: an iteration is finished first
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(
+                f"engine.python is {python!r}, which can't be run ({error.strerror}): give the path of an interpreter "
+                "that has vLLM, e.g. build/vllm/bin/python after `make vllm-env`"
+            ) from error
+        self._lock = threading.Lock()
+        self._due: dict[int, Future[dict[str, Any]]] = {}
+        self._number = 0
+        self._ended: str | None = None  # why no more is answered
+        self.ready: Future[str] = Future()
+        """vLLM's version, once it can be asked."""
+        self._reader = threading.Thread(target=self._read, daemon=True, name="vllm worker")
+        self._reader.start()
+        with contextlib.suppress(OSError):  # the reader finds out why
+            self._write(dict(options))
+
+    def ask(self, message: Mapping[str, Any]) -> tuple[int, Future[dict[str, Any]]]:
+        """Send a request; its number and the answer to come, a `WorkerError` where there will be none."""
+        future: Future[dict[str, Any]] = Future()
+        with self._lock:
+            if self._ended is not None:
+                raise WorkerError(self._ended)
+            self._number += 1
+            number = self._number
+            self._due[number] = future
+            with contextlib.suppress(OSError):
+                self._write({"id": number, **message})
+        return number, future
+
+    def abort(self, number: int) -> None:
+        """Nobody waits for this answer any more."""
+        with self._lock:
+            if self._due.pop(number, None) is not None and self._ended is None:
+                with contextlib.suppress(OSError):
+                    self._write({"abort": number})
+
+    def close(self) -> None:
+        """End the process. Whatever is still due fails."""
+        with self._lock:
+            self._ended = self._ended or "the vLLM worker was closed"
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()  # type: ignore[union-attr]
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def last_words(self, lines: int = 12) -> str:
+        """The end of what vLLM wrote to its log."""
+        with contextlib.suppress(ValueError, OSError):
+            size = self._said.seek(0, 2)
+            self._said.seek(max(0, size - 8000))
+            return "\n".join(self._said.read().decode(errors="replace").splitlines()[-lines:])
+        return ""
+
+    def _write(self, message: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        fatal = None
+        for line in self._process.stdout:
+            answer = json.loads(line)
+            if "ready" in answer:
+                self.ready.set_result(answer["ready"])
+                continue
+            if "fatal" in answer:
+                fatal = answer["fatal"]
+                continue
+            with self._lock:
+                future = self._due.pop(answer["id"], None)
+            if future is None or not future.set_running_or_notify_cancel():
+                continue
+            if "error" in answer:
+                future.set_exception(WorkerError(f"vLLM refused a request: {answer['error']}"))
+            else:
+                future.set_result(answer)
+        code = self._process.wait()
+        with self._lock:
+            self._ended = self._ended or self._explain(code, fatal)
+            due, self._due = self._due, {}
+        everyone: list[Future[Any]] = [*due.values(), self.ready]
+        for waiting in everyone:
+            if not waiting.done() and waiting.set_running_or_notify_cancel():
+                waiting.set_exception(WorkerError(self._ended))
+
+    def _explain(self, code: int, fatal: str | None) -> str:
+        if fatal is not None and "No module named 'vllm'" in fatal:
+            return (
+                f"the interpreter {self._python!r} (engine.python) has no vLLM. `make vllm-env` makes an environment "
+                "with vLLM's CPU build in build/vllm: then set engine.python=build/vllm/bin/python"
+            )
+        ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        why = f": {fatal}" if fatal else ""
+        return f"the vLLM worker ({self._python!r}) {ended}{why}. Its last words:\n{self.last_words()}"
