@@ -25,6 +25,10 @@ from skillsd.training.run import Run, build, make_engine
 from skillsd.types import Message, Skill, Task, Trajectory
 
 
+MICRO_BATCH_TOKENS = 2048
+"""About what the peers' 8 sequences of 8 turns are (a knob of the recipe; the gradient does not depend on it)."""
+
+
 class Echo(Environment):
     """The workload's environment, in time or at once."""
 
@@ -83,7 +87,7 @@ def make_run(model: str, folder: Path, method: str, turns: int) -> Run:
             "tasks_per_iteration": work.TASKS, "group_size": work.EPISODES,
             "turn_tokens": work.TOKENS_A_TURN, "trajectory_tokens": work.MAX_LENGTH,
         },
-        "training": {"iterations": 1000, "learning_rate": 1e-6, "micro_batch_tokens": 8192},
+        "training": {"iterations": 1000, "learning_rate": 1e-6, "micro_batch_tokens": MICRO_BATCH_TOKENS},
         "log": {"tensorboard": False, "trajectories_every": 0},
     })  # fmt: skip
     engine: Any = make_engine(config)
