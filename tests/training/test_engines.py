@@ -1,0 +1,64 @@
+"""Whole runs whose rollouts come from elsewhere, and what is done about the difference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from toy_env import Toy
+from toy_run import MakeRun, go, toy_settings
+
+from skillsd.config import ArchitectureSection, RunConfig
+from skillsd.engines.vllm.engine import VllmEngine
+from skillsd.training.run import build
+from skillsd.training.scratch import make_model
+
+PYTHON = Path(__file__).parents[2] / "build" / "vllm" / "bin" / "python"
+"""Where `make vllm-env` puts it."""
+
+
+@pytest.mark.parametrize("method", ["skill-sd", "teacher-rollouts"])
+def test_where_sampler_and_trainer_agree_importance_changes_nothing(method: str, make_run: MakeRun) -> None:
+    training = {"iterations": 2}
+    plain = go(make_run("plain", method=method, training=training)).iterations
+    weighted = go(make_run("weighted", method=method, training=training, objective={"importance_cap": 2.0})).iterations
+    for record, other in zip(weighted, plain, strict=True):
+        assert record["loss/importance"] == pytest.approx(1, abs=1e-4)
+        assert record["loss/importance_capped"] == 0
+        assert "loss/importance" not in other
+        assert record["step/grad_norm"] == pytest.approx(other["step/grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not PYTHON.is_file(), reason=f"no vLLM in {PYTHON.parents[1]}: make vllm-env")
+def test_a_run_with_rollouts_by_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every update the sampler's log-probs are the trainer's again, to rounding."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    moves = ("Up", "Down", "Left", "Right")
+    # vLLM's kernels for a CPU want heads of at least 32.
+    architecture = ArchitectureSection(hidden_size=64, layers=2, heads=2, intermediate_size=64, max_length=256)
+    (tmp_path / "model").mkdir()
+    make_model(tmp_path / "model", architecture, [f" {move}" for move in moves] * 3, moves, seed=0)
+    config = RunConfig.model_validate(
+        toy_settings(
+            tmp_path / "model",
+            engine={"name": "vllm", "python": str(PYTHON), "timeout_seconds": 300},
+            objective={"importance_cap": 2.0},
+            training={"iterations": 4, "learning_rate": 1e-2},
+        )
+    )
+    (tmp_path / "run").mkdir()
+    run = build(config, tmp_path / "run", task_set=Toy())
+    try:
+        assert isinstance(run.engine, VllmEngine)
+        records = go(run).iterations
+        assert run.engine.seconds_reloading > 0
+    finally:
+        run.close()
+    assert len(records) == 4
+    for record in records:
+        assert record["gap/max"] < 1e-4
+        assert record["loss/importance"] == pytest.approx(1, abs=1e-4)
+        assert record["loss/importance_capped"] == 0
+    assert any(record["step/grad_norm"] > 1e-3 for record in records)
