@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -151,18 +153,18 @@ def test_silence_is_an_error(echo: VllmEngine) -> None:
         sample(echo, 98)
 
 
-def test_interpreter_that_is_missing_or_has_no_vllm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="this interpreter has vLLM")
+def test_interpreter_that_is_missing_or_has_no_vllm(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = TorchEngine(str(folder), device="cpu")
     with pytest.raises(UserError, match=r"engine\.python.*vllm-env"):
         VllmEngine(trainer, VllmOptions(python="/nowhere/python"))
-    monkeypatch.setenv("VLLM_TARGET_DEVICE", "empty")
-    engine = VllmEngine(trainer, VllmOptions(python=sys.executable))
-    try:
-        with pytest.raises(WorkerError, match="has no vLLM"):
-            sample(engine, 40)
-    finally:
-        engine.close()
-    assert not engine._folder.exists()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda *args: False)  # no /dev/shm
+    with pytest.raises(UserError, match="has no vLLM"):
+        VllmEngine(trainer, VllmOptions(python=sys.executable))
+    assert not list(tmp_path.glob("skillsd-vllm-*"))
 
 
 @pytest.mark.parametrize("options", [{}, {"lora": LoraOptions(rank=4, alpha=8)}], ids=["full", "lora"])
@@ -303,7 +305,6 @@ import sys, time
 from skillsd.engines.torch.engine import TorchEngine
 from skillsd.engines.vllm.engine import VllmEngine, VllmOptions
 engine = VllmEngine(TorchEngine(sys.argv[1], device="cpu"), VllmOptions(python=sys.argv[2]))
-engine.wait_until_ready()
 print(engine._worker._process.pid, engine._folder, flush=True)
 time.sleep(600)
 """

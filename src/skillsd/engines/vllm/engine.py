@@ -32,6 +32,7 @@ from skillsd.engines.base import (
 )
 from skillsd.engines.torch.engine import TorchEngine
 from skillsd.engines.vllm.client import WorkerClient, WorkerError
+from skillsd.errors import UserError
 from skillsd.metrics import Mean
 
 
@@ -70,28 +71,32 @@ class VllmEngine(Engine):
 
     Args:
         trainer: scores and learns. It gives the weights, in its own dtype, adapters merged into them.
+
+    Raises:
+        UserError: if vLLM can't be started, or not in time.
     """
 
     def __init__(self, trainer: TorchEngine, options: VllmOptions | None = None) -> None:
         self.trainer = trainer
         self.options = options or VllmOptions()
         self.tokenizer, self.stop_tokens = trainer.tokenizer, trainer.stop_tokens
+        self.device = trainer.device
         self.max_length = min(trainer.max_length, self.options.max_model_len or trainer.max_length)
         self._stale = False  # what vLLM holds, beside the trainer's student
         self._held: dict[str, tuple[int, ...]] = {}  # each session's tokens
         self.seconds_reloading = 0.0
-        memory = Path("/dev/shm")
-        self._folder = Path(
-            tempfile.mkdtemp(prefix="skillsd-vllm-", dir=memory if os.access(memory, os.W_OK) else None)
-        )
-        removed = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._folder = Path(tempfile.mkdtemp(prefix="skillsd-vllm-", dir=_in_memory(trainer.model)))
+        self._close = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         try:
             export_weights(trainer.model, self._folder)
             self._worker = WorkerClient(self.options.python or sys.executable, self._llm_options(), self._environment())
-        except BaseException:
-            removed()
+            self._close = weakref.finalize(self, self._worker.close)
+            self.version = str(self._wait(self._worker.ready, "has not started"))
+        except BaseException as error:
+            self.close()
+            if isinstance(error, WorkerError):
+                raise UserError(str(error)) from None
             raise
-        self._close = weakref.finalize(self, self._worker.close)
 
     def close(self) -> None:
         """End vLLM's process and give its memory back."""
@@ -104,7 +109,6 @@ class VllmEngine(Engine):
         if request.weights == "teacher":
             return await self.trainer.sample(request)
         self._check(request)
-        self.wait_until_ready()
         if self._stale:
             self._give_weights()
         number, answer = self._worker.ask({"tokens": request.tokens, "parameters": self._parameters(request)})
@@ -124,14 +128,6 @@ class VllmEngine(Engine):
     def end_session(self, session: str) -> None:
         self._held.pop(session, None)
         self.trainer.end_session(session)
-
-    def wait_until_ready(self) -> str:
-        """vLLM's version; returns once it can sample.
-
-        Raises:
-            WorkerError: if it can't be started, or not in time.
-        """
-        return str(self._wait(self._worker.ready, "has not started"))
 
     def _check(self, request: SampleRequest) -> None:
         if not request.tokens or request.max_tokens < 1:
@@ -232,7 +228,9 @@ class VllmEngine(Engine):
 
     def step(self, learning_rate: float) -> StepReport:
         report = self.trainer.step(learning_rate)
-        self._stale |= report.applied
+        if report.applied:
+            self._stale = True
+            self._held.clear()
         return report
 
     def sync_teacher(self, rate: float = 1.0) -> None:
@@ -245,6 +243,13 @@ class VllmEngine(Engine):
         self._stale = True
         self._held.clear()
         self.trainer.load(folder)
+
+
+def _in_memory(model: nn.Module) -> str | None:
+    """A file system in memory that holds the weights, an untied head included; None if there is none."""
+    memory = "/dev/shm"
+    needed = 1.5 * sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    return memory if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > needed else None
 
 
 def export_weights(model: nn.Module, folder: Path) -> None:
