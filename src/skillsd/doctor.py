@@ -5,25 +5,28 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from skillsd.config import RunConfig
-from skillsd.methods import method
+from skillsd.estimate import FILL, Estimate, Sizes, estimate, measure, remedies
 from skillsd.report.manifest import processor, versions
+from skillsd.report.progress import duration
 
 EXTRAS = {
     "peft": "LoRA (skillsd[lora])",
+    "openai": "endpoints: summaries, skillsd eval (skillsd[openai])",
     "gguf": "smollm2-135m (skillsd[smollm2])",
     "wandb": "Weights & Biases (skillsd[wandb])",
 }
-BYTES = {"float32": 4, "bfloat16": 2}
+CUDA = 600 << 20
+"""Bytes that CUDA and its libraries take on a device."""
 
 
 def examine(console: Console, config: RunConfig | None) -> None:
-    """Print what is installed, the device, and for a recipe an estimate of the memory that training takes."""
+    """Print what is installed, the device, and for a recipe an estimate of the memory and time that training takes."""
     import torch
 
     for name, found in versions().items():
@@ -46,77 +49,77 @@ def examine(console: Console, config: RunConfig | None) -> None:
 
 
 def _examine_recipe(console: Console, config: RunConfig, free: int) -> None:
-    """Weights, gradients, optimiser and caches, from the model's own sizes; no weights are loaded."""
+    """Memory by phase, seconds by phase, and what to change if it does not fit."""
     import torch
 
+    from skillsd.engines.torch.models import pick_device
     from skillsd.envs import registry
 
+    if config.model.threads:
+        torch.set_num_threads(config.model.threads)
+    device = pick_device(config.model.device)
+    if device.type == "cuda":
+        free, own = torch.cuda.mem_get_info(device)[0], CUDA
+    else:
+        free, own = _free_memory() + _resident(), _resident()
     task_set = registry.load(config.environment.name, config.environment.options)
     task_set.tasks(config.evaluation.split)
-    architecture, model = _skeleton(config.model.name)
-    parameters = sum(p.numel() for p in model.parameters())
-    width = BYTES[config.model.dtype]
-    trained = parameters
-    if config.model.lora:
-        matrices = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features < 100_000]
-        trained = sum(config.model.lora.rank * (m.in_features + m.out_features) for m in matrices)
-    # Gradient in the weights' format; AdamW's two moments and, below float32, the master copy in float32.
-    learning = trained * (width + 8 + (4 if width < 4 and not config.model.lora else 0))
-    heads = getattr(architecture, "num_key_value_heads", architecture.num_attention_heads)
-    head = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
-    per_token = 2 * architecture.num_hidden_layers * heads * head * width
-    episodes = config.rollout.tasks_per_iteration * config.rollout.group_size
-    cache = min(episodes, config.rollout.concurrency) * config.rollout.trajectory_tokens * per_token
-    # Some 16 activations of the hidden size a layer are kept for the backward pass. Logits stand as the model's, in
-    # float32, divided by the temperature and normalised; should every token be a sampled one, four rows each.
-    tokens = max(config.training.micro_batch_tokens, config.rollout.trajectory_tokens)
-    layers = 1 if config.model.gradient_checkpointing else architecture.num_hidden_layers
-    activations = tokens * 16 * architecture.hidden_size * width * layers + tokens * architecture.vocab_size * 16
-    row = method(config.method)
-    lags = row.teacher == "synchronised" and (config.teacher.sync_every > 1 or config.teacher.ema is not None)
-    snapshot = trained * width if row.teacher == "frozen" or lags else 0
-    if lags and config.teacher.ema is not None and width < 4:
-        snapshot += trained * 4  # a moving average in bfloat16 would never move
-    if row.teacher == "external" and config.teacher.model is not None:
-        snapshot = sum(p.numel() for p in _skeleton(config.teacher.model)[1].parameters()) * width
-    parts = {
-        f"weights ({parameters / 1e6:.1f} M)": parameters * width,
-        f"gradient and optimiser ({trained / 1e6:.1f} M trained)": learning,
-        "the teacher's own weights": snapshot,
-        f"keys and values of {min(episodes, config.rollout.concurrency)} episodes": cache,
-        "activations (rough)": activations,
-    }
-    console.print(f"\nrecipe {config.name}: {episodes} episodes an iteration", highlight=False)
+    sizes = Sizes.of(config.model.name, config.model.lora.target_modules if config.model.lora else "all-linear")
+    at_once = min(config.episodes_per_iteration, config.rollout.concurrency)
+    speed = measure(device, config.model.dtype, rows=at_once, hidden=sizes.hidden)
+
+    def expected(other: RunConfig) -> Estimate:
+        return estimate(other, sizes, turns=task_set.max_turns, speed=speed, own=own)
+
+    found = expected(config)
+    console.print(
+        f"\nrecipe {config.name} on {device}: {config.episodes_per_iteration} episodes an iteration, "
+        f"{config.training.iterations} iterations; at most, were every budget of tokens used up",
+        highlight=False,
+    )
+    _show_parts(console, "all the time", found.stays)
+    for phase, parts in found.phases.items():
+        _show_parts(console, f"besides, in {phase}", parts)
+    fits = found.need <= FILL * free
+    verdict = "fits" if fits else "does NOT fit"
+    console.print(
+        f"  {'at once, at most':60} {_mib(found.need)}: {verdict} ({_mib(free).strip()} are free)", highlight=False
+    )
+    if not fits:
+        changes, need = remedies(config, FILL * free, lambda other: expected(other).need)
+        for text, after in changes:
+            console.print(f"  {'change ' + text:60} {_mib(after)}", highlight=False)
+        if need > FILL * free:
+            console.print(
+                "  Even so it does not fit: shorten rollout.trajectory_tokens, take a smaller model or a larger device",
+                highlight=False,
+            )
+    times = ", ".join(f"{phase} {_time(seconds)}" for phase, seconds in found.seconds.items())
+    whole = sum(found.seconds.values())
+    console.print(f"  an iteration, at most: {_time(whole)} ({times})", highlight=False)
+    console.print(f"  the run, at most: {duration(whole * config.training.iterations)}; without its evaluations")
+
+
+def _show_parts(console: Console, title: str, parts: Mapping[str, int]) -> None:
+    console.print(f"  {title}", highlight=False)
     for name, size in parts.items():
-        console.print(f"  {name:44} {size / (1 << 20):10,.0f} MiB", highlight=False)
-    # Keys and values are needed while sampling, gradients and activations while updating.
-    need = parameters * width + learning + snapshot + max(cache, activations)
-    verdict = "fits" if need < 0.9 * free else "does NOT fit"
-    console.print(f"  {'at once, at most':44} {need / (1 << 20):10,.0f} MiB: {verdict}", highlight=False)
-    if need >= 0.9 * free:
-        console.print(
-            "  try: model.lora={rank: 16}, model.dtype=bfloat16, model.gradient_checkpointing=true, a smaller "
-            "training.micro_batch_tokens or rollout.concurrency"
-        )
+        console.print(f"    {name:58} {_mib(size)}", highlight=False)
 
 
-def _skeleton(name: str) -> tuple[Any, Any]:
-    """A model's configuration, and the model without its weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds < 10 else duration(seconds)
 
-    from skillsd.engines.torch.models import resolve
-    from skillsd.errors import UserError
 
-    path = resolve(name)
-    if path.startswith((".", "/", "~")) and not (Path(path).expanduser() / "config.json").is_file():
-        raise UserError(f"no model in {path!r}: expected a folder with config.json, weights and a tokenizer")
+def _mib(size: float) -> str:
+    return f"{size / (1 << 20):10,.0f} MiB"
+
+
+def _resident() -> int:
+    """Bytes of this process, which has loaded all that a run loads but the model."""
     try:
-        architecture = AutoConfig.from_pretrained(Path(path).expanduser() if path.startswith("~") else path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't read the model {name!r}: {str(error).splitlines()[0]}") from error
-    with torch.device("meta"):
-        return architecture, AutoModelForCausalLM.from_config(architecture)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 400 << 20
 
 
 def _free_memory() -> int:

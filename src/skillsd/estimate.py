@@ -1,0 +1,323 @@
+"""What a recipe will take, before it is started: memory by phase, and seconds an iteration. No weights are loaded.
+
+Upper ends: every episode uses its whole budget of tokens. What is not modelled (a kind of attention that builds its
+whole matrix, fragmentation) is why `FILL` of the memory counts as full.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skillsd.config import LoraSection, RunConfig
+from skillsd.errors import UserError
+from skillsd.methods import method
+
+FILL = 0.9
+"""The share of the free memory that may be planned with."""
+
+PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    "Qwen/Qwen3-4B-Instruct-2507": {
+        "model_type": "qwen3",
+        "hidden_size": 2560,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 9728,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 262144,
+    }
+}
+"""Sizes of hub models that the package's recipes name: they can be estimated where no hub can be reached."""
+
+WIDTH = {"float32": 4, "bfloat16": 2}
+KEPT = 1.4
+"""Numbers kept for the backward pass, for each that goes into or comes out of a matrix: norms, rotations and gates."""
+CALLS = 60
+"""Operations of one layer in one forward pass, for what each costs beside its arithmetic."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model's figures.
+
+    Attributes:
+        parameters: of all weights; tied ones once.
+        matrices: parameters that every token is multiplied with, those of the output head apart.
+        head: parameters of the output head.
+        flow: numbers that go into or come out of a matrix, per token, in all layers.
+        cache: numbers of keys and values per token.
+        adapter: trainable parameters per unit of LoRA's rank.
+    """
+
+    parameters: int
+    matrices: int
+    head: int
+    flow: int
+    cache: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    adapter: int
+
+    @classmethod
+    def of(cls, name: str, targets: str | list[str] = "all-linear") -> Sizes:
+        """Of the model `name`, from its config.json alone."""
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.pytorch_utils import Conv1D
+
+        architecture = read_architecture(name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(architecture)
+        output = model.get_output_embeddings()
+        shapes = {
+            path: tuple(module.weight.shape)
+            for path, module in model.named_modules()
+            if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not output
+        }
+        heads = getattr(architecture, "num_key_value_heads", None) or architecture.num_attention_heads
+        width = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
+        return cls(
+            parameters=sum(p.numel() for p in model.parameters()),
+            matrices=sum(a * b for a, b in shapes.values()),
+            head=architecture.vocab_size * architecture.hidden_size,
+            flow=sum(a + b for a, b in shapes.values()),
+            cache=2 * architecture.num_hidden_layers * heads * width,
+            layers=architecture.num_hidden_layers,
+            hidden=architecture.hidden_size,
+            vocabulary=architecture.vocab_size,
+            adapter=sum(a + b for path, (a, b) in shapes.items() if _is_target(path, targets)),
+        )
+
+
+def _is_target(path: str, targets: str | list[str]) -> bool:
+    """As peft understands it: a list names modules by their ends, a string is a pattern of whole paths."""
+    if targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return any(path == target or path.endswith(f".{target}") for target in targets)
+
+
+def read_architecture(name: str) -> Any:
+    """A model's configuration: a folder's, a shipped model's, a hub's; of `PUBLISHED` ones without asking the hub.
+
+    Raises:
+        UserError: if it can't be had.
+    """
+    from transformers import AutoConfig
+
+    from skillsd.engines.torch.models import resolve
+
+    if name in PUBLISHED:
+        return AutoConfig.for_model(**PUBLISHED[name])
+    path = Path(resolve(name)).expanduser()
+    if name.startswith((".", "/", "~")) and not (path / "config.json").is_file():
+        raise UserError(f"no model in {name!r}: expected a folder with config.json, weights and a tokenizer")
+    try:
+        return AutoConfig.from_pretrained(path if path.is_dir() else name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"can't read the model {name!r}: {str(error).splitlines()[0]} To estimate without it: model.name=FOLDER, a "
+            "folder that holds its config.json (no weights needed)"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, and seconds if the device's speed was given.
+
+    Attributes:
+        stays: what is there all the time, by name.
+        phases: what comes on top in each phase of an iteration, by name.
+        seconds: of each phase of an iteration.
+    """
+
+    stays: Mapping[str, int]
+    phases: Mapping[str, Mapping[str, int]]
+    seconds: Mapping[str, float]
+
+    @property
+    def need(self) -> int:
+        """The most at once."""
+        return sum(self.stays.values()) + max(sum(parts.values()) for parts in self.phases.values())
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a device does in a second.
+
+    Attributes:
+        many, few: floating-point operations, for matrices with many rows (training) and with as many as episodes.
+        call: seconds of an operation that computes next to nothing.
+    """
+
+    many: float
+    few: float
+    call: float
+
+
+def estimate(config: RunConfig, sizes: Sizes, *, turns: int, speed: Speed | None = None, own: int = 0) -> Estimate:
+    """What `config` takes with a model of these sizes.
+
+    Args:
+        turns: the most turns of an episode.
+        own: bytes of the process before there is any model.
+    """
+    model, rollout, row = config.model, config.rollout, method(config.method)
+    width = WIDTH[model.dtype]
+    if model.lora:
+        trained, trained_width = model.lora.rank * sizes.adapter, 4  # peft keeps adapters in float32
+    else:
+        trained, trained_width = sizes.parameters, width
+    masters = 0 if trained_width == 4 else trained * 4  # `MasterAdamW`: gradients are summed there, in float32
+    lags = row.teacher == "synchronised" and (config.teacher.sync_every > 1 or config.teacher.ema is not None)
+    teacher = trained * trained_width if row.teacher == "frozen" or lags else 0
+    if lags and config.teacher.ema is not None and trained_width < 4:
+        teacher += trained * 4  # a moving average in bfloat16 would never move
+    if row.teacher == "external" and config.teacher.model is not None:
+        teacher = Sizes.of(config.teacher.model).parameters * width
+    episodes = config.episodes_per_iteration
+    at_once = min(episodes, rollout.concurrency)
+    together = episodes * rollout.trajectory_tokens // config.training.minibatches
+    batch = max(min(config.training.micro_batch_tokens, together), rollout.trajectory_tokens)
+    sampled_share = min(1.0, turns * rollout.turn_tokens / rollout.trajectory_tokens)
+    rows = round(batch * sampled_share)
+    # Logits in the model's format, in float32 divided by the temperature, normalised; and as much for their gradients.
+    logits = rows * sizes.vocabulary * (12 + (width if width < 4 else 0))
+    one_layer = round(KEPT * sizes.flow / sizes.layers)
+    kept = sizes.layers * sizes.hidden + one_layer if model.gradient_checkpointing else one_layer * sizes.layers
+    phases: dict[str, dict[str, int]] = {
+        "sampling": {
+            f"keys and values of {at_once} episodes of {rollout.trajectory_tokens:,} tokens": (
+                at_once * rollout.trajectory_tokens * sizes.cache * width
+            ),
+            "logits": at_once * sizes.vocabulary * 12,
+        },
+        "the teacher's scores": {"logits": logits, "activations of one layer": batch * one_layer * width},
+        "update": {
+            f"gradients of {trained / 1e6:,.1f} M parameters": trained * 4,
+            f"activations of {batch:,} tokens": batch * kept * width,
+            f"logits of {rows:,} sampled tokens": logits,
+        },
+    }
+    if row.teacher == "none":
+        del phases["the teacher's scores"]
+    stays = {
+        "the program itself": own,
+        f"weights ({sizes.parameters / 1e6:,.1f} M, {model.dtype})": sizes.parameters * width,
+        "adapter": trained * 4 if model.lora else 0,
+        "master weights in float32": masters,
+        "AdamW's two moments": trained * 8,
+        "the teacher's own weights": teacher,
+    }
+    seconds = _seconds(config, sizes, turns, speed, scored="the teacher's scores" in phases) if speed else {}
+    return Estimate({name: size for name, size in stays.items() if size}, phases, seconds)
+
+
+def _seconds(config: RunConfig, sizes: Sizes, turns: int, speed: Speed, *, scored: bool) -> dict[str, float]:
+    rollout = config.rollout
+    episodes, most = config.episodes_per_iteration, rollout.trajectory_tokens
+    at_once = min(episodes, rollout.concurrency)
+    sampled = min(turns * rollout.turn_tokens, most)
+    attention = sizes.layers * 2 * sizes.hidden * most  # scores and sums over half of the others, on average
+    token, word = 2 * sizes.matrices + attention, 2 * sizes.head
+    passes = -(-episodes // at_once) * sampled  # decode steps, all episodes side by side
+    calls = sizes.layers * CALLS * speed.call
+    trained = episodes * (most * token + sampled * word)
+    micro_batches = -(-episodes * most // max(config.training.micro_batch_tokens, most))
+    # Forward, gradients of activations, and (without LoRA) of weights; checkpoints are computed again.
+    times = (2 if config.model.lora else 3) + config.model.gradient_checkpointing
+    return {
+        "sampling": passes * calls
+        + episodes * (sampled * (token + word) / speed.few + (most - sampled) * token / speed.many),
+        **({"the teacher's scores": trained / speed.many + micro_batches * calls} if scored else {}),
+        "update": config.training.epochs * (times * trained / speed.many + 3 * micro_batches * calls),
+    }
+
+
+def measure(device: Any, dtype: str, *, rows: int, hidden: int) -> Speed:
+    """The device's speed, in about a second."""
+    import torch
+
+    from skillsd.engines.torch.models import DTYPES
+
+    def seconds(count: int, inner: int, outer: int) -> float:
+        left = torch.randn(count, inner, device=device).to(DTYPES[dtype])
+        right = torch.randn(inner, outer, device=device).to(DTYPES[dtype])
+        return _fastest(lambda: left @ right, device)
+
+    inner = max(64, min(hidden, 2048))
+    return Speed(
+        many=2 * 1024 * inner * inner / seconds(1024, inner, inner),
+        few=2 * rows * inner * 4 * inner / seconds(rows, inner, 4 * inner),
+        call=seconds(1, 8, 8),
+    )
+
+
+def _fastest(work: Callable[[], object], device: Any) -> float:
+    """Seconds of one `work`: the best of several goes, so that others on the machine disturb least."""
+    import torch
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    best, spent, goes = float("inf"), 0.0, 0
+    while goes < 3 or spent < 0.25:
+        wait()
+        begin = time.perf_counter()
+        for _ in range(5):
+            work()
+        wait()
+        took = time.perf_counter() - begin
+        best, spent, goes = min(best, took / 5), spent + took, goes + 1
+    return best
+
+
+def remedies(config: RunConfig, free: float, need: Callable[[RunConfig], int]) -> tuple[list[tuple[str, int]], int]:
+    """Settings that make it fit, each as ``key=value`` with what is needed after it; and the need after all of them.
+
+    The one that saves most is taken first, until it fits or nothing helps any more.
+    """
+    taken: list[tuple[str, int]] = []
+    now = need(config)
+    while now > free:
+        tries = [(need(changed), text, changed) for text, changed in _changes(config)]
+        best, text, changed = min(tries, key=lambda t: t[0], default=(now, "", config))
+        if best > 0.97 * now:
+            break
+        key = text.partition("=")[0]
+        taken = [(said, size) for said, size in taken if not said.startswith(f"{key}=")]  # halved again: said once
+        taken.append((text, best))
+        config, now = changed, best
+    return taken, now
+
+
+def _changes(config: RunConfig) -> list[tuple[str, RunConfig]]:
+    model, rollout, training = config.model, config.rollout, config.training
+    wanted: list[tuple[str, str, Any, str]] = []
+    if model.lora is None:
+        wanted.append(("model", "lora", LoraSection(), "{}"))
+    if model.dtype == "float32":
+        wanted.append(("model", "dtype", "bfloat16", "bfloat16"))
+    if not model.gradient_checkpointing:
+        wanted.append(("model", "gradient_checkpointing", True, "true"))
+    if training.micro_batch_tokens > rollout.trajectory_tokens:
+        fewer = max(rollout.trajectory_tokens, training.micro_batch_tokens // 2)
+        wanted.append(("training", "micro_batch_tokens", fewer, str(fewer)))
+    if rollout.concurrency > 1:
+        fewer = max(1, min(config.episodes_per_iteration, rollout.concurrency) // 2)
+        wanted.append(("rollout", "concurrency", fewer, str(fewer)))
+    found = []
+    for section, key, value, text in wanted:
+        part = getattr(config, section).model_copy(update={key: value})
+        found.append((f"{section}.{key}={text}", config.model_copy(update={section: part})))
+    return found

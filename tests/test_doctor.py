@@ -1,0 +1,154 @@
+"""What a recipe would take: against peft's and transformers' counts, arithmetic, and a process that trained."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skillsd.config import RunConfig, load
+from skillsd.errors import UserError
+from skillsd.estimate import PUBLISHED, Sizes, Speed, estimate, read_architecture, remedies
+
+QWEN = "Qwen/Qwen3-4B-Instruct-2507"
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Sizes:
+    return Sizes.of(QWEN)
+
+
+def recipe(*overrides: str) -> RunConfig:
+    return load(RunConfig, "sokoban-nano", [f"model.name={QWEN}", *overrides])
+
+
+def test_a_models_sizes_need_none_of_its_weights(qwen: Sizes) -> None:
+    assert qwen.parameters == 4_022_468_096  # as published: 4.0 B with tied embeddings
+    assert qwen.cache == 2 * 36 * 8 * 128
+    assert qwen.head == 151936 * 2560
+    assert 32 * qwen.adapter == 66_060_288  # as peft counts
+    assert Sizes.of(QWEN, ["q_proj"]).adapter == 36 * (2560 + 32 * 128)
+    assert Sizes.of(QWEN, r".*\.(q|k)_proj").adapter == 36 * (2 * 2560 + (32 + 8) * 128)
+
+
+def test_an_adapter_is_counted_as_peft_does(tiny_model: Path) -> None:
+    import torch
+
+    from skillsd.engines.torch.engine import TorchEngine
+    from skillsd.engines.torch.models import LoraOptions
+
+    engine = TorchEngine(str(tiny_model), device="cpu", lora=LoraOptions(rank=3))
+    trained = [p for p in engine.model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == 3 * Sizes.of(str(tiny_model)).adapter
+    assert {p.dtype for p in trained} == {torch.float32}
+
+
+def test_a_folder_with_nothing_but_a_configuration_will_do(tmp_path: Path, qwen: Sizes) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[QWEN]))
+    assert Sizes.of(str(tmp_path)) == qwen
+
+
+def test_a_model_that_cannot_be_read_is_told() -> None:
+    with pytest.raises(UserError, match=r"can't read the model 'no/such-model'.*model.name=FOLDER"):
+        read_architecture("no/such-model")
+
+
+def parts(qwen: Sizes, *overrides: str, turns: int = 20) -> dict[str, int]:
+    found = estimate(recipe(*overrides), qwen, turns=turns)
+    named = dict(found.stays)
+    for phase in found.phases.values():
+        named |= phase
+    return {name.split(" (")[0].split(" of ")[0]: size for name, size in named.items()}
+
+
+def test_full_weights_by_hand(qwen: Sizes) -> None:
+    n = qwen.parameters
+    full = parts(qwen)
+    assert (full["weights"], full["AdamW's two moments"], full["gradients"]) == (4 * n, 8 * n, 4 * n)
+    assert "master weights in float32" not in full
+    assert "the teacher's own weights" not in full
+    half = parts(qwen, "model.dtype=bfloat16")
+    assert (half["weights"], half["master weights in float32"]) == (2 * n, 4 * n)
+    # Keys and values: 128 episodes of 128 tokens, two bytes a number.
+    assert half["keys and values"] == 128 * 128 * qwen.cache * 2
+    assert parts(qwen, "rollout.concurrency=16")["keys and values"] == 16 * 128 * qwen.cache * 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "teacher"),
+    [
+        (["method=grpo"], 0),
+        (["method=skill-sd"], 0),
+        (["method=skill-sd-frozen"], 1),
+        (["teacher.sync_every=3"], 1),
+        (["teacher.ema=0.9"], 1),
+    ],
+)
+def test_a_teacher_under_lora_costs_an_adapter(qwen: Sizes, overrides: list[str], teacher: int) -> None:
+    found = parts(qwen, "model.lora={rank: 8}", "model.dtype=bfloat16", *overrides)
+    assert found.get("the teacher's own weights", 0) == teacher * 8 * qwen.adapter * 4
+    assert found["adapter"] == 8 * qwen.adapter * 4
+
+
+def test_time_goes_with_the_work(qwen: Sizes) -> None:
+    speed = Speed(many=1e12, few=1e11, call=1e-5)
+
+    def seconds(*overrides: str) -> dict[str, float]:
+        return dict(estimate(recipe(*overrides), qwen, turns=20, speed=speed).seconds)
+
+    plain = seconds()
+    assert list(plain) == ["sampling", "the teacher's scores", "update"]
+    assert "the teacher's scores" not in seconds("method=grpo")
+    assert seconds("training.epochs=2")["update"] == pytest.approx(2 * plain["update"])
+    assert seconds("model.gradient_checkpointing=true")["update"] == pytest.approx(4 / 3 * plain["update"], rel=0.01)
+    # 16,384 tokens through 3.6 G parameters (and some attention), forward and twice backward, at 1 TFLOP/s.
+    assert plain["update"] == pytest.approx(16384 * 3 * 2 * qwen.matrices / 1e12, rel=0.2)
+
+
+def test_what_to_change_comes_in_order_of_effect(qwen: Sizes) -> None:
+    config = recipe("rollout.trajectory_tokens=2048", "rollout.turn_tokens=64")
+
+    def need(other: RunConfig) -> int:
+        return estimate(other, qwen, turns=20).need
+
+    changes, after = remedies(config, 40 * GIB, need)
+    assert after <= 40 * GIB < need(config)
+    saved = [need(config), *(size for _, size in changes)]
+    assert saved == sorted(saved, reverse=True)
+    assert after == saved[-1]
+    # What is said is what can be typed.
+    assert need(load(RunConfig, "sokoban-nano", [
+        f"model.name={QWEN}", "rollout.trajectory_tokens=2048", "rollout.turn_tokens=64", *(text for text, _ in changes)
+    ])) == after  # fmt: skip
+    assert remedies(config, 1e15, need) == ([], need(config))
+    assert remedies(config, 1 * GIB, need)[1] > GIB  # it says so, and does not go on for ever
+
+
+SCRIPT = """
+import resource, sys, torch
+from pathlib import Path
+from skillsd.config import RunConfig, load
+from skillsd.doctor import _resident
+from skillsd.estimate import Sizes, estimate
+from skillsd.training.session import run_training
+
+torch.set_num_threads(1)
+config = load(RunConfig, "sokoban-nano", sys.argv[2:])
+need = estimate(config, Sizes.of("nano"), turns=20, own=_resident()).need
+run_training(config, Path(sys.argv[1]))
+print(need, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_the_estimate_is_near_what_a_run_takes(tmp_path: Path) -> None:
+    settings = ["training.iterations=2", "evaluation.limit=4", "log.tensorboard=false"]
+    said: Any = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "run"), *settings], capture_output=True, text=True, check=True
+    )
+    need, peak = map(int, said.stdout.split()[-2:])
+    assert peak / 1.3 < need < 1.5 * peak
