@@ -95,6 +95,13 @@ def test_a_teacher_under_lora_costs_an_adapter(qwen: Sizes, overrides: list[str]
     assert found["adapter"] == 8 * qwen.adapter * 4
 
 
+def test_vllm_takes_its_share_for_good(qwen: Sizes) -> None:
+    found = estimate(recipe("engine.name=vllm", "engine.gpu_memory_utilization=0.5"), qwen, turns=20, total=80 * GIB)
+    assert found.stays["vLLM, for good"] == 40 * GIB
+    assert "sampling" not in found.phases
+    assert parts(qwen, "engine.name=vllm", "model.dtype=bfloat16")["vLLM, for good"] == 2 * qwen.parameters + GIB
+
+
 def test_time_goes_with_the_work(qwen: Sizes) -> None:
     speed = Speed(many=1e12, few=1e11, call=1e-5)
 

@@ -232,6 +232,20 @@ def _mapping(text: str | None) -> dict[str, Any]:
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run's folder.")],
+    out: Annotated[Path, typer.Option(help="The new model folder.")],
+    at: Annotated[Optional[int], typer.Option(metavar="ITERATION", help="Another checkpoint than the last.")] = None,  # noqa: UP045
+    merge: Annotated[bool, typer.Option("--merge", help="Add the adapter of a LoRA run to its base model.")] = False,
+) -> None:
+    """Write a run's trained model (under LoRA its adapter) as a folder that `transformers` and `peft` load."""
+    from skillsd.training.export import export as write
+
+    write(run, out, iteration=at, merge=merge)
+    console.print(f"{out}/", highlight=False)
+
+
+@app.command()
 def sft(
     recipe: Annotated[str, typer.Argument(help="A warm-start recipe: a name or the path of a YAML file.")],
     overrides: Overrides = None,

@@ -41,6 +41,8 @@ class ModelSection(_Section):
     """CPU threads of torch. None leaves torch's own choice. Results are the same bits only at the same number."""
     lora: LoraSection | None = None
     """Train low-rank adapters instead of all weights."""
+    adapter: str | None = None
+    """A folder with an adapter for the model, as peft writes it: train that one on, instead of ``lora``."""
     gradient_checkpointing: bool = False
     chat_template_kwargs: dict[str, Any] = {}
     """Given to the tokenizer's chat template, e.g. ``{enable_thinking: false}``. docs/models.md."""

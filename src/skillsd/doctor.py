@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from skillsd.config import RunConfig
-from skillsd.estimate import FILL, Estimate, Sizes, estimate, measure, remedies
+from skillsd.estimate import FILL, Estimate, Sizes, estimate, lora_of, measure, remedies
 from skillsd.report.manifest import processor, versions
 from skillsd.report.progress import duration
 
@@ -59,17 +59,18 @@ def _examine_recipe(console: Console, config: RunConfig, free: int) -> None:
         torch.set_num_threads(config.model.threads)
     device = pick_device(config.model.device)
     if device.type == "cuda":
-        free, own = torch.cuda.mem_get_info(device)[0], CUDA
+        (free, total), own = torch.cuda.mem_get_info(device), CUDA
     else:
-        free, own = _free_memory() + _resident(), _resident()
+        free, own, total = _free_memory() + _resident(), _resident(), 0
     task_set = registry.load(config.environment.name, config.environment.options)
     task_set.tasks(config.evaluation.split)
-    sizes = Sizes.of(config.model.name, config.model.lora.target_modules if config.model.lora else "all-linear")
+    lora = lora_of(config)
+    sizes = Sizes.of(config.model.name, lora.target_modules if lora else "all-linear")
     at_once = min(config.episodes_per_iteration, config.rollout.concurrency)
     speed = measure(device, config.model.dtype, rows=at_once, hidden=sizes.hidden)
 
     def expected(other: RunConfig) -> Estimate:
-        return estimate(other, sizes, turns=task_set.max_turns, speed=speed, own=own)
+        return estimate(other, sizes, turns=task_set.max_turns, speed=speed, own=own, total=total)
 
     found = expected(config)
     console.print(

@@ -6,6 +6,7 @@ whole matrix, fragmentation) is why `FILL` of the memory counts as full.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -130,6 +131,20 @@ def read_architecture(name: str) -> Any:
         ) from error
 
 
+def lora_of(config: RunConfig) -> LoraSection | None:
+    """The adapter's form: the recipe's, or that of the adapter which is trained on."""
+    folder = config.model.adapter
+    if folder is None:
+        return config.model.lora
+    try:
+        form = json.loads((Path(folder).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
+        return LoraSection(rank=form["r"], alpha=form["lora_alpha"], target_modules=form["target_modules"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"no adapter in {folder!r} (model.adapter): expected a folder with adapter_config.json, as peft writes it"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Bytes, and seconds if the device's speed was given.
@@ -164,17 +179,21 @@ class Speed:
     call: float
 
 
-def estimate(config: RunConfig, sizes: Sizes, *, turns: int, speed: Speed | None = None, own: int = 0) -> Estimate:
+def estimate(
+    config: RunConfig, sizes: Sizes, *, turns: int, speed: Speed | None = None, own: int = 0, total: int = 0
+) -> Estimate:
     """What `config` takes with a model of these sizes.
 
     Args:
         turns: the most turns of an episode.
         own: bytes of the process before there is any model.
+        total: bytes of the GPU, of which vLLM takes its share for good; 0 on a CPU.
     """
     model, rollout, row = config.model, config.rollout, method(config.method)
     width = WIDTH[model.dtype]
-    if model.lora:
-        trained, trained_width = model.lora.rank * sizes.adapter, 4  # peft keeps adapters in float32
+    lora = lora_of(config)
+    if lora:
+        trained, trained_width = lora.rank * sizes.adapter, 4  # peft keeps adapters in float32
     else:
         trained, trained_width = sizes.parameters, width
     masters = 0 if trained_width == 4 else trained * 4  # `MasterAdamW`: gradients are summed there, in float32
@@ -213,11 +232,16 @@ def estimate(config: RunConfig, sizes: Sizes, *, turns: int, speed: Speed | None
     stays = {
         "the program itself": own,
         f"weights ({sizes.parameters / 1e6:,.1f} M, {model.dtype})": sizes.parameters * width,
-        "adapter": trained * 4 if model.lora else 0,
+        "adapter": trained * 4 if lora else 0,
         "master weights in float32": masters,
         "AdamW's two moments": trained * 8,
         "the teacher's own weights": teacher,
     }
+    if config.engine.name == "vllm":
+        space = config.engine.cpu_kv_cache_gib << 30
+        share = round(config.engine.gpu_memory_utilization * total)
+        stays["vLLM, for good"] = share or sizes.parameters * width + space
+        del phases["sampling"]
     seconds = _seconds(config, sizes, turns, speed, scored="the teacher's scores" in phases) if speed else {}
     return Estimate({name: size for name, size in stays.items() if size}, phases, seconds)
 
@@ -234,7 +258,7 @@ def _seconds(config: RunConfig, sizes: Sizes, turns: int, speed: Speed, *, score
     trained = episodes * (most * token + sampled * word)
     micro_batches = -(-episodes * most // max(config.training.micro_batch_tokens, most))
     # Forward, gradients of activations, and (without LoRA) of weights; checkpoints are computed again.
-    times = (2 if config.model.lora else 3) + config.model.gradient_checkpointing
+    times = (2 if lora_of(config) else 3) + config.model.gradient_checkpointing
     return {
         "sampling": passes * calls
         + episodes * (sampled * (token + word) / speed.few + (most - sampled) * token / speed.many),
@@ -304,7 +328,7 @@ def remedies(config: RunConfig, free: float, need: Callable[[RunConfig], int]) -
 def _changes(config: RunConfig) -> list[tuple[str, RunConfig]]:
     model, rollout, training = config.model, config.rollout, config.training
     wanted: list[tuple[str, str, Any, str]] = []
-    if model.lora is None:
+    if lora_of(config) is None:
         wanted.append(("model", "lora", LoraSection(), "{}"))
     if model.dtype == "float32":
         wanted.append(("model", "dtype", "bfloat16", "bfloat16"))

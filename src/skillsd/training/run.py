@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from skillsd.config import EngineSection, RunConfig, SummariserSection
 from skillsd.endpoint import check_access
@@ -29,6 +30,9 @@ from skillsd.skills.summarise import RuleSummariser, Summariser
 from skillsd.training.curriculum import Curriculum
 from skillsd.training.imitation import BestSuccesses
 from skillsd.types import TRAIN_SPLIT
+
+if TYPE_CHECKING:
+    from skillsd.engines.torch.models import LoraOptions
 
 BANK = "skills.sqlite"
 """The bank's file in a run's folder."""
@@ -104,11 +108,9 @@ def make_engine(config: RunConfig) -> Engine:
     import torch
 
     from skillsd.engines.torch.engine import TorchEngine
-    from skillsd.engines.torch.models import LoraOptions
 
     if config.model.threads:
         torch.set_num_threads(config.model.threads)
-    lora = config.model.lora
     row, options = method(config.method), config.training
     # A teacher that takes the student's weights at the start of every iteration needs no weights of its own.
     every_time = config.teacher.sync_every == 1 and config.teacher.ema is None
@@ -118,7 +120,7 @@ def make_engine(config: RunConfig) -> Engine:
         config.model.name,
         dtype=config.model.dtype,
         device=config.model.device,
-        lora=LoraOptions(lora.rank, lora.alpha, lora.target_modules) if lora else None,
+        lora=_lora(config),
         teacher_follows=follows,
         teacher_model=config.teacher.model if row.teacher == "external" else None,
         micro_batch_tokens=options.micro_batch_tokens,
@@ -134,6 +136,19 @@ def make_engine(config: RunConfig) -> Engine:
 
     given = config.engine.model_dump(exclude={"name"})
     return VllmEngine(trainer, VllmOptions(**given, max_requests=config.rollout.concurrency))
+
+
+def _lora(config: RunConfig) -> LoraOptions | None:
+    from skillsd.engines.torch.models import LoraOptions
+
+    lora, adapter = config.model.lora, config.model.adapter
+    if lora and adapter:
+        raise UserError(
+            f"model.adapter is {adapter!r}, which has a rank of its own, and model.lora is given too. Leave one out"
+        )
+    if adapter:
+        return LoraOptions(adapter=adapter)
+    return LoraOptions(lora.rank, lora.alpha, lora.target_modules) if lora else None
 
 
 def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task_set: TaskSet | None = None) -> Run:

@@ -29,6 +29,8 @@ class LoraOptions:
     rank: int = 16
     alpha: int = 32
     target_modules: str | list[str] = "all-linear"
+    adapter: str | None = None
+    """A folder that peft wrote (a checkpoint's ``model``, say): train that one on; what is above is its own then."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -222,7 +224,22 @@ def add_lora(model: nn.Module, options: LoraOptions) -> nn.Module:
     """Wrap the model with trainable adapters; all other weights are frozen."""
     if importlib.util.find_spec("peft") is None:
         raise UserError("model.lora needs the package peft: pip install 'skillsd[lora]'")
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if options.adapter is not None:
+        folder = Path(options.adapter).expanduser()
+        if not (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"no adapter in {options.adapter!r}: expected a folder with adapter_config.json and its weights, as "
+                "peft writes it"
+            )
+        try:
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"the adapter {options.adapter!r} does not fit the model: {str(error).splitlines()[0]} Give the model "
+                "that it was trained on in model.name"
+            ) from error
 
     targets: Any = options.target_modules
     try:
