@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import tempfile
 import threading
@@ -96,11 +97,9 @@ class WorkerClient:
 
     def last_words(self, lines: int = 12) -> str:
         """The end of what vLLM wrote to its log."""
-        with contextlib.suppress(ValueError, OSError):
-            size = self._said.seek(0, 2)
-            self._said.seek(max(0, size - 8000))
-            return "\n".join(self._said.read().decode(errors="replace").splitlines()[-lines:])
-        return ""
+        log = self._said.fileno()  # whose place in the file is the worker's, too: not to be moved
+        said = os.pread(log, 8000, max(0, os.fstat(log).st_size - 8000))
+        return "\n".join(said.decode(errors="replace").splitlines()[-lines:])
 
     def _write(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None

@@ -86,7 +86,7 @@ class VllmEngine(Engine):
         self._held: dict[str, tuple[int, ...]] = {}  # each session's tokens
         self.seconds_reloading = 0.0
         self._folder = Path(tempfile.mkdtemp(prefix="skillsd-vllm-", dir=_in_memory(trainer.model)))
-        self._close = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._close: Any = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         try:
             export_weights(trainer.model, self._folder)
             self._worker = WorkerClient(self.options.python or sys.executable, self._llm_options(), self._environment())
