@@ -10,7 +10,7 @@ from toy_run import MakeRun, go, toy_settings
 
 from skillsd.config import ArchitectureSection, RunConfig
 from skillsd.engines.vllm.engine import VllmEngine
-from skillsd.training.run import build
+from skillsd.training.run import build, comparable
 from skillsd.training.scratch import make_model
 
 PYTHON = Path(__file__).parents[2] / "build" / "vllm" / "bin" / "python"
@@ -27,6 +27,14 @@ def test_where_sampler_and_trainer_agree_importance_changes_nothing(method: str,
         assert record["loss/importance_capped"] == 0
         assert "loss/importance" not in other
         assert record["step/grad_norm"] == pytest.approx(other["step/grad_norm"], rel=1e-3)
+
+
+def test_a_resumed_run_may_find_vllm_elsewhere_but_not_sample_by_another_engine() -> None:
+    def run(**engine: str) -> RunConfig:
+        return comparable(RunConfig.model_validate({"name": "x", "engine": engine}))
+
+    assert run(name="vllm", python="/a/python") == run(name="vllm", python="/b/python")
+    assert run(name="vllm") != run(name="torch")
 
 
 @pytest.mark.slow
