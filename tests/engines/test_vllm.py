@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,13 @@ def test_no_layer_stays_old_after_an_update(subject: Subject) -> None:
     assert conformance._gap(conformance._view(engine), old) > 0.5
     after, _ = gaps()
     assert after.max() <= subject.tolerance
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_adapters_are_sampled_with(subject: Subject) -> None:
+    with_adapters: Any = functools.partial(subject.make, lora=LoraOptions(rank=4, alpha=8))
+    conformance.sampling_follows_the_update(replace(subject, make=with_adapters))
 
 
 PARENT = """
