@@ -14,6 +14,7 @@ from rich.console import Console
 from skillsd import config as configs
 from skillsd.config import EndpointSection, RunConfig
 from skillsd.endpoint import Endpoint
+from skillsd.engines.base import Engine
 from skillsd.envs import registry
 from skillsd.errors import UserError
 from skillsd.report import manifest
@@ -74,6 +75,7 @@ def run_eval(
     counts: Counter[str] = Counter()
     options: EndpointSection | None = None
     checkpoints: list[Path | None] = [None]
+    engine: Engine | None = None
     if run is not None:
         if not is_run(run):
             raise UserError(f"{run!r} is not a run's folder. For a model: skillsd eval --model NAME --recipe RECIPE")
@@ -118,7 +120,7 @@ def run_eval(
         with bars.shown():
             loaded = checkpoints[0]
             for path, temperature in plays:
-                if path and path != loaded:
+                if engine and path and path != loaded:
                     engine.load(path)
                     loaded = path
                 iteration = checkpoint.number(path) if path else None
@@ -132,17 +134,18 @@ def run_eval(
                     if kept is not None:
                         kept.add(iteration, temperature, trajectory, counts)
 
-                before = kept.of(iteration, temperature) if kept is not None else {}
+                before = dict(kept.of(iteration, temperature)) if kept is not None else {}
+                here = tasks * (samples if temperature else 1)
+                done += min(len(before), here)
                 results.append(
                     (
                         iteration,
                         score(
                             subject, config, split, temperature=temperature, samples=samples, limit=limit,
-                            kept=dict(before), on_episode=on_episode,
+                            kept=before, on_episode=on_episode,
                         ),
                     )
                 )  # fmt: skip
-                done = tasks * sum(samples if warmth else 1 for _, warmth in plays[: len(results)])
     except (UserError, KeyboardInterrupt):
         if kept:
             console.print(f"{len(kept)} of {total} episodes are in {kept.path}: the same command goes on from there")
@@ -150,6 +153,8 @@ def run_eval(
     finally:
         if kept is not None:
             kept.close(counts)
+        if engine is not None:
+            engine.close()
     _show(console, results, name, config, split)
     if options is not None:
         console.print(_spent(counts, options), highlight=False)
