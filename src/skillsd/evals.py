@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,26 @@ NAMES = {
 """What the settings of an endpoint are called here."""
 
 
+@dataclass
+class _Case:
+    """What is evaluated, and what it is known by.
+
+    Attributes:
+        identity: what makes episodes those of the same model.
+        checkpoints: of a run, the first one loaded; [None] for a model.
+        options: of the endpoint; None for a model that is here. What was spent there is in `counts`.
+    """
+
+    subject: Subject
+    config: RunConfig
+    name: str
+    identity: dict[str, Any]
+    checkpoints: list[Path | None]
+    engine: Engine | None = None
+    options: EndpointSection | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+
+
 def run_eval(
     console: Console,
     *,
@@ -72,109 +94,124 @@ def run_eval(
         temperatures: the recipe's and 0 if there are none.
         episodes: file to keep finished episodes in, and to go on from; for a remote model there always is one.
     """
-    counts: Counter[str] = Counter()
-    options: EndpointSection | None = None
-    checkpoints: list[Path | None] = [None]
-    engine: Engine | None = None
     if run is not None:
         if not is_run(run):
             raise UserError(f"{run!r} is not a run's folder. For a model: skillsd eval --model NAME --recipe RECIPE")
         if recipe or overrides:
             raise UserError("a run brings its own recipe: leave out --recipe and KEY=VALUE")
-        wanted = [checkpoint.find(Path(run), iteration) for iteration in dict.fromkeys(at)]
-        checkpoints = [*(wanted or [checkpoint.find(Path(run))])]
-        engine, config = load_trained(run, at[0] if at else None)
-        subject, name = Subject.local(engine, config), run
-        identity: dict[str, Any] = {**manifest.model(config.model.name), "run": started(Path(run))}
+        case = _of_run(run, at)
+    elif model is None:
+        raise UserError("what shall play? Give a run's folder, or --model NAME and --recipe RECIPE")
+    elif recipe is None:
+        raise UserError(f"--recipe says which environment {model!r} shall play, and with which budgets")
+    elif at:
+        raise UserError("--at is for a run's checkpoints, not for a model")
     else:
-        if model is None:
-            raise UserError("what shall play? Give a run's folder, or --model NAME and --recipe RECIPE")
-        if recipe is None:
-            raise UserError(f"--recipe says which environment {model!r} shall play, and with which budgets")
-        if at:
-            raise UserError("--at is for a run's checkpoints, not for a model")
-        config, name = configs.load(RunConfig, recipe, overrides), model
+        config = configs.load(RunConfig, recipe, overrides)
         registry.load(config.environment.name, config.environment.options).tasks(split)  # told before a model is loaded
-        if endpoint is not None:
-            options = configs.build(EndpointSection, {**endpoint, "model": model}, where="--endpoint")
-            remote = Endpoint(options, counts, NAMES)
-            subject = Subject.remote(remote)
-            identity = {"name": model, "endpoint": remote.address, "request": options.request}
-            episodes = episodes or Path("runs") / f"eval-{_as_file(model)}-{config.environment.name}-{split}.jsonl"
-        else:
-            engine = load_untrained(model, config)
-            subject, identity = Subject.local(engine, config), manifest.model(model)
-    task_set = registry.load(config.environment.name, config.environment.options)
-    tasks = len(task_set.tasks(split)[:limit])
-    kept = _kept(episodes, subject, config, split, identity) if episodes else None
-    if kept is not None:
-        counts.update(kept.spent)
-    warmths = list(dict.fromkeys(temperatures)) or [config.rollout.temperature, 0.0]
-    plays = [(path, temperature) for path in checkpoints for temperature in warmths]
-    total = tasks * sum(samples if temperature else 1 for _, temperature in plays)
-    if kept:
-        console.print(f"{len(kept)} finished episodes in {kept.path}", highlight=False)
-    results: list[tuple[int | None, Evaluation]] = []
-    bars, done = Bars(console), 0
+        case = _of_model(model, config) if endpoint is None else _of_endpoint(model, config, endpoint)
+        if endpoint is not None and episodes is None:
+            episodes = Path("runs") / f"eval-{_as_file(model)}-{config.environment.name}-{split}.jsonl"
+    warmths = list(dict.fromkeys(temperatures)) or [case.config.rollout.temperature, 0.0]
+    kept = _kept(episodes, case, split) if episodes else None
     try:
-        with bars.shown():
-            loaded = checkpoints[0]
-            for path, temperature in plays:
-                if engine and path and path != loaded:
-                    engine.load(path)
-                    loaded = path
-                iteration = checkpoint.number(path) if path else None
-
-                def on_episode(
-                    trajectory: Trajectory, iteration: int | None = iteration, temperature: float = temperature
-                ) -> None:
-                    nonlocal done
-                    done += 1
-                    bars.update(f"playing {split}", done, total, _spent(counts, options) if options else "")
-                    if kept is not None:
-                        kept.add(iteration, temperature, trajectory, counts)
-
-                before = dict(kept.of(iteration, temperature)) if kept is not None else {}
-                here = tasks * (samples if temperature else 1)
-                done += min(len(before), here)
-                results.append(
-                    (
-                        iteration,
-                        score(
-                            subject, config, split, temperature=temperature, samples=samples, limit=limit,
-                            kept=before, on_episode=on_episode,
-                        ),
-                    )
-                )  # fmt: skip
-    except (UserError, KeyboardInterrupt):
-        if kept:
-            console.print(f"{len(kept)} of {total} episodes are in {kept.path}: the same command goes on from there")
-        raise
+        results = _play(console, case, kept, warmths, split=split, samples=samples, limit=limit)
     finally:
         if kept is not None:
-            kept.close(counts)
-        if engine is not None:
-            engine.close()
-    _show(console, results, name, config, split)
-    if options is not None:
-        console.print(_spent(counts, options), highlight=False)
+            kept.close(case.counts)
+        if case.engine is not None:
+            case.engine.close()
+    _show(console, results, case, split)
     if json_out:
-        spent = (
-            {"spent": {**counts, "cost": options.cost(counts["tokens_in"], counts["tokens_out"])}} if options else {}
-        )
-        known = {key: value for key, value in identity.items() if key != "run"}
+        spent = {"spent": {**case.counts, "cost": _cost(case)}} if case.options else {}
+        known = {key: value for key, value in case.identity.items() if key != "run"}
         records = [
-            as_record(result, subject, config, model=known, run=run, iteration=iteration, samples=samples) | spent
-            for iteration, result in results
+            as_record(figures, case.subject, case.config, model=known, run=run, iteration=iteration, samples=samples)
+            | spent
+            for iteration, figures in results
         ]
         write_whole(json_out, json.dumps(beside(records, json_out) if append else records, indent=2))
 
 
-def _kept(path: Path, subject: Subject, config: RunConfig, split: str, identity: Mapping[str, Any]) -> KeptEpisodes:
+def _of_run(run: str, at: Sequence[int]) -> _Case:
+    wanted = [checkpoint.find(Path(run), iteration) for iteration in dict.fromkeys(at)]
+    engine, config = load_trained(run, at[0] if at else None)
+    identity = {**manifest.model(config.model.name), "run": started(Path(run))}
+    checkpoints = [*(wanted or [checkpoint.find(Path(run))])]
+    return _Case(Subject.local(engine, config), config, run, identity, [*checkpoints], engine)
+
+
+def _of_model(model: str, config: RunConfig) -> _Case:
+    engine = load_untrained(model, config)
+    adapter = {"adapter": config.model.adapter} if config.model.adapter else {}
+    identity = {**manifest.model(model), **adapter}
+    return _Case(Subject.local(engine, config), config, model, identity, [None], engine)
+
+
+def _of_endpoint(model: str, config: RunConfig, settings: Mapping[str, Any]) -> _Case:
+    options = configs.build(EndpointSection, {**settings, "model": model}, where="--endpoint")
+    counts: Counter[str] = Counter()
+    endpoint = Endpoint(options, counts, NAMES)
+    identity = {"name": model, "endpoint": endpoint.address, "request": options.request}
+    return _Case(Subject.remote(endpoint), config, model, identity, [None], options=options, counts=counts)
+
+
+def _play(
+    console: Console,
+    case: _Case,
+    kept: KeptEpisodes | None,
+    temperatures: Sequence[float],
+    *,
+    split: str,
+    samples: int,
+    limit: int | None,
+) -> list[tuple[int | None, Evaluation]]:
+    """The figures of every checkpoint at every temperature, with the checkpoint's iteration."""
+    task_set = registry.load(case.config.environment.name, case.config.environment.options)
+    tasks = len(task_set.tasks(split)[:limit])
+    total = len(case.checkpoints) * sum(tasks * (samples if temperature else 1) for temperature in temperatures)
+    if kept is not None:
+        case.counts.update(kept.spent)
+        if kept:
+            console.print(f"{len(kept)} finished episodes in {kept.path}", highlight=False)
+    results: list[tuple[int | None, Evaluation]] = []
+    bars, done = Bars(console), 0
+    try:
+        with bars.shown():
+            for path, temperature in itertools.product(case.checkpoints, temperatures):
+                if case.engine and path and results and temperature == temperatures[0]:
+                    case.engine.load(path)
+                iteration = checkpoint.number(path) if path else None
+
+                def on_episode(
+                    episode: Trajectory, iteration: int | None = iteration, temperature: float = temperature
+                ) -> None:
+                    nonlocal done
+                    done += 1
+                    bars.update(f"playing {split}", done, total, _spent(case))
+                    if kept is not None:
+                        kept.add(iteration, temperature, episode, case.counts)
+
+                before = dict(kept.of(iteration, temperature)) if kept is not None else {}
+                done += min(len(before), tasks * (samples if temperature else 1))
+                figures = score(
+                    case.subject, case.config, split, temperature=temperature, samples=samples, limit=limit,
+                    kept=before, on_episode=on_episode,
+                )  # fmt: skip
+                results.append((iteration, figures))
+    except (UserError, KeyboardInterrupt):
+        if kept:
+            console.print(f"{len(kept)} of {total} episodes are in {kept.path}: the same command goes on from there")
+        raise
+    return results
+
+
+def _kept(path: Path, case: _Case, split: str) -> KeptEpisodes:
+    config = case.config
     task_set = registry.load(config.environment.name, config.environment.options)
-    budget = Budget.of(config.rollout, task_set, subject.max_length)
+    budget = Budget.of(config.rollout, task_set, case.subject.max_length)
     settings = {
-        "model": {key: value for key, value in identity.items() if key != "endpoint"},  # it may move
+        "model": {key: value for key, value in case.identity.items() if key != "endpoint"},  # it may move
         "environment": config.environment.model_dump(),
         "split": split,
         "panel": task_set.fingerprint(split),
@@ -185,9 +222,7 @@ def _kept(path: Path, subject: Subject, config: RunConfig, split: str, identity:
     return KeptEpisodes(path, settings)
 
 
-def _show(
-    console: Console, results: Sequence[tuple[int | None, Evaluation]], name: str, config: RunConfig, split: str
-) -> None:
+def _show(console: Console, results: Sequence[tuple[int | None, Evaluation]], case: _Case, split: str) -> None:
     several = len({iteration for iteration, _ in results}) > 1
     rows = [
         [
@@ -205,7 +240,7 @@ def _show(
     first = results[0][1]
     console.print(
         table(
-            f"{name} on {config.environment.name}, split {split}",
+            f"{case.name} on {case.config.environment.name}, split {split}",
             ["iteration", *columns] if several else columns,
             rows,
             f"Intervals over {first.tasks} tasks; panel {first.fingerprint}",
@@ -218,12 +253,22 @@ def _show(
         if dropped := result.successes.count(None):
             why = "are left out: an episode of theirs broke in every try"
             console.print(f"{dropped} tasks {why}; with the same --episodes they are tried again", highlight=False)
+    if case.options:
+        console.print(_spent(case), highlight=False)
 
 
-def _spent(counts: Mapping[str, int], options: EndpointSection) -> str:
-    cost = options.cost(counts["tokens_in"], counts["tokens_out"])
+def _cost(case: _Case) -> float | None:
+    return case.options.cost(case.counts["tokens_in"], case.counts["tokens_out"]) if case.options else None
+
+
+def _spent(case: _Case) -> str:
+    """What a remote model has cost; nothing of one that is here."""
+    if case.options is None:
+        return ""
+    cost = _cost(case)
+    calls, tokens = case.counts["calls"], [case.counts[f"tokens_{way}"] for way in ("in", "out")]
     money = "" if cost is None else f", cost {cost:,.4f}"
-    return f"{counts['calls']:,} calls, {counts['tokens_in']:,} tokens in, {counts['tokens_out']:,} out{money}"
+    return f"{calls:,} calls, {tokens[0]:,} tokens in, {tokens[1]:,} out{money}"
 
 
 def _as_file(name: str) -> str:
