@@ -64,22 +64,22 @@ def plan(contestants: Sequence[str], turns: Sequence[int], rounds: int, growth: 
         order = [*contestants[number % len(contestants) :], *contestants[: number % len(contestants)]]
         for count in turns:
             for name in order:
-                steps = 1 if name.startswith("trl") else 2  # the quicker, the more a disturbance weighs
+                steps = 1 if name.startswith("trl") or count > 8 else 2  # the quicker, the more a disturbance weighs
                 options = {"job": "step", "turns": count, "steps": steps, **STEPS[name][1]}
                 jobs.append(Job(name, "step", (count,), options, _cost(name, count)))
             if {"ours-grpo", "ours-skill-sd"} <= {*contestants}:
-                pairs = 3 if count <= 8 else 2
+                pairs = 3 if count <= 8 else 1
                 options = {"job": "pair", "turns": count, "steps": pairs}
                 jobs.append(Job("ours-skill-sd", "pair", (count,), options, 2.5 * pairs * _cost("ours-grpo", count)))
         for name in order:
-            if name in ("ours-grpo", "floor"):
+            if name in ("ours-grpo", "floor") and number == 0:  # minutes, and the fit is over many points
                 options = {"job": "rollout", "turns": list(growth)}
                 jobs.append(Job(name, "growth", tuple(growth), options, sum(growth) * 0.6))
             if name == "ours-grpo":
                 options = {"job": "rollout", "turns": list(turns), "environment_seconds": [0.0, STEP_SECONDS]}
                 jobs.append(Job(name, "slow", tuple(turns), options, sum(turns)))
             if name.startswith("trl") and number == 0:  # minutes of sleeping: once says it
-                for count in turns:
+                for count in turns[:1]:
                     options = {"job": "rollout", "turns": count, "environment_seconds": STEP_SECONDS}
                     options["variant"] = STEPS[name][1]["variant"]
                     jobs.append(Job(name, "slow", (count,), options, count * 3.2 + _cost(name, count) * 0.7))
@@ -216,7 +216,19 @@ def main(options: argparse.Namespace) -> None:
                 f"[{number:3}/{len(jobs)}, {left / 60:4.1f} min left] {job.contestant}, {job.kind}: {turns}{words}",
                 flush=True,
             )
-    results = {
+            if options.json:  # after every job: an hour's figures are not lost to its last minute
+                write(options.json, summary(collected, options, where, jobs_done=number, jobs=len(jobs)))
+    results = summary(collected, options, where, jobs_done=len(jobs), jobs=len(jobs))
+    if options.json:
+        print(f"written: {options.json}")
+    print(f"\n{markdown(results)}")
+
+
+def summary(
+    collected: Collected, options: argparse.Namespace, where: dict[str, Any], *, jobs_done: int, jobs: int
+) -> dict[str, Any]:
+    """All figures so far, and how they came about."""
+    return {
         **figures(collected, options.turns),
         "work": {
             "tokens_a_step": {str(count): work.expected_tokens(count) for count in options.turns},
@@ -225,13 +237,14 @@ def main(options: argparse.Namespace) -> None:
         },
         "detail": details(collected),
         "rounds": options.rounds,
+        "complete": jobs_done == jobs,
         "machine": where,
     }
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        print(f"written: {options.json}")
-    print(f"\n{markdown(results)}")
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
