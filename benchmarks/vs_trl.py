@@ -217,7 +217,7 @@ def main(options: argparse.Namespace) -> None:
                 flush=True,
             )
             if options.json:  # after every job: an hour's figures are not lost to its last minute
-                write(options.json, summary(collected, options, where, jobs_done=number, jobs=len(jobs)))
+                keep(options.json, summary(collected, options, where, jobs_done=number, jobs=len(jobs)))
     results = summary(collected, options, where, jobs_done=len(jobs), jobs=len(jobs))
     if options.json:
         print(f"written: {options.json}")
@@ -242,7 +242,7 @@ def summary(
     }
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
+def keep(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

@@ -24,7 +24,6 @@ from skillsd.training import loop
 from skillsd.training.run import Run, build, make_engine
 from skillsd.types import Message, Skill, Task, Trajectory
 
-
 MICRO_BATCH_TOKENS = 2048
 """About what the peers' 8 sequences of 8 turns are (a knob of the recipe; the gradient does not depend on it)."""
 
