@@ -85,8 +85,9 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         source, first, again = ctx.saved_tensors
         grad = grads[0].index_select(0, first)
-        if again is not None:
-            grad.index_add_(0, source[again], grads[0].index_select(0, again))
+        if again is not None:  # many may be added to one: in float32, whatever the states' own format
+            total = grad.float().index_add_(0, source[again], grads[0].index_select(0, again).float())
+            grad = total.to(grad.dtype)
         return grad, None, None, None
 
 
@@ -104,6 +105,15 @@ class _Collect(torch.autograd.Function):
         (first,) = ctx.saved_tensors
         grad = grads[0]
         return grad.new_zeros(ctx.slots, *grad.shape[1:]).index_copy_(0, first, grad), None
+
+
+def _bias(places: Tensor, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """0 for the keys that queries at `places` ``[...]`` see, -inf for the others, ``[..., keys]``."""
+    key = torch.arange(keys, device=places.device)
+    unseen = key > places.unsqueeze(-1)
+    if window is not None:
+        unseen |= key <= places.unsqueeze(-1) - window
+    return torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
 
 
 def _repeat_heads(states: Tensor, heads: int) -> Tensor:
@@ -140,6 +150,7 @@ class PackedPlan:
         # All of one length and nothing in common: packed and padded layouts coincide, and nothing needs to be moved.
         self._even = size == self.batch * self.longest
         self._again: Tensor | None = None
+        self._biases: dict[int, Tensor] = {}  # by window, the same for all layers
         if not self._even:
             source = torch.zeros(self.batch, self.longest, dtype=torch.long)  # padding: any token, as nobody sees it
             again = torch.zeros(self.batch, self.longest, dtype=torch.bool)
@@ -157,14 +168,19 @@ class PackedPlan:
         q, k, v = self._padded(query, None), self._padded(key, self._again), self._padded(value, self._again)
         k, v = _repeat_heads(k, heads), _repeat_heads(v, heads)
         if window is not None and self.longest > window:
-            ahead = torch.arange(self.longest, device=q.device)
-            distance = ahead.unsqueeze(1) - ahead.unsqueeze(0)
-            out = F.scaled_dot_product_attention(q, k, v, (distance >= 0) & (distance < window), scale=scale)
+            out = F.scaled_dot_product_attention(q, k, v, self._bias(window, q), scale=scale)
         else:
             # Padding stands behind each sequence's end, so causality alone hides it from every real query.
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         out = out.transpose(1, 2).reshape(self.batch * self.longest, heads, -1)
         return out if self._even else _Collect.apply(out, self._first)
+
+    def _bias(self, window: int, like: Tensor) -> Tensor:
+        """0 where a place sees another and -inf elsewhere, ``[longest, longest]``."""
+        if window not in self._biases:
+            places = torch.arange(self.longest, device=like.device)
+            self._biases[window] = _bias(places, self.longest, window, like.dtype)
+        return self._biases[window]
 
     def _padded(self, states: Tensor, again: Tensor | None) -> Tensor:
         """``[tokens, heads, dim]`` -> ``[batch, heads, longest, dim]``."""
@@ -176,7 +192,7 @@ class PackedPlan:
 class KVPool:
     """Preallocated keys and values of many episodes: per layer ``[rows, kv_heads, capacity, dim]``, a row each."""
 
-    GROWTH = 64  # tokens: capacity grows in such steps, at least by half
+    GROWTH = 64  # tokens: capacity grows in such steps
 
     def __init__(self, rows: int = 0, length: int = 0) -> None:
         self.keys: dict[int, Tensor] = {}
@@ -194,9 +210,9 @@ class KVPool:
         """Make room for `rows` episodes of `length` tokens."""
         self.most = (max(rows, self.most[0]), max(length, self.most[1]))
         if rows > self.rows:
-            self.rows = max(rows, self.rows + self.rows // 2)
-        if length > self.capacity:
-            self.capacity = max(-(-length // self.GROWTH) * self.GROWTH, self.capacity + self.capacity // 2)
+            self.rows = max(rows, self.rows + self.rows // 4)
+        if length > self.capacity:  # by at least a quarter: few copies, little to spare
+            self.capacity = max(-(-length // self.GROWTH) * self.GROWTH, self.capacity + self.capacity // 4)
         for layers in (self.keys, self.values):
             for layer, old in layers.items():
                 if old.shape[0] < self.rows or old.shape[2] < self.capacity:
@@ -317,8 +333,6 @@ class _Block:
     def _bias(self, window: int | None, repeats: int, dtype: torch.dtype) -> Tensor:
         """0 where a query sees a key and -inf elsewhere, ``[rows, 1, repeats * most, longest]``."""
         if (window, repeats) not in self._biases:
-            distance = self._places.unsqueeze(2) - torch.arange(self._longest, device=self._places.device)
-            unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
-            bias = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
+            bias = _bias(self._places, self._longest, window, dtype)
             self._biases[window, repeats] = bias.unsqueeze(1).repeat(1, 1, repeats, 1)
         return self._biases[window, repeats]

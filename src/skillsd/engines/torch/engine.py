@@ -172,6 +172,7 @@ class TorchEngine(Engine):
         if weights == "teacher":
             self._check_teacher()
         self._check_lengths(sequences)
+        self._release()
         results: list[list[Tensor]] = [[] for _ in sequences]
         with torch.inference_mode():
             for part, shared in self._micro_batches(sequences):
@@ -193,8 +194,7 @@ class TorchEngine(Engine):
         coarse = distribution and any("candidates" in item.signals for item in batch)
         if coarse:
             check_candidates(batch, self._vocabulary)
-        for sampler in self.samplers.values():
-            sampler.release()
+        self._release()
         parts: list[dict[str, Mean]] = []
         wanted: Wanted = _chosen
         if coarse:
@@ -300,6 +300,11 @@ class TorchEngine(Engine):
             size += len(tokens) - common
         if part:
             yield part, shared
+
+    def _release(self) -> None:
+        """Give the memory of keys and values back: scoring and training need it."""
+        for sampler in self.samplers.values():
+            sampler.release()
 
     def _check_lengths(self, sequences: Sequence[TokenSequence]) -> None:
         longest = max((len(s.tokens) for s in sequences), default=0)

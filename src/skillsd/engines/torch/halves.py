@@ -35,24 +35,31 @@ class Halves:
         if trunk is inner:
             raise UserError(f"{type(inner).__name__} is not supported: its trunk and its head are not apart")
         self._given: Any = None  # an output that the trunk is to return as its own
-        self._found: Any = None  # and the last one that it has computed
+        self._wanted = False  # whether to keep what it computes
+        self._found: Any = None
         compute = trunk.forward
 
         @functools.wraps(compute)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._given is not None:
                 return self._given
-            self._found = compute(*args, **kwargs)
-            return self._found
+            output = compute(*args, **kwargs)
+            if self._wanted:
+                self._found = output
+            return output
 
         trunk.forward = forward
 
     def hidden(self, run: Callable[..., Any], **inputs: Any) -> Tensor:
         """The trunk's hidden states ``[tokens, width]`` of one packed row; `run` is the model, or calls it."""
         nowhere = torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
-        run(**inputs, logits_to_keep=nowhere)
-        self._kind, hidden, self._found = type(self._found), self._found.last_hidden_state[0], None
-        return hidden
+        self._wanted = True
+        try:
+            run(**inputs, logits_to_keep=nowhere)
+            self._kind, hidden = type(self._found), self._found.last_hidden_state[0]
+            return hidden
+        finally:
+            self._wanted, self._found = False, None
 
     def logits(self, run: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The head's ``[tokens, vocabulary]``."""
@@ -71,14 +78,14 @@ def in_chunks(
     """``compute(hidden, targets, *more)``, tensors with a row a token, from so many rows at a time as `LOGITS` allows.
 
     Where that is not all of them and gradients are wanted, a chunk keeps nothing for its backward pass: it is computed
-    again then.
+    again then. (The head's own gradient is summed over the chunks in the weights' format, by autograd.)
     """
     size = max(1, LOGITS // vocabulary)
     if len(hidden) <= size:
         return compute(hidden, targets, *more)
     chunks = zip(*(tensor.split(size) for tensor in (hidden, targets, *more)), strict=True)
     if torch.is_grad_enabled() and hidden.requires_grad:
-        parts = [checkpoint(compute, *chunk, use_reentrant=False) for chunk in chunks]
+        parts = [checkpoint(compute, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     else:
         parts = [compute(*chunk) for chunk in chunks]
     return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))

@@ -24,7 +24,10 @@ LONG = 64
 """New tokens of one request from which on they are prefilled apart, lest one long prompt pad everyone's attention."""
 
 PREFILL = 16_384
-"""The most tokens, padding to the longest included, that one forward pass of prefill takes (a longer one: alone)."""
+"""The most tokens, padding to the longest included, that one forward pass of prefill takes."""
+
+PIECE = 1024
+"""The most tokens of one request in such a pass: attention's mask is this times the tokens before."""
 
 
 GATHER = 10
@@ -217,13 +220,15 @@ class Sampler:
     def _prefill(self, sessions: list[_Session]) -> None:
         """Compute keys and values of everything but the last token."""
         nowhere = torch.empty(0, dtype=torch.long, device=self._device)  # no logits are wanted
-        ready = [s for s in sessions if len(s.tokens) - s.cached > 1]
-        ready.sort(key=lambda s: len(s.tokens) - s.cached, reverse=True)  # of like length together
-        while ready:
-            fitting = max(1, PREFILL // (len(ready[0].tokens) - 1 - ready[0].cached))
-            part, ready = ready[:fitting], ready[fitting:]
-            part.sort(key=lambda s: s.row)
-            self._feed(part, [len(s.tokens) - 1 - s.cached for s in part], nowhere)
+
+        def left(session: _Session) -> int:
+            return len(session.tokens) - 1 - session.cached
+
+        while ready := [session for session in sessions if left(session)]:
+            ready.sort(key=left, reverse=True)  # of like length together
+            part = ready[: PREFILL // min(left(ready[0]), PIECE)]
+            part.sort(key=lambda session: session.row)
+            self._feed(part, [min(left(session), PIECE) for session in part], nowhere)
 
     def _feed(self, sessions: list[_Session], counts: list[int], places: Tensor | None) -> Tensor:
         """Run the next `counts` tokens of each session; logits ``[sessions, vocabulary]`` at their last ones."""
