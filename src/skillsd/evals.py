@@ -48,6 +48,10 @@ NAMES = {
 """What the settings of an endpoint are called here."""
 
 
+Results = list[tuple[int | None, Evaluation]]
+"""The figures of finished passes, with the checkpoint's iteration."""
+
+
 @dataclass
 class _Case:
     """What is evaluated, and what it is known by.
@@ -85,7 +89,7 @@ def run_eval(
     json_out: Path | None,
     append: bool,
 ) -> None:
-    """Play, show a table, write the records.
+    """Play, show a table, write the records; where a later pass fails, those of the passes before it.
 
     Args:
         run: a run's folder; or `model`, a name or folder, with `recipe` for the environment and the budgets.
@@ -94,6 +98,7 @@ def run_eval(
         temperatures: the recipe's and 0 if there are none.
         episodes: file to keep finished episodes in, and to go on from; for a remote model there always is one.
     """
+    _check_apart(episodes, json_out)
     if run is not None:
         if not is_run(run):
             raise UserError(f"{run!r} is not a run's folder. For a model: skillsd eval --model NAME --recipe RECIPE")
@@ -109,28 +114,31 @@ def run_eval(
     else:
         config = configs.load(RunConfig, recipe, overrides)
         registry.load(config.environment.name, config.environment.options).tasks(split)  # told before a model is loaded
-        case = _of_model(model, config) if endpoint is None else _of_endpoint(model, config, endpoint)
         if endpoint is not None and episodes is None:
             episodes = Path("runs") / f"eval-{_as_file(model)}-{config.environment.name}-{split}.jsonl"
+            _check_apart(episodes, json_out)
+        case = _of_model(model, config) if endpoint is None else _of_endpoint(model, config, endpoint)
     warmths = list(dict.fromkeys(temperatures)) or [case.config.rollout.temperature, 0.0]
-    kept = _kept(episodes, case, split) if episodes else None
+    kept = _kept(episodes, case, split, limit) if episodes else None
+    results: Results = []
     try:
-        results = _play(console, case, kept, warmths, split=split, samples=samples, limit=limit)
+        _play(console, case, kept, warmths, results, split=split, samples=samples, limit=limit)
     finally:
         if kept is not None:
             kept.close(case.counts)
         if case.engine is not None:
             case.engine.close()
-    _show(console, results, case, split)
-    if json_out:
-        spent = {"spent": {**case.counts, "cost": _cost(case)}} if case.options else {}
-        known = {key: value for key, value in case.identity.items() if key != "run"}
-        records = [
-            as_record(figures, case.subject, case.config, model=known, run=run, iteration=iteration, samples=samples)
-            | spent
-            for iteration, figures in results
-        ]
-        write_whole(json_out, json.dumps(beside(records, json_out) if append else records, indent=2))
+        if results:  # those of finished passes, whatever became of the others
+            _show(console, results, case, split)
+            if json_out:
+                _write(json_out, results, case, run=run, samples=samples, append=append)
+
+
+def _check_apart(episodes: Path | None, json_out: Path | None) -> None:
+    if episodes and json_out and episodes.resolve() == json_out.resolve():
+        raise UserError(
+            f"{str(json_out)!r} is to hold both the figures (--json) and the episodes (--episodes): give two files"
+        )
 
 
 def _of_run(run: str, at: Sequence[int]) -> _Case:
@@ -143,8 +151,9 @@ def _of_run(run: str, at: Sequence[int]) -> _Case:
 
 def _of_model(model: str, config: RunConfig) -> _Case:
     engine = load_untrained(model, config)
-    adapter = {"adapter": config.model.adapter} if config.model.adapter else {}
-    identity = {**manifest.model(model), **adapter}
+    identity: dict[str, Any] = {**manifest.model(model)}
+    if adapter := config.model.adapter:  # the folder may hold another one tomorrow
+        identity["adapter"] = {"name": adapter, "weights": manifest.fingerprint(Path(adapter).expanduser())}
     return _Case(Subject.local(engine, config), config, model, identity, [None], engine)
 
 
@@ -161,12 +170,13 @@ def _play(
     case: _Case,
     kept: KeptEpisodes | None,
     temperatures: Sequence[float],
+    results: Results,
     *,
     split: str,
     samples: int,
     limit: int | None,
-) -> list[tuple[int | None, Evaluation]]:
-    """The figures of every checkpoint at every temperature, with the checkpoint's iteration."""
+) -> None:
+    """Add the figures of every checkpoint at every temperature to `results`, each as it is known."""
     task_set = registry.load(case.config.environment.name, case.config.environment.options)
     tasks = len(task_set.tasks(split)[:limit])
     total = len(case.checkpoints) * sum(tasks * (samples if temperature else 1) for temperature in temperatures)
@@ -174,7 +184,6 @@ def _play(
         case.counts.update(kept.spent)
         if kept:
             console.print(f"{len(kept)} finished episodes in {kept.path}", highlight=False)
-    results: list[tuple[int | None, Evaluation]] = []
     bars, done = Bars(console), 0
     try:
         with bars.shown():
@@ -199,14 +208,13 @@ def _play(
                     kept=before, on_episode=on_episode,
                 )  # fmt: skip
                 results.append((iteration, figures))
-    except (UserError, KeyboardInterrupt):
+    except BaseException:
         if kept:
             console.print(f"{len(kept)} of {total} episodes are in {kept.path}: the same command goes on from there")
         raise
-    return results
 
 
-def _kept(path: Path, case: _Case, split: str) -> KeptEpisodes:
+def _kept(path: Path, case: _Case, split: str, limit: int | None) -> KeptEpisodes:
     config = case.config
     task_set = registry.load(config.environment.name, config.environment.options)
     budget = Budget.of(config.rollout, task_set, case.subject.max_length)
@@ -215,6 +223,7 @@ def _kept(path: Path, case: _Case, split: str) -> KeptEpisodes:
         "environment": config.environment.model_dump(),
         "split": split,
         "panel": task_set.fingerprint(split),
+        "limit": limit,  # the seeds of a task's episodes hold its place among those that are played
         "seed": config.seed,
         "budget": [budget.turns, budget.turn_tokens, budget.trajectory_tokens],
         "chat_template_kwargs": config.model.chat_template_kwargs,
@@ -222,7 +231,18 @@ def _kept(path: Path, case: _Case, split: str) -> KeptEpisodes:
     return KeptEpisodes(path, settings)
 
 
-def _show(console: Console, results: Sequence[tuple[int | None, Evaluation]], case: _Case, split: str) -> None:
+def _write(path: Path, results: Results, case: _Case, *, run: str | None, samples: int, append: bool) -> None:
+    spent = {"spent": {**case.counts, "cost": _cost(case)}} if case.options else {}
+    known = {key: value for key, value in case.identity.items() if key != "run"}
+    records = [
+        as_record(figures, case.subject, case.config, model=known, run=run, iteration=iteration, samples=samples)
+        | spent
+        for iteration, figures in results
+    ]
+    write_whole(path, json.dumps(beside(records, path) if append else records, indent=2))
+
+
+def _show(console: Console, results: Results, case: _Case, split: str) -> None:
     several = len({iteration for iteration, _ in results}) > 1
     rows = [
         [

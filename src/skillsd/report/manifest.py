@@ -63,9 +63,7 @@ def model(name: str) -> dict[str, str | None]:
 
 
 def weights_fingerprint(name: str) -> str | None:
-    """The first 16 hex digits of the SHA-256 of a model's weight files (``*.safetensors``, else ``*.bin``), in order
-    of their names. Of a hub's model: of the files in the local cache. None if there are none.
-    """
+    """`fingerprint` of a model's folder; of a hub's model, of that in the local cache."""
     from skillsd.engines.torch.models import resolve
 
     folder = Path(resolve(name)).expanduser()
@@ -74,6 +72,13 @@ def weights_fingerprint(name: str) -> str | None:
         if cached is None:
             return None
         folder = cached
+    return fingerprint(folder)
+
+
+def fingerprint(folder: Path) -> str | None:
+    """The first 16 hex digits of the SHA-256 of a folder's weight files (``*.safetensors``, else ``*.bin``), in order
+    of their names. None if there are none.
+    """
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
         return None

@@ -91,6 +91,7 @@ async def evaluate(
     seed: int,
     samples: int = 1,
     limit: int | None = None,
+    retries: int = 2,
     concurrency: int = 256,
     context: Callable[[Task], str] | None = None,
     kept: Mapping[int, Trajectory] | None = None,
@@ -101,7 +102,7 @@ async def evaluate(
     Args:
         context: text to add to each task's first prompt, for studies of what a skill is worth; none by default: the
             student is tested under the plain prompt.
-        kept, on_episode: as of `skillsd.rollouts.collect.collect`.
+        retries, kept, on_episode: as of `skillsd.rollouts.collect.collect`.
     """
     tasks = list(spread(task_set.tasks(split), limit))
     begin = time.perf_counter()
@@ -112,6 +113,7 @@ async def evaluate(
         budget,
         group_size=samples,
         seed=seed,
+        retries=retries,
         concurrency=concurrency,
         contexts=[context(task) for task in tasks] if context else None,
         kept=kept,

@@ -9,35 +9,51 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from skillsd.errors import UserError
 from skillsd.records import trajectory_from_json, trajectory_to_json
 from skillsd.types import Trajectory
 
 FORMAT = 1
+_BEGIN = f'{{"format": {FORMAT}, "settings": '.encode()
+"""How every such file begins."""
 
 
 class KeptEpisodes:
     """JSON lines: the settings first, then the episodes, each with what had been spent by then.
 
-    A file that a crash cut short loses its last line.
+    A file that a crash cut short loses its last line. One try at a time: a lock lies beside the file.
 
     Args:
-        settings: whatever makes episodes comparable or not; JSON-able.
+        settings: whatever makes episodes comparable or not.
 
     Raises:
-        UserError: if the file holds something else, or episodes of other settings.
+        UserError: if the file holds something else, or episodes of other settings, or another try has it.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.spent: Counter[str] = Counter()
         self._kept: dict[tuple[int | None, float], dict[int, Trajectory]] = {}
-        whole = self._read(json.loads(json.dumps(settings))) if path.exists() else 0
+        settings = json.loads(json.dumps(settings, default=str))
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "ab")  # noqa: SIM115 (closed by `close`)
-        self._file.truncate(whole)
-        if not whole:
-            self._write({"format": FORMAT, "settings": settings})
+        self._lock = FileLock(path.with_name(f"{path.name}.lock"))
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"another try is under way with {str(path)!r}: wait for its end, or give another file (--episodes)"
+            ) from None
+        try:
+            whole = self._read(settings) if path.exists() else 0
+            self._file = open(path, "ab")  # noqa: SIM115 (closed by `close`)
+            self._file.truncate(whole)
+            if not whole:
+                self._write({"format": FORMAT, "settings": settings})
+        except BaseException:
+            self._lock.release()
+            raise
 
     def of(self, iteration: int | None, temperature: float) -> Mapping[int, Trajectory]:
         """The episodes of a checkpoint at a temperature, by their seeds."""
@@ -59,9 +75,12 @@ class KeptEpisodes:
 
     def close(self, spent: Mapping[str, int]) -> None:
         """`spent`: in all, episodes that came to nothing included."""
-        if self.spent != spent:
-            self._write({"spent": dict(spent)})
-        self._file.close()
+        try:
+            if self.spent != spent:
+                self._write({"spent": dict(spent)})
+            self._file.close()
+        finally:
+            self._lock.release()
 
     def _write(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(record).encode() + b"\n")
@@ -72,11 +91,13 @@ class KeptEpisodes:
     def _read(self, settings: Mapping[str, Any]) -> int:
         """Bytes of the file that are whole lines."""
         lines = self.path.read_bytes().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()
-        if not lines:
-            return 0
+        cut = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
         try:
+            if not lines:
+                # Only our own first line may have been cut by a crash; any other file of one line is someone's.
+                if not (cut.startswith(_BEGIN) or _BEGIN.startswith(cut)):
+                    raise ValueError("it does not begin as such a file does")
+                return 0
             head, *records = map(json.loads, lines)
             if head["format"] != FORMAT:
                 raise ValueError(f"its format is {head['format']}, expected {FORMAT}")
@@ -86,7 +107,7 @@ class KeptEpisodes:
                     episode = trajectory_from_json(record["episode"])
                     self._kept.setdefault((record["iteration"], record["temperature"]), {})[episode.seed] = episode
             theirs = dict(head["settings"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{str(self.path)!r} is no file of kept episodes ({error}): give another one or delete it"
             ) from error

@@ -173,6 +173,7 @@ async def measure(run: Run) -> Record:
             seed=derive_seed(run.config.seed, "evaluation"),
             samples=samples,
             limit=options.limit,
+            retries=run.config.rollout.retries,
             concurrency=run.config.rollout.concurrency,
         )
         record |= {f"{name}/{key}": value for key, value in figures.as_dict().items()}

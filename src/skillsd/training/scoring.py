@@ -97,6 +97,7 @@ def score(
             seed=derive_seed(config.seed, "final evaluation"),
             samples=samples if temperature > 0 else 1,
             limit=limit,
+            retries=config.rollout.retries,
             concurrency=config.rollout.concurrency,
             kept=kept,
             on_episode=on_episode,
@@ -109,7 +110,7 @@ def as_record(
     subject: Subject,
     config: RunConfig,
     *,
-    model: Mapping[str, str | None],
+    model: Mapping[str, Any],
     run: str | None,
     iteration: int | None,
     samples: int,
@@ -117,7 +118,7 @@ def as_record(
     """An evaluation as JSON says it: its figures, those of each task, and all that makes them comparable or not.
 
     Args:
-        model: the base model (`skillsd.report.manifest.model`), or a remote one with its endpoint.
+        model: the base model (`skillsd.report.manifest.model`) with its adapter, or a remote one with its endpoint.
         run: the folder of the run that was evaluated; None for a model that is not a run's.
         iteration: of the run's checkpoint.
     """
@@ -138,7 +139,7 @@ def as_record(
     }
 
 
-_IDENTITY = ("run", "iteration", "split", "fingerprint", "samples", "temperature", "seed")
+_IDENTITY = ("run", "iteration", "split", "fingerprint", "samples", "temperature", "seed", "budget")
 
 
 def beside(records: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
@@ -158,10 +159,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
 
 
-def _identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What an evaluation is of; another one with the same takes its place."""
+def _identity(record: Mapping[str, Any]) -> str:
+    """What an evaluation is of; another one with the same takes its place. The same endpoint may have moved."""
     model = record.get("model")
-    return (model.get("name") if isinstance(model, dict) else None, *(repr(record.get(key)) for key in _IDENTITY))
+    known = {key: value for key, value in model.items() if key != "endpoint"} if isinstance(model, dict) else model
+    return json.dumps([known, *(record.get(key) for key in _IDENTITY)], sort_keys=True)
 
 
 def started(folder: Path) -> str | None:
