@@ -216,6 +216,12 @@ def test_a_cost_needs_a_price() -> None:
         ("summariser.base_url=localhost:8000", "such as http://localhost:8000/v1"),
         ("summariser.base_url=https://me:sk-123@host/v1", "environment variable instead"),
         ("summariser.base_url=https://host/v1?key=sk-123", "environment variable instead"),
+        ("summariser.base_url=http://localhost:80o0/v1", "its port has to be a number"),
+        ("summariser.base_url=http://localhost:99999/v1", "its port has to be a number"),
+        ("summariser.base_url=http://[::1/v1", "not usable"),
+        ("summariser.request={x: 2024-01-01}", "'x' has to be JSON"),
+        ("summariser.request={x: {y: [.inf]}}", "'x' has to be JSON"),
+        ("model.chat_template_kwargs={day: 2024-01-01}", "'day' has to be JSON"),
         ("summariser.max_retries=-1", "greater than or equal to 0"),
     ],
 )

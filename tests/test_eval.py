@@ -14,6 +14,10 @@ import yaml
 from fake_endpoint import FakeEndpoint, Reply, Request, completion, refusal
 
 from skillsd import cli, endpoint
+from skillsd.errors import UserError
+from skillsd.report import manifest
+from skillsd.training.kept import KeptEpisodes
+from skillsd.training.scoring import beside
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 from toy_run import toy_settings
@@ -120,7 +124,12 @@ def test_a_second_try_pays_for_nothing_twice(evaluate: Evaluate, serve: Serve, t
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [("seed=5", "seed"), ("rollout.turn_tokens=9", "budget"), ("environment.options={turns: 2}", "")],
+    [
+        ("seed=5", "seed"),
+        ("rollout.turn_tokens=9", "budget"),
+        ("environment.options={turns: 2}", ""),
+        ("--limit=2", "limit"),
+    ],
 )
 def test_episodes_of_other_settings_are_not_mixed(evaluate: Evaluate, serve: Serve, change: str, told: str) -> None:
     server = serve(completion("Up"))
@@ -144,6 +153,104 @@ def test_a_line_that_a_crash_cut_is_played_again(evaluate: Evaluate, serve: Serv
     (tmp_path / "kept.jsonl").write_text("what?\n")
     said = evaluate(server, "--episodes", "kept.jsonl")
     assert (said.code, "no file of kept episodes" in said.err) == (2, True)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', '[{"format": 1}]', '{"format": 2}', "x", '{"format": 1}\n[1]\n'])
+def test_a_file_of_someone_elses_is_left_alone(evaluate: Evaluate, serve: Serve, tmp_path: Path, text: str) -> None:
+    """One line without an end may be all that minified JSON has."""
+    (tmp_path / "mine.json").write_text(text)
+    server = serve(completion("Up"))
+    said = evaluate(server, "--episodes", "mine.json")
+    assert (said.code, "no file of kept episodes" in said.err) == (2, True)
+    assert (tmp_path / "mine.json").read_text() == text
+    assert not server.requests
+
+
+@pytest.mark.parametrize("size", [0, 1, 9, 40])
+def test_a_first_line_that_a_crash_cut_is_written_again(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "kept.jsonl"
+    KeptEpisodes(path, {"model": "m", "seed": 3}).close({})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size])
+    KeptEpisodes(path, {"model": "m", "seed": 3}).close({})
+    assert path.read_bytes() == whole
+
+
+def test_one_try_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "kept.jsonl"
+    first = KeptEpisodes(path, {"seed": 3})
+    with pytest.raises(UserError, match="another try is under way"):
+        KeptEpisodes(path, {"seed": 3})
+    first.close({})
+    with pytest.raises(UserError, match="another evaluation"):
+        KeptEpisodes(path, {"seed": 4})
+    KeptEpisodes(path, {"seed": 3}).close({})  # neither of them holds the lock any more
+
+
+@pytest.mark.parametrize("name", ["x.json", "./x.json", "runs/eval-a-model-toy_env:Toy-test.jsonl"])
+def test_figures_and_episodes_want_a_file_each(evaluate: Evaluate, serve: Serve, tmp_path: Path, name: str) -> None:
+    (tmp_path / "runs").mkdir()
+    episodes = [] if name.startswith("runs") else ["--episodes", "x.json"]
+    server = serve(completion("Up"))
+    said = evaluate(server, "--json", name, *episodes)
+    assert (said.code, "give two files" in said.err) == (2, True), said
+    assert not server.requests
+
+
+def test_finished_passes_are_shown_and_written_when_a_later_one_fails(
+    evaluate: Evaluate, serve: Serve, tmp_path: Path
+) -> None:
+    def answer(request: Request) -> Reply:
+        return completion("Up") if request.body["temperature"] else refusal(401, "not at 0")
+
+    said = evaluate(serve(answer=answer), "--temperature", 1, "--temperature", 0, "--json", "x.json")
+    assert (said.code, "not at 0" in said.err) == (2, True)
+    assert "sampled at 1" in said.out
+    assert "greedy" not in said.out
+    [figures] = json.loads((tmp_path / "x.json").read_text())
+    assert (figures["temperature"], figures["episodes"]) == (1, TASKS)
+
+
+def test_other_requests_and_budgets_are_other_evaluations(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
+    for number, change in enumerate(([], ["--request", "{seed: 3}"], ["rollout.turn_tokens=9"], [])):
+        keep = ["--json", "x.json", "--append", "--episodes", f"{number}.jsonl"]
+        assert evaluate(serve(completion("Up")), *keep, *change).code == 0
+    records = json.loads((tmp_path / "x.json").read_text())
+    told = [(record["model"]["request"], record["budget"]["turn_tokens"]) for record in records]
+    assert told == [({"seed": 3}, 8), ({}, 9), ({}, 8)]  # the last one took the first one's place, wherever it is asked
+
+
+def test_other_adapters_are_other_evaluations(tmp_path: Path) -> None:
+    weights = []
+    for content in (b"one", b"two"):
+        (tmp_path / "adapter_model.safetensors").write_bytes(content)
+        weights.append(manifest.fingerprint(tmp_path))
+    assert None not in weights
+    assert weights[0] != weights[1]
+    records = [{"model": {"name": "m", "adapter": {"name": "a", "weights": w}}, "seed": 1} for w in weights]
+    (tmp_path / "x.json").write_text(json.dumps(records[:1]))
+    assert beside(records[1:], tmp_path / "x.json") == records
+
+
+def test_retries_are_the_recipes(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
+    def answer(request: Request) -> Reply:
+        again = len(request.body["messages"]) > 1
+        return refusal(400, "not these words") if again else completion("Sideways")
+
+    for retries in (0, 3):  # one task is over after its first turn, the others break in every try
+        server = serve(answer=answer)
+        said = evaluate(server, f"rollout.retries={retries}", "--episodes", f"{retries}.jsonl")
+        assert f"{TASKS - 1} tasks are left out" in said.out, said
+        assert len(server.requests) == 1 + 2 * (TASKS - 1) * (retries + 1)
+
+
+def test_a_request_that_is_no_json(evaluate: Evaluate, serve: Serve) -> None:
+    server = serve(completion("Up"))
+    for value in ("2024-01-01", ".nan", "{a: [2024-01-01]}"):
+        said = evaluate(server, "--request", f"{{x: {value}}}")
+        assert (said.code, said.err.count("\n")) == (2, 1)
+        assert "'x' has to be JSON" in said.err
+    assert not server.requests
 
 
 @pytest.mark.parametrize(

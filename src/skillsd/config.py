@@ -7,19 +7,35 @@ told in one line that names the key, what was given and what is allowed.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from skillsd.errors import UserError, unknown_name
 from skillsd.methods import METHODS
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+def _json_able(values: dict[str, Any]) -> dict[str, Any]:
+    for name, value in values.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError(
+                f"{name!r} has to be JSON, which has no such value: write a date, say, in quotes"
+            ) from None
+    return values
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_json_able)]
+"""Values that JSON has too: YAML knows more, dates for one."""
 
 
 class _Section(BaseModel):
@@ -44,7 +60,7 @@ class ModelSection(_Section):
     adapter: str | None = None
     """A folder with an adapter for the model, as peft writes it: train that one on, instead of ``lora``."""
     gradient_checkpointing: bool = False
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: JsonObject = {}
     """Given to the tokenizer's chat template, e.g. ``{enable_thinking: false}``. docs/models.md."""
 
 
@@ -179,7 +195,7 @@ class EndpointSection(_Section):
     api_key_env: str | None = None
     """Name of the environment variable that holds the key; the key itself is never written anywhere. None is
     ``OPENAI_API_KEY`` for OpenAI's own address, and no key for another ``base_url``."""
-    request: dict[str, Any] = {}
+    request: JsonObject = {}
     """More fields of the endpoint's requests (``seed``, ``reasoning_effort``, ``chat_template_kwargs`` ...)."""
     timeout_seconds: float = Field(60.0, gt=0)
     """Deadline of one request."""
@@ -224,6 +240,10 @@ class EndpointSection(_Section):
             raise ValueError("expected an address such as http://localhost:8000/v1")
         if "@" in parts.netloc or parts.query:
             raise ValueError("it would be written down: give the name of the key's environment variable instead")
+        try:
+            _ = parts.port  # read when it is asked for
+        except ValueError:
+            raise ValueError("its port has to be a number up to 65535, as in http://localhost:8000/v1") from None
         return address
 
 

@@ -31,6 +31,8 @@ BACKOFF_SECONDS = 1.0
 """The first rest between two tries of a request; each further one is twice as long."""
 LONGEST_REST = 60.0
 """Seconds. A server that wants a longer rest is not asked again."""
+SHORTEST_SECRET = 12
+"""Characters. A shorter key ("EMPTY", "x") is a local server's dummy: striking it out would spoil the answers."""
 
 Names = Mapping[str, str]
 """What a setting is called where the user gives it, for messages: ``{"api_key_env": "--key-env", ...}``."""
@@ -78,7 +80,7 @@ class Endpoint:
         self._options, self._counts, self._names = options, counts, names
         self.address = options.base_url or OPENAI
         self._key = _key(options, names)
-        self._client = _client(self.address, self._key)
+        self._client = _client(self.address, self._key, names)
         self._pace = _Pace(options.requests_per_minute)
         self._takes_schema = True
         self._random = random.Random()  # for the rests only: nothing of a run depends on it
@@ -171,17 +173,19 @@ class Endpoint:
             said = choice.message.content or ""
             if not isinstance(said, str):
                 raise TypeError
-        except (AttributeError, IndexError, TypeError):
+        except (AttributeError, IndexError, KeyError, TypeError):
             given = self._without_key(repr(answer))[:300]
             raise _FailedError("response", f"the answer is no chat completion: {given}") from None
-        used: list[Any] = [getattr(answer.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+        used: list[Any] = [
+            getattr(getattr(answer, "usage", None), name, None) for name in ("prompt_tokens", "completion_tokens")
+        ]
         if not all(isinstance(tokens, int) and tokens >= 0 for tokens in used):
             self._counts["calls_without_usage"] += 1
             lengths = (sum(len(message["content"]) for message in asked), len(said))
             used = [math.ceil(length / 4) for length in lengths]
         self._counts["tokens_in"] += used[0]
         self._counts["tokens_out"] += used[1]
-        return Answer(self._without_key(said), choice.finish_reason == "length", *used)
+        return Answer(self._without_key(said), getattr(choice, "finish_reason", None) == "length", *used)
 
     def check_budget(self) -> None:
         """Raise EndpointError if there is nothing left to spend."""
@@ -215,7 +219,7 @@ class Endpoint:
         return f"{self.address}: {about and about + '. It says: '}{failure}"
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+        return text.replace(self._key, "***") if self._key and len(self._key) >= SHORTEST_SECRET else text
 
 
 class _FailedError(Exception):
@@ -290,6 +294,11 @@ def _key(options: EndpointSection, names: Names) -> str | None:
     if name is None:
         return None
     key = os.environ.get(name, "").strip()
+    if not key and not (name in os.environ or name.isupper()):
+        raise UserError(
+            f"the variable named in {names['api_key_env']} is not set (not repeated here: it may be a key): give the "
+            "name of an environment variable that holds the key, not the key itself"
+        )
     if not key:
         raise UserError(
             f"the environment variable {name!r} holds no key for {options.base_url or OPENAI}: set it or name another "
@@ -314,15 +323,21 @@ def check_access(options: EndpointSection, names: Names) -> None:
         ) from error
 
 
-def _client(address: str, key: str | None) -> Any:
+def _client(address: str, key: str | None, names: Names) -> Any:
     import openai
 
-    return openai.AsyncOpenAI(
-        api_key=key or "none",
-        base_url=address,
-        # Deadlines and retries are ours, so that every request is counted, paced and within the budget.
-        timeout=None,
-        max_retries=0,
-        # Nothing stays open between requests: an event loop may end at any time, and there is nobody to close it.
-        default_headers={"Connection": "close"},
-    )
+    try:
+        return openai.AsyncOpenAI(
+            api_key=key or "none",
+            base_url=address,
+            # Deadlines and retries are ours, so that every request is counted, paced and within the budget.
+            timeout=None,
+            max_retries=0,
+            # Nothing stays open between requests: an event loop may end at any time, and there is nobody to close it.
+            default_headers={"Connection": "close"},
+        )
+    except Exception as error:  # the address, or a proxy or certificate that the environment names
+        raise UserError(
+            f"{address!r} ({names['base_url']}) can't be asked: {error}. Expected an address such as "
+            "http://localhost:8000/v1; a proxy or certificates named in the environment count too"
+        ) from None

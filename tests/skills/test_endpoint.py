@@ -127,6 +127,8 @@ FAULTS: dict[str, tuple[list[Reply], str, int]] = {  # name -> (replies, what be
     "a web page": ([Reply(b"<html>Welcome</html>")], "failed_response", 3),
     "an error with status 200": ([Reply({"error": {"message": "no"}})], "failed_response", 3),
     "no choices": ([Reply({"choices": []})], "failed_response", 3),
+    "choices that are no list": ([Reply({"choices": {"a": 1}})], "failed_response", 3),
+    "a choice without its end": ([Reply({"choices": [{"message": {"content": json.dumps(SKILL)}}]})], "ok", 1),
     "content that is no text": ([completion([1])], "failed_response", 3),
     "401": ([refusal(401, "who are you?")], "failed_http_401", 1),
     "403": ([refusal(403, "not you")], "failed_http_403", 1),
@@ -342,6 +344,38 @@ def test_a_missing_or_odd_key_is_told_before_anything_is_asked(
     with pytest.raises(UserError, match=message) as error:
         endpoint.check_access(SummariserSection(model="m", **options), NAMES)
     assert not value or value not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["gsk_abc123", "hf_AbC"])
+def test_a_key_in_the_place_of_its_name_is_not_repeated(key: str) -> None:
+    with pytest.raises(UserError, match=r"summariser.api_key_env is not set \(not repeated here") as error:
+        endpoint.check_access(SummariserSection(model="m", api_key_env=key), NAMES)
+    assert key not in str(error.value)
+
+
+def test_a_name_that_is_there_is_repeated_whatever_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("my_key", "")
+    with pytest.raises(UserError, match="'my_key' holds no key"):
+        endpoint.check_access(SummariserSection(model="m", api_key_env="my_key"), NAMES)
+
+
+@pytest.mark.parametrize("key", ["EMPTY", "x", "L"])
+def test_a_dummy_key_is_not_struck_out_of_the_answers(
+    serve: Serve, trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("MY_KEY", key)
+    server = serve(completion({**SKILL, "golden_workflow": "EMPTY the box: Left, then up."}))
+    skill = asyncio.run(summariser(server).summarise(trajectory))
+    assert skill.golden_workflow == "EMPTY the box: Left, then up."
+    assert server.requests[0].headers["authorization"] == f"Bearer {key}"
+
+
+@pytest.mark.parametrize("proxy", ["nonsense://host:1", "http://host:port"])
+def test_a_client_that_cannot_be_made_is_told(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, proxy)
+    with pytest.raises(UserError, match=r"'http://some.host/v1' \(summariser.base_url\) can't be asked"):
+        endpoint.Endpoint(SummariserSection(model="m", base_url="http://some.host/v1"), Counter(), NAMES)
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
