@@ -95,6 +95,29 @@ class TestCopies:
         assert check("x a b a b a b x", trajectory_with(turns=turns)) == "copies_trajectory"
 
 
+class TestFormat:
+    DESCRIPTIONS = tuple(str(field.description) for field in SkillSchema.model_fields.values())
+
+    @pytest.mark.parametrize("text", DESCRIPTIONS)
+    @pytest.mark.parametrize("place", range(3))
+    def test_a_copy_of_a_description(self, trajectory: Trajectory, text: str, place: int) -> None:
+        for copy in (text, text.removesuffix(" May be empty."), text.upper(), f"* {text.replace(' ', '  ')}\n"):
+            fields = ["", "", ""]
+            fields[place] = copy
+            assert check_skill(Skill(*fields), trajectory, max_chars=1000) == "copies_format"
+            fields[place - 1] = "Go red."  # and beside it something of its own
+            assert check_skill(Skill(*fields), trajectory, max_chars=1000) == "copies_format"
+
+    @pytest.mark.parametrize("text", DESCRIPTIONS)
+    def test_more_than_a_description(self, trajectory: Trajectory, text: str) -> None:
+        assert check(f"{text} The red door, then the blue one.", trajectory) is None
+        assert check(f"Red. {text}", trajectory) is None
+
+    @pytest.mark.parametrize("text", ["Right", "What worked", "Right. May be.", "were right", "steps to follow"])
+    def test_a_few_words_of_it(self, trajectory: Trajectory, text: str) -> None:
+        assert check(text, trajectory) is None
+
+
 class TestSecrets:
     @pytest.mark.parametrize("said", ["It is 4217.", "Say ANNA\n Lee", "anna lee's", "(4217)"])
     def test_a_leak(self, trajectory: Trajectory, said: str) -> None:

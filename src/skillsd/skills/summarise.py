@@ -20,6 +20,8 @@ MAX_COPIED_WORDS = 40
 """A run of so many words of the first prompt makes a skill a copy of it."""
 MIN_PROMPT_WORDS = 8
 """Messages shorter than this may be quoted whole: "Play Sokoban." is not a copy."""
+MIN_FORMAT_WORDS = 4
+"""A field of fewer words is not taken for a copy of what it was to hold: "What worked" may be said."""
 
 
 class SummaryError(Exception):
@@ -85,11 +87,11 @@ def check_skill(
     """Why `skill` may not enter the bank as the lesson of `trajectory`, or None if it may.
 
     The reasons are few and fixed, to be counted: ``malformed`` (not a Skill, a field that is no string or no
-    Unicode text), ``empty``, ``too_long`` (a field of more than `max_chars` characters), ``copies_prompt``,
-    ``copies_trajectory`` (a skill is "never the trajectory itself": it quotes more than
-    `max_copied_turns` consecutive turns, action and observation) and ``leaks_answer`` (it says one of the
-    `secrets`, see `skillsd.envs.base.TaskSet.secrets`). Copies are found whatever their white space and role
-    labels; secrets as whole words, whatever their case and white space.
+    Unicode text), ``empty``, ``too_long`` (a field of more than `max_chars` characters), ``copies_format`` (a field
+    says only what it was to hold, in the words of `SkillSchema`), ``copies_prompt``, ``copies_trajectory`` (a skill
+    is "never the trajectory itself": it quotes more than `max_copied_turns` consecutive turns, action and observation)
+    and ``leaks_answer`` (it says one of the `secrets`, see `skillsd.envs.base.TaskSet.secrets`). Copies are
+    found whatever their white space and role labels; secrets as whole words, whatever their case and white space.
     """
     if not isinstance(skill, Skill):
         return "malformed"
@@ -103,6 +105,8 @@ def check_skill(
         return "empty"
     if any(len(field) > max_chars for field in fields):
         return "too_long"
+    if any(_copies_format(field) for field in fields):
+        return "copies_format"
     text = _bare("\n".join(fields))
     if any(_copies_message(text, message.content) for message in trajectory.prompt):
         return "copies_prompt"
@@ -120,6 +124,20 @@ _LABEL = re.compile(rf"\b(?:{_ROLES})\s*:", re.IGNORECASE)
 def _bare(text: str) -> str:
     """`text` as words between single spaces, with a space at each end and without role labels."""
     return f" {' '.join(_LABEL.sub(' ', text).split())} "
+
+
+def _copies_format(text: str) -> bool:
+    """Whether all of `text` is a run of words of one field's description."""
+    words = _words(text)
+    return len(words.split()) >= MIN_FORMAT_WORDS and any(
+        words in _words(field.description or "") for field in SkillSchema.model_fields.values()
+    )
+
+
+def _words(text: str) -> str:
+    """The words of `text` alone, in lower case, between single spaces and with one at each end."""
+    words = re.findall(r"\w+", text.casefold())
+    return f" {' '.join(words)} "
 
 
 def _copies_message(text: str, content: str) -> bool:
