@@ -14,6 +14,8 @@ import torch
 import yaml
 
 from skillsd import cli
+from skillsd import config as configs
+from skillsd.engines.vllm.client import WorkerError
 from skillsd.skills.bank import SkillBank
 from skillsd.types import Outcome, Skill, Task
 
@@ -140,6 +142,45 @@ def test_odd_paths(skillsd: Command, tmp_path: Path) -> None:
     one_line(skillsd("train", "latin.yaml"), "latin.yaml", "not readable")
     one_line(skillsd("skills", "list", "file"), "not a skill bank")
     one_line(skillsd("train", "x" * 5000), "xxx")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError("the disk\nis odd"), "the disk is odd"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (FileNotFoundError(2, "No such file", "x.txt"), "'x.txt': No such file"),
+        (ConnectionError(), "ConnectionError"),
+        (WorkerError("vLLM is gone"), "vLLM is gone"),
+    ],
+)
+def test_what_fails_below_gets_one_line(
+    skillsd: Command, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    def fail() -> list[str]:
+        raise error
+
+    monkeypatch.setattr(configs, "recipes", fail)
+    one_line(skillsd("recipes"), told)
+
+
+def test_a_bug_keeps_its_traceback(skillsd: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> list[str]:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(configs, "recipes", fail)
+    monkeypatch.setattr(sys, "argv", ["skillsd", "recipes"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main()
+
+
+def test_a_model_is_exported_to_where_one_stands(skillsd: Command, run: Path, tmp_path: Path) -> None:
+    said = skillsd("export", run / "run", "--out", ".")
+    assert said.code == 0, said
+    assert Path("config.json").is_file()  # still the same folder
+    assert (tmp_path / "model.safetensors").is_file()
+    assert not list(tmp_path.parent.glob(".*.partial"))
+    one_line(skillsd("export", run / "run", "--out", "."), "holds something already")
 
 
 def test_wandb_that_is_not_installed(skillsd: Command, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,11 +66,16 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx else "skillsd"
         _fail(f"{error.format_message()} ({command} --help)")
     except OSError as error:
-        if error.filename is None:
-            raise
-        _fail(f"{str(error.filename)!r}: {error.strerror}")
+        what = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        _fail(what if error.filename is None else f"{str(error.filename)!r}: {what}")
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except RuntimeError as error:
+        from skillsd.engines.vllm.client import WorkerError  # here: few commands have to do with it
+
+        if not isinstance(error, WorkerError):
+            raise
+        _fail(str(error))
     if code == 130:
         errors.print("stopped")
     sys.exit(code)

@@ -18,7 +18,7 @@ from skillsd.training.session import CONFIG
 def export(run: str, out: Path, *, iteration: int | None = None, merge: bool = False) -> None:
     """Write the student of a run's checkpoint (the last one if none is asked for) to the folder `out`.
 
-    A checkpoint's own folder ``model`` holds the same, but for the merging. `out` is there whole or not at all.
+    A checkpoint's own folder ``model`` holds the same, but for the merging. A new `out` is there whole or not at all.
 
     Args:
         merge: of an adapter: add it to the base model's weights, so that the folder is a model like any other.
@@ -37,6 +37,7 @@ def export(run: str, out: Path, *, iteration: int | None = None, merge: bool = F
     engine.load(path)
     if merge and not engine.lora:
         raise UserError(f"the run {run!r} trained all weights: there is no adapter to merge. Leave --merge out")
+    out = out.absolute()  # "." has no name
     aside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -45,8 +46,10 @@ def export(run: str, out: Path, *, iteration: int | None = None, merge: bool = F
             engine.tokenizer.save_pretrained(aside)
         else:
             engine.save_weights(aside)
-        if out.is_dir():
-            out.rmdir()
-        aside.rename(out)
+        if out.is_dir():  # it stays the same folder: somebody may stand in it
+            for path in aside.iterdir():
+                path.rename(out / path.name)
+        else:
+            aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
