@@ -27,8 +27,9 @@ class ChatRenderer:
     """Renders for one tokenizer.
 
     Control tokens are the template's alone: where a message *says* `<|im_end|>`, say, it is encoded as those letters,
-    so that no environment, skill or demonstration can end a turn or speak in another's name. A template's *today* is
-    always 26 July 2024: a run taken up tomorrow reads the same prompts.
+    so that no environment, skill or demonstration can end a turn or speak in another's name by them. Markers that are
+    plain text (``[INST]`` of Llama 2) anyone can imitate. A template's *today* is always 26 July 2024: a run taken up
+    tomorrow reads the same prompts.
 
     Where a template has no system role, or wants user and assistant to alternate, messages that it would refuse are
     joined by a blank line.
