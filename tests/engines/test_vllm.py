@@ -6,6 +6,8 @@ import asyncio
 import functools
 import importlib.util
 import os
+import queue
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +31,7 @@ from skillsd.engines.torch.models import LoraOptions
 from skillsd.engines.vllm import engine as module
 from skillsd.engines.vllm.client import WorkerClient, WorkerError
 from skillsd.engines.vllm.engine import VllmEngine, VllmOptions, export_weights
+from skillsd.engines.vllm.worker import Worker
 from skillsd.errors import UserError
 
 PYTHON = Path(__file__).parents[2] / "build" / "vllm" / "bin" / "python"
@@ -67,12 +71,15 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def echo(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmEngine]:
+def echo(
+    request: pytest.FixtureRequest, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[VllmEngine]:
     """An engine whose worker always says 7."""
     script = tmp_path / "worker.py"
     script.write_text(ECHO)
     monkeypatch.setattr(module, "WorkerClient", functools.partial(WorkerClient, worker=script))
-    engine = VllmEngine(TorchEngine(str(folder), device="cpu"), VllmOptions(timeout_seconds=20))
+    options = VllmOptions(timeout_seconds=20, max_model_len=getattr(request, "param", None))
+    engine = VllmEngine(TorchEngine(str(folder), device="cpu"), options)
     yield engine
     engine.close()
 
@@ -128,6 +135,16 @@ def test_request_that_does_not_extend_its_session_is_refused(echo: VllmEngine) -
     sample(echo, 50, session="a")
 
 
+@pytest.mark.parametrize("echo", [16], indirect=True)
+def test_limit_of_what_is_sampled_is_none_of_what_is_scored(echo: VllmEngine) -> None:
+    assert echo.max_length == echo.trainer.max_length > 16
+    assert echo._llm_options()["max_model_len"] == 16
+    assert sample(echo, *[40] * 12).tokens == (7,)  # and 4 more are asked for
+    with pytest.raises(ValueError, match=r"17 tokens.*at most 16 \(engine\.max_model_len\)"):
+        sample(echo, *[40] * 13)
+    assert len(echo.score([TokenSequence((40,) * 30, (False,) + (True,) * 29)])[0]) == 29
+
+
 def test_what_goes_wrong_over_there_is_told(echo: VllmEngine) -> None:
     with pytest.raises(WorkerError, match="refused a request: too long"):
         sample(echo, 97)
@@ -168,7 +185,67 @@ def test_interpreter_that_is_missing_or_has_no_vllm(
     assert not list(tmp_path.glob("skillsd-vllm-*"))
 
 
-@pytest.mark.parametrize("options", [{}, {"lora": LoraOptions(rank=4, alpha=8)}], ids=["full", "lora"])
+def test_request_that_ends_in_a_way_of_its_own_is_an_error() -> None:
+    """Else whoever asked would wait for the timeout."""
+    answers: list[dict[str, Any]] = []
+    ended = [
+        SimpleNamespace(
+            finished=reason is not None,
+            request_id=str(number),
+            outputs=[
+                SimpleNamespace(finish_reason=reason, token_ids=[7], logprobs=[{7: SimpleNamespace(logprob=-0.5)}])
+            ],
+        )
+        for number, reason in enumerate(["stop", "error", None, "repetition"])
+    ]
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(step=lambda: ended))
+    Worker(llm, None, queue.Queue(), answers.append)._step()
+    assert [answer["id"] for answer in answers] == [0, 1, 3]
+    assert answers[0] == {"id": 0, "tokens": [7], "logprobs": [-0.5], "stop": "stop"}
+    assert "'error'" in answers[1]["error"]
+    assert "'repetition'" in answers[2]["error"]
+
+
+def test_weights_that_find_no_room_are_told(folder: Path, tmp_path: Path) -> None:
+    engine = TorchEngine(str(folder), device="cpu")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # a file system that is full
+    try:
+        with pytest.raises(UserError, match=rf"can't write the weights.*GiB\) into '{tmp_path}'.*TMPDIR"):
+            export_weights(engine.model, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_merged_weights_keep_their_dtype(folder: Path, tmp_path: Path) -> None:
+    """Adapters are float32, and what is added up with them is."""
+    engine = TorchEngine(str(folder), device="cpu", dtype="bfloat16", lora=LoraOptions(rank=4, alpha=8))
+    conformance._train(engine, 2)
+    export_weights(engine.model, tmp_path)
+    for file in ("model.safetensors", "head.safetensors"):
+        assert {weight.dtype for weight in load_file(tmp_path / file).values()} == {torch.bfloat16}
+    written = sum((tmp_path / file).stat().st_size for file in ("model.safetensors", "head.safetensors"))
+    assert written < module._size(engine.model)
+
+
+def test_adapters_of_experts_are_merged(tmp_path: Path) -> None:
+    kind, sizes = tiny.ARCHITECTURES["qwen3-moe"]
+    model = tiny.write(tmp_path / "moe", kind, {**sizes, "tie_word_embeddings": False})
+    engine = TorchEngine(str(model), device="cpu", lora=LoraOptions(rank=2, alpha=8))
+    conformance._train(engine, 3)
+    export_weights(engine.model, tmp_path / "out")
+    tokens = conformance._ids(20, 0)
+    scored = engine.score([TokenSequence(tokens, (False, *[True] * 19))], distribution=True)[0]
+    assert conformance._gap(scored, tiny.Plain(model).logprobs(tokens)[:-1]) > 1e-3
+    assert conformance._gap(scored, tiny.Plain(tmp_path / "out").logprobs(tokens)[:-1]) < 1e-4
+
+
+HEAD = LoraOptions(rank=4, alpha=8, target_modules=["q_proj", "lm_head"])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lora": LoraOptions(rank=4, alpha=8)}, {"lora": HEAD}], ids=["full", "lora", "lora of the head"]
+)
 def test_exported_weights_are_the_model_with_a_head_of_its_own(
     options: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:

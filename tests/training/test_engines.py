@@ -8,9 +8,10 @@ import pytest
 from toy_env import Toy
 from toy_run import MakeRun, go, toy_settings
 
-from skillsd.config import ArchitectureSection, RunConfig
+from skillsd.config import ArchitectureSection, RunConfig, load
 from skillsd.engines.vllm.engine import VllmEngine
-from skillsd.training.run import build, comparable
+from skillsd.errors import UserError
+from skillsd.training.run import build, check_config, comparable, sampled_length
 from skillsd.training.scratch import make_model
 
 PYTHON = Path(__file__).parents[2] / "build" / "vllm" / "bin" / "python"
@@ -35,6 +36,35 @@ def test_a_resumed_run_may_find_vllm_elsewhere_but_not_sample_by_another_engine(
 
     assert run(name="vllm", python="/a/python") == run(name="vllm", python="/b/python")
     assert run(name="vllm") != run(name="torch")
+
+
+def with_vllm(*overrides: str) -> RunConfig:
+    return load(RunConfig, "sokoban-qwen3-4b", ["engine.name=vllm", *overrides])
+
+
+def test_vllm_is_asked_for_no_longer_sequences_than_episodes_are() -> None:
+    """What the model takes, 262,144 tokens, would want 36 GiB of keys and values before vLLM starts."""
+    assert 10240 + 512 <= (sampled_length(with_vllm()) or 0) < 11000
+    assert sampled_length(with_vllm("engine.max_model_len=20000")) == 20000
+    assert sampled_length(with_vllm("skills.summariser=policy")) is None
+    assert sampled_length(with_vllm("skills.summariser=policy", "method=grpo")) is not None  # there are no skills
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        ([], 10240),
+        (["method=skill-grpo"], 10240 + 512 + 64),
+        (["skills.credit=uplift"], 10240 + 512 + 64),
+        (["skills.summariser=policy"], 24000 + 1024 + 64),
+    ],
+)
+def test_limit_that_would_end_in_the_middle_of_a_run_is_refused(overrides: list[str], needed: int) -> None:
+    check_config(with_vllm(*overrides, f"engine.max_model_len={needed}"))
+    check_config(with_vllm(*overrides))
+    check_config(load(RunConfig, "sokoban-qwen3-4b", [*overrides, "engine.max_model_len=100"]))  # vLLM's alone
+    with pytest.raises(UserError, match=rf"engine\.max_model_len is {needed - 1}, but {needed} tokens"):
+        check_config(with_vllm(*overrides, f"engine.max_model_len={needed - 1}"))
 
 
 @pytest.mark.slow

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 BANK = "skills.sqlite"
 """The bank's file in a run's folder."""
 
+SEAM = 64
+"""Tokens that a prompt may grow by beyond those of the context put into it: words join where it begins and ends."""
+
 
 @dataclass
 class Run:
@@ -134,8 +137,20 @@ def make_engine(config: RunConfig) -> Engine:
         return trainer
     from skillsd.engines.vllm.engine import VllmEngine, VllmOptions
 
-    given = config.engine.model_dump(exclude={"name"})
+    given = config.engine.model_dump(exclude={"name"}) | {"max_model_len": sampled_length(config)}
     return VllmEngine(trainer, VllmOptions(**given, max_requests=config.rollout.concurrency))
+
+
+def sampled_length(config: RunConfig) -> int | None:
+    """The most tokens of a sequence that vLLM has to sample: the recipe's figure, or what its episodes may take.
+
+    None is as many as the model takes: what a policy is given to summarise is limited by nothing else.
+    """
+    if config.engine.max_model_len is not None:
+        return config.engine.max_model_len
+    if method(config.method).uses_skills and config.skills.summariser == "policy":
+        return None
+    return config.rollout.trajectory_tokens + config.skills.teacher_extra_tokens + SEAM
 
 
 def _lora(config: RunConfig) -> LoraOptions | None:
@@ -269,6 +284,7 @@ def check_config(config: RunConfig) -> None:
     options = config.objective
     if options.reward_weight == 0 and not (row.lambda_sdl or row.imitation_weight):
         refuse("objective.reward_weight", 0, f"method {row.name!r} has nothing else to learn from")
+    _check_lengths(config)
     load_template(skills.template)
     if not row.uses_skills:
         return
@@ -281,6 +297,24 @@ def check_config(config: RunConfig) -> None:
     if skills.content == "shuffled" and config.rollout.tasks_per_iteration == 1:
         refuse("skills.content", "shuffled", "rollout.tasks_per_iteration is 1: there is no other task's skill")
     _check_summariser(config)
+
+
+def _check_lengths(config: RunConfig) -> None:
+    """A limit that the recipe gives vLLM must hold the longest sequence that it will be asked to sample."""
+    row, skills, summariser = method(config.method), config.skills, config.summariser
+    given = config.engine.max_model_len
+    if config.engine.name != "vllm" or given is None:
+        return
+    needed = [(config.rollout.trajectory_tokens, "rollout.trajectory_tokens")]
+    if row.student_prompt == "skill" or (row.uses_skills and skills.credit == "uplift"):
+        most = config.rollout.trajectory_tokens + skills.teacher_extra_tokens + SEAM
+        needed.append((most, f"rollout.trajectory_tokens + skills.teacher_extra_tokens + {SEAM}"))
+    if row.uses_skills and skills.summariser == "policy":  # a token for each character: more than text takes
+        most = summariser.max_input_chars + summariser.max_output_tokens + SEAM
+        needed.append((most, f"summariser.max_input_chars + summariser.max_output_tokens + {SEAM}"))
+    most, what = max(needed)
+    if given < most:
+        raise UserError(f"engine.max_model_len is {given}, but {most} tokens may be asked for ({what}): raise it")
 
 
 def _check_summariser(config: RunConfig) -> None:

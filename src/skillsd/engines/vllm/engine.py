@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -44,7 +46,8 @@ class VllmOptions:
         python: the interpreter that has vLLM; None is the one that runs this.
         gpu_memory_utilization: share of the GPU's memory that vLLM takes; the training needs the rest.
         cpu_kv_cache_gib: memory for keys and values on a CPU.
-        max_model_len: the most tokens of a sequence; None is what the model takes.
+        max_model_len: the most tokens of a sequence that is sampled here; None is what the trainer takes. Without room
+            for the keys and values of one that long vLLM does not start.
         max_requests: the most that are decoded at once.
         timeout_seconds: the longest that vLLM may take to start, to load weights, or to answer one request.
         options: more of ``vllm.LLM``'s keyword arguments, by name.
@@ -69,11 +72,13 @@ class VllmEngine(Engine):
     A request for the teacher is sampled by the trainer. Sessions only check what the contract wants checked: vLLM finds
     a common prefix in its cache by itself.
 
+    `max_length` is the trainer's: what is scored or learnt may be longer than what vLLM is asked to sample.
+
     Args:
-        trainer: scores and learns. It gives the weights, in its own dtype, adapters merged into them.
+        trainer: scores and learns. It gives the weights, each in its own dtype, adapters merged into them.
 
     Raises:
-        UserError: if vLLM can't be started, or not in time.
+        UserError: if vLLM can't be started, or not in time, or there is no room for the weights.
     """
 
     def __init__(self, trainer: TorchEngine, options: VllmOptions | None = None) -> None:
@@ -81,7 +86,8 @@ class VllmEngine(Engine):
         self.options = options or VllmOptions()
         self.tokenizer, self.stop_tokens = trainer.tokenizer, trainer.stop_tokens
         self.device = trainer.device
-        self.max_length = min(trainer.max_length, self.options.max_model_len or trainer.max_length)
+        self.max_length = trainer.max_length
+        self._sampled_length = min(trainer.max_length, self.options.max_model_len or trainer.max_length)
         self._stale = False  # what vLLM holds, beside the trainer's student
         self._held: dict[str, tuple[int, ...]] = {}  # each session's tokens
         self.seconds_reloading = 0.0
@@ -136,8 +142,11 @@ class VllmEngine(Engine):
                 "one token"
             )
         needed = len(request.tokens) + request.max_tokens
-        if needed > self.max_length:
-            raise ValueError(f"{needed} tokens are asked of a model that takes {self.max_length}")
+        if needed > self._sampled_length:
+            raise ValueError(
+                f"{needed} tokens are asked of vLLM, which was started for at most {self._sampled_length} "
+                f"(engine.max_model_len); the model takes {self.max_length}"
+            )
         held = self._held.get(request.session or "", ())
         if request.tokens[: len(held)] != held:
             raise ValueError(
@@ -161,7 +170,7 @@ class VllmEngine(Engine):
             "model": str(self._folder),
             "skip_tokenizer_init": True,  # ids go in, ids come out
             "dtype": str(self.trainer.model.dtype).removeprefix("torch."),
-            "max_model_len": self.max_length,
+            "max_model_len": self._sampled_length,
             "max_num_seqs": self.options.max_requests,
             "gpu_memory_utilization": self.options.gpu_memory_utilization,
             "logprobs_mode": "processed_logprobs",  # of the sampling distribution, temperature and all
@@ -245,34 +254,75 @@ class VllmEngine(Engine):
         self.trainer.load(folder)
 
 
+def _plain(model: nn.Module) -> nn.Module:
+    """The model beneath its adapters."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+
+
+def _size(model: nn.Module) -> int:
+    """Bytes that `export_weights` writes, at most: the output head has a place of its own, tied or not."""
+    plain: Any = _plain(model)
+    return sum(w.numel() * w.element_size() for w in [*model.parameters(), plain.get_output_embeddings().weight])
+
+
 def _in_memory(model: nn.Module) -> str | None:
-    """A file system in memory that holds the weights, an untied head included; None if there is none."""
+    """A file system in memory that holds the weights; None if there is none."""
     memory = "/dev/shm"
-    needed = 1.5 * sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    return memory if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > needed else None
+    room = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1.1 * _size(model)
+    return memory if room else None
 
 
 def export_weights(model: nn.Module, folder: Path) -> None:
-    """Write `model` as vLLM shall read it: adapters merged, and the output head tied to nothing."""
-    plain: Any = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-    plain.save_pretrained(folder, state_dict=_merged(plain), max_shard_size="10TB")
+    """Write `model` as vLLM shall read it: adapters merged, and the output head tied to nothing.
+
+    Raises:
+        UserError: if they can't be written.
+    """
+    try:
+        _write(_plain(model), folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"can't write the weights for vLLM ({_size(model) / 2**30:.2f} GiB) into {str(folder)!r}: {error}. Make "
+            "room there, or set TMPDIR to a folder that has it (taken where /dev/shm is too small)"
+        ) from error
+
+
+def _write(plain: Any, folder: Path) -> None:
+    for old in folder.glob("*.safetensors"):  # else it would stay until the new one is whole: twice the room
+        old.unlink()
+    merged = _merged(plain)
     head = plain.get_output_embeddings()
-    if head.weight is not plain.get_input_embeddings().weight:
-        return
-    name = next(name for name, module in plain.named_modules() if module is head)
-    save_file({f"{name}.weight": head.weight.detach()}, folder / "head.safetensors")
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**config, "tie_word_embeddings": False}), encoding="utf-8")
+    own = {}
+    if head.weight is plain.get_input_embeddings().weight:
+        name = next(name for name, module in plain.named_modules() if module is head)
+        own = {f"{name}.weight": merged.pop(f"{name}.weight").detach()}  # its adapter, if any, is not the embeddings'
+    plain.save_pretrained(folder, state_dict=merged, max_shard_size="10TB")
+    if own:
+        save_file(own, folder / "head.safetensors")
+        path = folder / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**config, "tie_word_embeddings": False}), encoding="utf-8")
 
 
 def _merged(plain: nn.Module) -> dict[str, Tensor]:
-    """The weights by the names that they have without adapters. What is trained stays as it is."""
-    weights = {
-        name.replace(".base_layer.", "."): weight for name, weight in plain.state_dict().items() if ".lora_" not in name
-    }
+    """The weights by the names and in the dtypes that they have without adapters. What is trained stays as it is.
+
+    What is merged lies in the CPU's memory and is made one matrix at a time: adapters are float32, so their sum with
+    anything is.
+    """
+    weights = {_unwrapped(name): weight for name, weight in plain.state_dict().items() if ".lora_" not in name}
     for name, module in plain.named_modules():
-        if hasattr(module, "get_delta_weight"):
+        if not hasattr(module, "get_delta_weight"):
+            continue
+        # An adapter of a bare parameter (experts have some) says which; those of one module are wrapped in each other.
+        key = f"{_unwrapped(name)}.{getattr(module, 'parameter_name', 'weight')}"
+        with torch.no_grad():
             for adapter in module.active_adapters:
-                weights[f"{name}.weight"] = weights[f"{name}.weight"] + module.get_delta_weight(adapter)
+                delta = module.get_delta_weight(adapter)
+                weights[key] = (weights[key].to(delta.device) + delta).to(weights[key].dtype).cpu()
     return weights
+
+
+def _unwrapped(name: str) -> str:
+    """What a module or weight is called without peft's wrappers."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")

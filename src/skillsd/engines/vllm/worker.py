@@ -101,7 +101,10 @@ class Worker:
                 continue
             output = finished.outputs[0]
             if output.finish_reason not in ("stop", "length"):
-                continue  # aborted: nobody waits
+                # Where we have aborted it nobody waits, and this goes unheard.
+                reason = f"it ended without a sample (finish_reason {output.finish_reason!r})"
+                self._answer({"id": int(finished.request_id), "error": reason})
+                continue
             tokens = list(output.token_ids)
             logprobs = [places[token].logprob for token, places in zip(tokens, output.logprobs)]  # noqa: B905
             self._answer(
