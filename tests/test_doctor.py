@@ -74,9 +74,112 @@ def test_full_weights_by_hand(qwen: Sizes) -> None:
     assert "the teacher's own weights" not in full
     half = parts(qwen, "model.dtype=bfloat16")
     assert (half["weights"], half["master weights in float32"]) == (2 * n, 4 * n)
-    # Keys and values: 128 episodes of 128 tokens, two bytes a number.
-    assert half["keys and values"] == 128 * 128 * qwen.cache * 2
-    assert parts(qwen, "rollout.concurrency=16")["keys and values"] == 16 * 128 * qwen.cache * 4
+    # Keys and values: 128 episodes of 128 tokens, two bytes a number, and as much as the pool may grow too far.
+    assert half["keys and values"] == 1.25 * 128 * 128 * qwen.cache * 2
+    assert parts(qwen, "rollout.concurrency=16")["keys and values"] == 1.25 * 16 * 128 * qwen.cache * 4
+
+
+def test_logits_are_counted_as_many_as_there_are_at_once(qwen: Sizes) -> None:
+    def logits(*overrides: str) -> float:
+        """Numbers for each of the vocabulary."""
+        return parts(qwen, "rollout.turn_tokens=128", *overrides)["logits"] / qwen.vocabulary
+
+    rows = 2**25 // qwen.vocabulary
+    assert logits() == logits("training.micro_batch_tokens=4096") == 12 * rows
+    assert logits("model.dtype=bfloat16") == 14 * rows
+    assert logits("objective.estimator=reverse_kl", "objective.top_k=8") == 24 * rows
+    assert logits("objective.estimator=reverse_kl", "training.micro_batch_tokens=4096") == 36 * 4096  # all are kept
+    assert logits("objective.estimator=reverse_kl", "method=grpo") == 12 * rows  # there is nothing to compare with
+    whole = parts(qwen, "objective.estimator=reverse_kl", "rollout.turn_tokens=128")
+    assert whole["the teacher's distributions"] == 128 * 128 * qwen.vocabulary * 4
+
+
+def test_a_model_that_sees_as_well_is_counted_as_one_that_reads(tmp_path: Path) -> None:
+    import transformers
+
+    text = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 300,
+    }  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    composite = transformers.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28})
+    composite.save_pretrained(tmp_path / "both")
+    transformers.Gemma3TextConfig(**text).save_pretrained(tmp_path / "reads")
+    both, reads = Sizes.of(str(tmp_path / "both")), Sizes.of(str(tmp_path / "reads"))
+    assert both.parameters > reads.parameters
+    assert both.adapter > reads.adapter  # all-linear means those, too
+    for name in ("matrices", "head", "flow", "cache", "layers", "hidden", "vocabulary", "adapted_in", "adapted_out"):
+        assert getattr(both, name) == getattr(reads, name), name
+    assert both.unknown == reads.unknown == 0
+
+
+def test_of_experts_those_count_that_a_token_is_sent_to(tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    hidden, expert, layers = 32, 16, 2
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=hidden, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=300, num_experts=8, num_experts_per_tok=2,
+        moe_intermediate_size=expert,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    sizes = Sizes.of(str(tmp_path))
+    attention = (2 * 32 + 2 * 16) * hidden
+    assert sizes.matrices == layers * (attention + 2 * 3 * expert * hidden)
+    assert sizes.flow == layers * ((2 * 64 + 2 * 48) + 2 * ((hidden + 2 * expert) + (expert + hidden)))
+    assert sizes.unknown == 0
+    # Which of them get an adapter is peft's affair.
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert 3 * sizes.adapter == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapted = any("experts" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert sizes.rebuilt >= adapted * layers * 8 * 3 * expert * hidden
+
+
+def test_weights_that_are_used_in_an_unknown_way_are_told(tmp_path: Path) -> None:
+    import transformers
+
+    transformers.DbrxConfig(
+        d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=300,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4}, ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "hidden_size": 32},
+    ).save_pretrained(tmp_path)  # fmt: skip
+    assert Sizes.of(str(tmp_path)).unknown >= 2 * 4 * 3 * 32 * 48  # its experts lie in flat matrices
+
+
+def test_an_adapter_keeps_what_goes_into_it_in_float32(tiny_model: Path) -> None:
+    """The reason for what the estimate counts: below float32, peft casts."""
+    import torch
+
+    from skillsd.engines.torch.engine import TorchEngine
+    from skillsd.engines.torch.models import LoraOptions
+
+    def kept(dtype: str) -> list[tuple[torch.dtype, int]]:
+        engine = TorchEngine(str(tiny_model), device="cpu", dtype=dtype, lora=LoraOptions(rank=3))
+        layer: Any = next(m for name, m in engine.model.named_modules() if name.endswith("mlp.down_proj"))
+        x = torch.randn(5, layer.in_features, dtype=engine.model.dtype, requires_grad=True)  # type: ignore[arg-type]
+        saved: dict[int, torch.Tensor] = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(id(t), t), lambda t: t):
+            layer(x)
+        weights = {p.data_ptr() for p in layer.parameters()}
+        return [(t.dtype, t.numel()) for t in saved.values() if t.data_ptr() not in weights | {x.data_ptr()}]
+
+    assert sorted(n for _, n in kept("float32")) == [5 * 3]  # A x; x itself is there in any case
+    assert sorted(kept("bfloat16"), key=lambda found: found[1]) == [
+        (torch.float32, 5 * 3), (torch.float32, 5 * 64)
+    ]  # fmt: skip
+
+
+def test_adapters_below_float32_are_counted_by_what_goes_into_them(qwen: Sizes) -> None:
+    def activations(*overrides: str) -> int:
+        return parts(qwen, *overrides)["activations"]
+
+    lora, half = "model.lora={}", "model.dtype=bfloat16"
+    assert activations(lora) == activations()
+    tokens = 128 * 128 // 1
+    assert activations(lora, half) - activations(half) == min(tokens, 8192) * 4 * qwen.adapted_in
+    assert qwen.adapted_in == 36 * (3 * 2560 + 32 * 128 + 2 * 2560 + 9728)
+    assert qwen.adapted_out == 9728
 
 
 @pytest.mark.parametrize(

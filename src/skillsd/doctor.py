@@ -81,6 +81,12 @@ def _examine_recipe(console: Console, config: RunConfig, free: int) -> None:
     _show_parts(console, "all the time", found.stays)
     for phase, parts in found.phases.items():
         _show_parts(console, f"besides, in {phase}", parts)
+    if sizes.unknown:
+        console.print(
+            f"  note: it is not known how {sizes.unknown / 1e6:,.0f} M of the model's weights are used (experts of an "
+            "unknown kind?). They count as weights; activations and seconds come out too low",
+            highlight=False,
+        )
     fits = found.need <= FILL * free
     verdict = "fits" if fits else "does NOT fit"
     console.print(

@@ -6,6 +6,7 @@ whole matrix, fragmentation) is why `FILL` of the memory counts as full.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import time
@@ -42,6 +43,17 @@ KEPT = 1.4
 """Numbers kept for the backward pass, for each that goes into or comes out of a matrix: norms, rotations and gates."""
 CALLS = 60
 """Operations of one layer in one forward pass, for what each costs beside its arithmetic."""
+POOL = 1.25
+"""The sampler's pool of keys and values grows by at least a quarter at a time, so this is the most that it takes."""
+HOLES = 1.0
+"""On a CPU, what glibc's heap keeps beside each activation under LoRA: adapters' passing results leave holes between
+those that are kept. Measured with one model (docs/doctor.md); a GPU's allocator is another."""
+CHOOSE = 20
+"""Bytes a logit while a token is sampled, beside the model's own: float32 log-probs and two float64 (`choose`)."""
+SCORE = {"chosen": 8, "top_k": 20, "whole": 12}
+"""Bytes a logit while it is scored, by what is wanted of it: float32 logits, log-probs, and what is made of them."""
+LEARN = {"chosen": 12, "top_k": 24, "whole": 36}
+"""The same with gradients; of whole distributions the teacher's, too."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +62,16 @@ class Sizes:
 
     Attributes:
         parameters: of all weights; tied ones once.
-        matrices: parameters that every token is multiplied with, those of the output head apart.
+        matrices: parameters that a token is multiplied with, those of the output head apart; of experts only as many
+            as it is sent to.
         head: parameters of the output head.
-        flow: numbers that go into or come out of a matrix, per token, in all layers.
+        flow: numbers that go into or come out of such a matrix, per token, in all layers.
         cache: numbers of keys and values per token.
         adapter: trainable parameters per unit of LoRA's rank.
+        adapted_in: numbers that go into a matrix with an adapter, per token, in all layers.
+        adapted_out: the most that come out of one.
+        rebuilt: weights of experts that have adapters: peft adds those up anew in each pass.
+        unknown: parameters of the language model of which it is not known how they are used.
     """
 
     parameters: int
@@ -66,6 +83,10 @@ class Sizes:
     hidden: int
     vocabulary: int
     adapter: int
+    adapted_in: int
+    adapted_out: int
+    rebuilt: int
+    unknown: int
 
     @classmethod
     def of(cls, name: str, targets: str | list[str] = "all-linear") -> Sizes:
@@ -77,25 +98,64 @@ class Sizes:
         architecture = read_architecture(name)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(architecture)
-        output = model.get_output_embeddings()
-        shapes = {
-            path: tuple(module.weight.shape)
+        # Of a model that sees or hears as well, what reads and writes: the rest takes memory, but no tokens.
+        text, decoder = architecture.get_text_config(), model.get_decoder()
+        output, within = model.get_output_embeddings(), {id(module) for module in decoder.modules()}
+        linear = {
+            path: (*(module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]), id(module))
             for path, module in model.named_modules()
             if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not output
         }
-        heads = getattr(architecture, "num_key_value_heads", None) or architecture.num_attention_heads
-        width = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
+        adapted = [shape for path, shape in linear.items() if _is_target(path, targets)]
+        experts = [
+            tuple(weight.shape)
+            for module in decoder.modules()
+            for weight in module.parameters(recurse=False)
+            if weight.ndim == 3 and getattr(module, "num_experts", None) == len(weight)
+        ]
+        asked = getattr(text, "num_experts_per_tok", None) or 0
+        own = [(a, b) for a, b, module in linear.values() if module in within]
+        shapes = own + asked * [(a, b) for _, a, b in experts]
+        known = sum(a * b for a, b in own) + bool(asked) * sum(n * a * b for n, a, b in experts)
+        known += sum(module.weight.numel() for module in decoder.modules() if isinstance(module, torch.nn.Embedding))
+        of_decoder = sum(weight.numel() for weight in decoder.parameters())
+        adapter, rebuilt = sum(a + b for a, b, _ in adapted), 0
+        parameters = sum(weight.numel() for weight in model.parameters())
+        if experts and importlib.util.find_spec("peft"):
+            adapter, rebuilt = _with_experts(model, targets)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
-            parameters=sum(p.numel() for p in model.parameters()),
-            matrices=sum(a * b for a, b in shapes.values()),
-            head=architecture.vocab_size * architecture.hidden_size,
-            flow=sum(a + b for a, b in shapes.values()),
-            cache=2 * architecture.num_hidden_layers * heads * width,
-            layers=architecture.num_hidden_layers,
-            hidden=architecture.hidden_size,
-            vocabulary=architecture.vocab_size,
-            adapter=sum(a + b for path, (a, b) in shapes.items() if _is_target(path, targets)),
+            parameters=parameters,
+            matrices=sum(a * b for a, b in shapes),
+            head=text.vocab_size * text.hidden_size,
+            flow=sum(a + b for a, b in shapes),
+            cache=2 * text.num_hidden_layers * heads * width,
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            vocabulary=text.vocab_size,
+            adapter=adapter,
+            adapted_in=sum(a for a, _, module in adapted if module in within),
+            adapted_out=max((b for _, b, module in adapted if module in within), default=0),
+            rebuilt=rebuilt,
+            unknown=of_decoder - known if of_decoder - known > 0.05 * of_decoder else 0,
         )
+
+
+def _with_experts(model: Any, targets: str | list[str]) -> tuple[int, int]:
+    """Trainable parameters of adapters of rank 1, and the weights of experts that get one: asked of peft itself.
+
+    Which experts it adapts depends on its version and on the kind of model.
+    """
+    import torch
+
+    from skillsd.engines.torch.models import LoraOptions, add_lora
+
+    with torch.device("meta"):
+        wrapped = add_lora(model, LoraOptions(rank=1, alpha=1, target_modules=targets))
+    trained = sum(weight.numel() for weight in wrapped.parameters() if weight.requires_grad)
+    bare: list[Any] = [module for module in wrapped.modules() if hasattr(module, "parameter_name")]
+    return trained, sum(module.get_param().numel() for module in bare)
 
 
 def _is_target(path: str, targets: str | list[str]) -> bool:
@@ -189,6 +249,10 @@ def estimate(
         own: bytes of the process before there is any model.
         total: bytes of the GPU, of which vLLM takes its share for good; 0 on a CPU.
     """
+    from skillsd.engines.torch.halves import LOGITS
+    from skillsd.engines.torch.sampler import PREFILL
+    from skillsd.objective import ESTIMATORS
+
     model, rollout, row = config.model, config.rollout, method(config.method)
     width = WIDTH[model.dtype]
     lora = lora_of(config)
@@ -209,26 +273,50 @@ def estimate(
     batch = max(min(config.training.micro_batch_tokens, together), rollout.trajectory_tokens)
     sampled_share = min(1.0, turns * rollout.turn_tokens / rollout.trajectory_tokens)
     rows = round(batch * sampled_share)
-    # Logits in the model's format, in float32 divided by the temperature, normalised; and as much for their gradients.
-    logits = rows * sizes.vocabulary * (12 + (width if width < 4 else 0))
+    exact = row.teacher != "none" and ESTIMATORS[config.objective.estimator].needs_distribution
+    wanted = "chosen" if not exact else "whole" if config.objective.top_k is None else "top_k"
+    if wanted != "whole":
+        rows = min(rows, max(1, LOGITS // sizes.vocabulary))  # computed so many at a time
+    logits = rows * sizes.vocabulary
+    native = width if width < 4 else 0  # bytes of a logit as the model gives it, where that is another one
     one_layer = round(KEPT * sizes.flow / sizes.layers)
-    # Bytes a token. Adapters compute in float32 and keep as much again: found by measuring, with one model.
-    learnt = one_layer * (width + (4 if lora else 0))
-    kept = sizes.layers * sizes.hidden * width + learnt if model.gradient_checkpointing else learnt * sizes.layers
+    kept = sizes.layers * one_layer * width  # bytes a token
+    if lora and width < 4:
+        kept += sizes.adapted_in * 4  # peft casts what goes into an adapter to the adapter's float32, and keeps that
+    if model.gradient_checkpointing:
+        kept = kept // sizes.layers + sizes.layers * sizes.hidden * width
+    prefill = min(at_once * rollout.trajectory_tokens, max(PREFILL, rollout.trajectory_tokens))
     phases: dict[str, dict[str, int]] = {
         "sampling": {
-            f"keys and values of {at_once} episodes of {rollout.trajectory_tokens:,} tokens": (
-                at_once * rollout.trajectory_tokens * sizes.cache * width
+            f"keys and values of {at_once} episodes of {rollout.trajectory_tokens:,} tokens": round(
+                POOL * at_once * rollout.trajectory_tokens * sizes.cache * width
             ),
-            "logits": at_once * sizes.vocabulary * 12,
+            "logits": at_once * sizes.vocabulary * (width + CHOOSE),
+            "activations of one layer": prefill * one_layer * width,
         },
-        "the teacher's scores": {"logits": logits, "activations of one layer": batch * one_layer * width},
+        "the teacher's scores": {
+            f"logits of {rows:,} sampled tokens": logits * (SCORE[wanted] + native),
+            "activations of one layer": batch * one_layer * width,
+        },
         "update": {
             f"gradients of {trained / 1e6:,.1f} M parameters": trained * 4,
             f"activations of {batch:,} tokens": batch * kept,
-            f"logits of {rows:,} sampled tokens": logits,
+            f"logits of {rows:,} sampled tokens": logits * (LEARN[wanted] + native),
         },
     }
+    if lora:
+        if not total:
+            phases["update"]["holes in the heap between activations"] = round(HOLES * batch * kept)
+        passing = 12 * sizes.adapted_out  # its output, scaled, and added to the matrix's: in float32, for a moment
+        for phase, tokens in (("sampling", prefill), ("the teacher's scores", batch), ("update", batch)):
+            phases[phase]["an adapter at work"] = tokens * passing
+            if sizes.rebuilt:
+                at_a_time = 1 if phase == "update" and not model.gradient_checkpointing else sizes.layers
+                phases[phase]["experts with their adapters"] = sizes.rebuilt * width // at_a_time
+    if wanted == "whole" and not total:  # on a GPU they wait in the other memory
+        whole = round(episodes * rollout.trajectory_tokens * sampled_share) * sizes.vocabulary * 4
+        for phase in ("the teacher's scores", "update"):
+            phases[phase]["the teacher's distributions of all episodes"] = whole
     if row.teacher == "none":
         del phases["the teacher's scores"]
     stays = {
