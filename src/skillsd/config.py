@@ -76,7 +76,7 @@ class EngineSection(_Section):
     cpu_kv_cache_gib: int = Field(1, ge=1)
     """Memory for keys and values where vLLM runs on a CPU."""
     max_model_len: int | None = Field(None, ge=2)
-    """The most tokens of a sequence. None is what the model takes."""
+    """The most tokens of a sequence that is sampled. None is what the recipe's episodes may take. docs/vllm.md."""
     timeout_seconds: float = Field(600.0, gt=0)
     """The longest that vLLM may take to start, to load weights, or to answer one request."""
     options: dict[str, Any] = {}
