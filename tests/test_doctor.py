@@ -142,7 +142,8 @@ def test_weights_that_are_used_in_an_unknown_way_are_told(tmp_path: Path) -> Non
 
     transformers.DbrxConfig(
         d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=300,
-        attn_config={"kv_n_heads": 2, "rope_theta": 1e4}, ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "hidden_size": 32},
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "hidden_size": 32},
     ).save_pretrained(tmp_path)  # fmt: skip
     assert Sizes.of(str(tmp_path)).unknown >= 2 * 4 * 3 * 32 * 48  # its experts lie in flat matrices
 
