@@ -150,6 +150,7 @@ def longest_sequence(config: Any) -> int:
     Where rotary frequencies change with the longest sequence in the batch, only up to where they begin to: beyond that,
     an episode's keys would depend on its neighbours, and cached ones would no longer fit new ones.
     """
+    config = config.get_text_config()
     longest = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
