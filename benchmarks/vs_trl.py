@@ -3,8 +3,9 @@
 The workload is in `contestants/workload.py`; each contestant does it in a process of its own, one after the other, one
 thread each, so that CPU seconds and peak memory are its own. Contestants are interleaved within a round and their order
 turns from round to round, so a noisy machine disturbs all alike; figures are medians over the rounds (growth with the
-number of turns, and the peers' slow environments, are measured once). That the work is the same is checked, and a difference is an error: tokens sampled, trained and read in every step, and loss and gradient
-norm of two updates on a given batch.
+number of turns, and the peers' slow environments, are measured once). That the work is the same is checked, and a
+difference is an error: tokens sampled, trained and read in every step, and loss and gradient norm of two updates on a
+given batch.
 
     python benchmarks/vs_trl.py [--turns 8 24] [--rounds 3] [--json benchmarks/results/vs_trl.json] [--quick]
 
