@@ -428,7 +428,7 @@ class TorchEngine(Engine):
                 parameter.copy_(state["weights"][name])
         if self._teacher is not None:
             self._teacher = _copies(state["teacher"] or state["weights"], self.device)
-            self._averages = _copies(state.get("teacher_averages", {}), self.device)  # older checkpoints have none
+            self._averages = _copies(state["teacher_averages"], self.device)
         self._student_moved = state["student_moved"]
         self._optimiser.load_state_dict(state["optimiser"])
         self._optimiser.zero_grad()
