@@ -7,7 +7,7 @@ import json
 import pytest
 
 from skillsd import config as configs
-from skillsd.config import SftConfig
+from skillsd.config import CheckSection, SftConfig
 from skillsd.engines.torch.engine import TorchEngine
 from skillsd.engines.torch.models import SHIPPED
 from skillsd.envs import load
@@ -20,7 +20,7 @@ def test_it_follows_a_skill_and_plays_weakly_without():
     task_set = load("sokoban", {"preset": "nano"})
     rows = {
         row["prompt"]: row["sampled"]
-        for row in skill_following(TorchEngine("nano"), task_set, "tune", "teacher_terse", seed=1, samples=1)
+        for row in skill_following(TorchEngine("nano"), task_set, CheckSection(samples=1), "teacher_terse", seed=1)
     }
     assert 0.1 < rows["plain"] < 0.4
     assert rows["golden skill"] > 0.9

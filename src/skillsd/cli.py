@@ -267,7 +267,7 @@ def sft(
     with bars.shown():
         figures = run_sft(config, folder, lambda p: bars.update("warm start", p.step, p.steps, f"loss {p.loss:.3f}"))
     rows = [[row["prompt"], percent(row["sampled"], row["interval"]), percent(row["greedy"])] for row in figures]
-    title = f"{folder} on {config.environment.name}, split tune"
+    title = f"{folder} on {config.environment.name}, split {config.check.split}"
     console.print(table(title, ["prompt", "sampled [95 %]", "greedy"], rows))
     console.print("Worth training only if a good skill helps much and another task's does not.")
 

@@ -391,6 +391,21 @@ class WarmStartSection(_Section):
     """How a demonstration's skill is worded in its prompt; must be the run's later ``skills.template``."""
 
 
+class CheckSection(_Section):
+    """What is played after a warm start: is it worth reinforcement learning? docs/models.md."""
+
+    split: str = "tune"
+    """Never a training split; keep ``test`` for the end."""
+    limit: int | None = Field(None, ge=1)
+    """Only so many tasks, evenly spread from easy to hard."""
+    samples: int = Field(2, ge=1)
+    """Sampled episodes per task and prompt; one more is played greedily."""
+    turn_tokens: int = Field(64, ge=1)
+    """The most tokens of a turn."""
+    concurrency: int = Field(256, ge=1)
+    """The most episodes under way at once."""
+
+
 class SftConfig(_Section):
     """One warm start: supervised training on an environment's demonstrations."""
 
@@ -401,6 +416,7 @@ class SftConfig(_Section):
     """Make a new model and tokenizer instead of loading ``model.name``."""
     environment: EnvironmentSection = EnvironmentSection()
     warm_start: WarmStartSection = WarmStartSection()
+    check: CheckSection = CheckSection()
 
 
 C = TypeVar("C", RunConfig, SftConfig, EndpointSection)

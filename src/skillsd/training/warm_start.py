@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from skillsd import config as configs
-from skillsd.config import SftConfig
+from skillsd.config import CheckSection, SftConfig
 from skillsd.engines.base import Engine
 from skillsd.envs import registry
-from skillsd.envs.base import TaskSet
+from skillsd.envs.base import TaskSet, spread
 from skillsd.errors import UserError
 from skillsd.report.manifest import commit, processor, versions
 from skillsd.rollouts.episode import Actor, Budget
@@ -26,7 +26,7 @@ from skillsd.types import Skill, Task
 
 
 def run_sft(config: SftConfig, folder: Path, on_step: Callable[[sft.SftProgress], None]) -> list[dict[str, Any]]:
-    """Train into `folder`, measure on the ``tune`` split, and leave the recipe and the figures beside the weights."""
+    """Train into `folder`, measure on the split of ``check``; recipe and figures go beside the weights."""
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{str(folder)!r} is not empty: give another folder with --out")
     task_set = registry.load(config.environment.name, config.environment.options)
@@ -43,15 +43,15 @@ def run_sft(config: SftConfig, folder: Path, on_step: Callable[[sft.SftProgress]
     figures = skill_following(
         engine,
         task_set,
-        "tune",
+        config.check,
         config.warm_start.template,
         seed=config.seed,
         template_kwargs=config.model.chat_template_kwargs,
     )
     report = {
         "figures": figures,
-        "split": "tune",
-        "fingerprint": task_set.fingerprint("tune"),
+        "split": config.check.split,
+        "fingerprint": task_set.fingerprint(config.check.split),
         "parameters": sum(p.numel() for p in engine.model.parameters()),
         "last_loss": sum(losses[-50:]) / len(losses[-50:]),
         **spent,
@@ -67,11 +67,10 @@ def run_sft(config: SftConfig, folder: Path, on_step: Callable[[sft.SftProgress]
 def skill_following(
     engine: Engine,
     task_set: TaskSet,
-    split: str,
+    check: CheckSection,
     template: str,
     *,
     seed: int,
-    samples: int = 2,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Success under the plain prompt, with a golden skill (the oracle's workflow), and with another task's skill.
@@ -79,7 +78,7 @@ def skill_following(
     What a skill-conditioned teacher can teach is the gap between the first two; the third tells reading from luck.
     Returns a row for each prompt, or only the plain one where the environment has no oracle.
     """
-    tasks = list(task_set.tasks(split))
+    tasks = list(spread(task_set.tasks(check.split), check.limit))
     words = load_template(template)
     oracles = {task.id: task_set.oracle(task) for task in tasks}
     half = len(tasks) // 2
@@ -91,7 +90,7 @@ def skill_following(
     prompts: list[tuple[str, Callable[[Task], str] | None]] = [("plain", None)]
     if all(oracles.values()):
         prompts += [("golden skill", golden), ("another task's skill", lambda task: golden(others[task.id]))]
-    budget = Budget(turns=task_set.max_turns, turn_tokens=64, trajectory_tokens=engine.max_length)
+    budget = Budget(turns=task_set.max_turns, turn_tokens=check.turn_tokens, trajectory_tokens=engine.max_length)
     renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, template_kwargs)
     rows = []
     for name, context in prompts:
@@ -100,10 +99,12 @@ def skill_following(
                 evaluate(
                     Actor(engine, renderer, temperature),
                     task_set,
-                    split,
+                    check.split,
                     budget,
                     seed=derive_seed(seed, "skill following"),
-                    samples=samples if temperature else 1,
+                    samples=check.samples if temperature else 1,
+                    limit=check.limit,
+                    concurrency=check.concurrency,
                     context=context,
                 )
             )
