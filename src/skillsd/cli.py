@@ -26,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
 )
 skills_app = typer.Typer(help="Look into a skill bank.", no_args_is_help=True)
-envs_app = typer.Typer(help="Environments: list them, play them.", no_args_is_help=True)
+envs_app = typer.Typer(help="Environments: list them, play them, set them up.", no_args_is_help=True)
 models_app = typer.Typer(help="Models that go by a name: list them, fetch them ahead.", no_args_is_help=True)
 app.add_typer(skills_app, name="skills")
 app.add_typer(models_app, name="models")
@@ -606,6 +606,21 @@ def envs_play(
     if name not in registry.names() and ":" not in name:
         raise unknown_name("environment", name, registry.names())
     play(registry.load(name, given).for_people(), split, int(task) if task.isdecimal() else task)
+
+
+@envs_app.command("setup")
+def envs_setup(
+    name: Annotated[str, typer.Argument(help="An environment that needs more than this package: appworld.")],
+    data: Annotated[Optional[Path], typer.Option(help="A folder with official data: check it.")] = None,  # noqa: UP045
+    python: Annotated[Optional[str], typer.Option(help="The Python to set up with [this one].")] = None,  # noqa: UP045
+) -> None:
+    """Install once what an environment runs on, in the cache folder; what is there already is left alone."""
+    from skillsd.envs import registry
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
+
+    registry.setup_of(name)(say, data=data, python=python)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import pkgutil
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -18,6 +20,27 @@ GROUP = "skillsd.environments"
 def names() -> list[str]:
     """Names of the registered environments."""
     return sorted({point.name for point in entry_points(group=GROUP)})
+
+
+def setup_of(name: str) -> Callable[..., None]:
+    """What `skillsd envs setup NAME` runs: the function `setup` in a module `setup` of the environment's package.
+
+    Raises:
+        UserError: if there is no such environment, or it needs no set-up.
+    """
+    import skillsd.envs
+
+    packages = {m.name: f"skillsd.envs.{m.name}" for m in pkgutil.iter_modules(skillsd.envs.__path__) if m.ispkg}
+    packages |= {point.name: point.module for point in entry_points(group=GROUP)}
+    if name not in packages:
+        raise unknown_name("environment", name, packages)
+    module = f"{packages[name]}.setup"
+    try:
+        return importlib.import_module(module).setup
+    except (ImportError, AttributeError) as error:
+        if getattr(error, "name", None) in (module, "setup"):
+            raise UserError(f"the environment {name!r} needs no set-up: it is ready to use") from error
+        raise UserError(f"the set-up of the environment {name!r}, {module!r}, can't be imported: {error}") from error
 
 
 def load(name: str, options: dict[str, Any] | None = None) -> TaskSet:

