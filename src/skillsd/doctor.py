@@ -34,6 +34,7 @@ def examine(console: Console, config: RunConfig | None) -> None:
     for package, what in EXTRAS.items():
         state = "installed" if importlib.util.find_spec(package) else "not installed"
         console.print(f"{package:14} {state}: {what}", highlight=False)
+    console.print(f"{'appworld':14} {_appworld()}", highlight=False, soft_wrap=True)
     console.print(f"{'processor':14} {processor()}, {os.cpu_count()} cores", highlight=False)
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
@@ -46,6 +47,15 @@ def examine(console: Console, config: RunConfig | None) -> None:
     console.print(f"{'disk':14} {shutil.disk_usage('.').free >> 30} GiB free here", highlight=False)
     if config is not None:
         _examine_recipe(console, config, free)
+
+
+def _appworld() -> str:
+    """What of AppWorld is here: its engine, the tasks that we build, the official ones."""
+    from skillsd.envs.appworld import paths
+
+    engine = "installed" if paths.installed() else f"not installed ({paths.SETUP})"
+    own = "built" if paths.built_by(paths.world_folder()) == paths.builder_version() else "not built"
+    return f"{engine}; our own tasks {own}; official data: {paths.official() or 'not found ($APPWORLD_ROOT)'}"
 
 
 def _examine_recipe(console: Console, config: RunConfig, free: int) -> None:
