@@ -26,6 +26,12 @@ NAME = "appworld"
 DB_VERSION = "0.1.0"
 """The version of the tasks that the pinned engine opens; it refuses all others."""
 
+APPS = (
+    *("amazon", "api_docs", "file_system", "gmail", "phone", "simple_note", "splitwise", "spotify", "supervisor"),
+    *("todoist", "venmo"),
+)
+"""The engine's apps, in the order in which the agent is told of them."""
+
 SPLITS = (TRAIN_SPLIT, "dev", "test", "dev_scenario", "test_scenario", "test_normal", "test_challenge")
 """The order in which splits are listed. Those of other names come after them."""
 

@@ -1,0 +1,198 @@
+"""The trainer's side: starts the server of worlds and talks to one world an episode. Never imports `appworld`.
+
+Everything that a world may do wrong (hang, die, answer nonsense) ends in `WorldBrokenError` and a SIGKILL: the
+episode is lost, and played again in a fresh world. The deadlines are kept here, on the wall clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+HOST = Path(__file__).parent / "host"
+MESSAGE = 16 << 20
+"""Bytes of the longest answer that is read."""
+
+LIMITS: dict[str, Any] = {
+    "memory_bytes": 1 << 30,  # of the model's code
+    "scratch_bytes": 64 << 20,  # of its scratch folder, and of the largest file
+    "world_bytes": 8 << 30,  # address space of a world; it needs about 1
+    "start_seconds": 30,  # for a jail to come up
+}
+
+
+class WorldBrokenError(Exception):
+    """The infrastructure failed, not the agent. The world is gone."""
+
+
+class Host:
+    """The server of worlds for one root folder: started when it is first needed, again if it died, once a process.
+
+    Args:
+        python: AppWorld's interpreter.
+        root: the folder that holds ``data``.
+        start_seconds: the longest that the imports may take.
+    """
+
+    def __init__(self, python: Path, root: Path, start_seconds: float = 180.0) -> None:
+        self._python, self._root, self._start_seconds = python, root, start_seconds
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None
+
+    @property
+    def address(self) -> Path:
+        assert self._folder is not None
+        return self._folder / "socket"
+
+    def ensure(self) -> None:
+        """Have the server running.
+
+        Raises:
+            WorldBrokenError: if it does not start, with the end of its log.
+        """
+        with self._lock:
+            if self._process is not None and self._process.poll() is None:
+                return
+            self._stop()
+            self._folder = Path(tempfile.mkdtemp(prefix="skillsd-appworld-"))  # only its owner may enter
+            options = LIMITS | {"root": str(self._root), "socket": str(self.address)}
+            environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+            with (self._folder / "log").open("wb") as log:
+                self._process = subprocess.Popen(
+                    [str(self._python), str(HOST / "forkserver.py"), json.dumps(options)],
+                    stdin=subprocess.PIPE,  # closed when this process ends, and then the server ends too
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=environment | {"APPWORLD_ROOT": str(self._root), "PYTHONDONTWRITEBYTECODE": "1"},
+                    cwd=self._root,
+                    start_new_session=True,
+                )
+            atexit.register(self.stop)
+            assert self._process.stdout is not None
+            ready, _, _ = select.select([self._process.stdout], [], [], self._start_seconds)
+            if not ready or self._process.stdout.readline() != b"ready\n":
+                tail = (self._folder / "log").read_text(errors="replace").strip().splitlines()[-3:]
+                self._stop()
+                raise WorldBrokenError(f"AppWorld's server did not start: {' '.join(tail) or 'it said nothing'}")
+
+    def stop(self) -> None:
+        """Kill every world and the server. Stopping twice is harmless."""
+        with self._lock:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            assert self._process.stdin is not None
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+            try:
+                self._process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+_hosts: dict[tuple[Path, Path], Host] = {}
+
+
+def host(python: Path, root: Path) -> Host:
+    """The one server of this process for `root`."""
+    return _hosts.setdefault((python, root), Host(python, root))
+
+
+class World:
+    """One open world. Made by `World.open`."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self._pid: int | None = None
+        self.apps: list[str] = []
+        self.held: list[str] = []
+
+    @classmethod
+    async def open(cls, server: Host, task_id: str, seconds: float) -> World:
+        """A fresh world of a task.
+
+        Raises:
+            WorldBrokenError: if there is none within `seconds`.
+        """
+        await asyncio.to_thread(server.ensure)
+        try:
+            reader, writer = await asyncio.open_unix_connection(server.address, limit=MESSAGE)
+        except OSError as error:
+            raise WorldBrokenError(f"AppWorld's server can't be reached: {error}") from error
+        world = cls(reader, writer)
+        hello = await world._ask(seconds, "hello", expected={"pid": int})
+        world._pid = hello["pid"]
+        answer = await world._ask(seconds, "open", expected={"apps": list, "held": list}, task_id=task_id)
+        world.apps, world.held = answer["apps"], answer["held"]
+        return world
+
+    async def execute(self, code: str, seconds: float) -> dict[str, Any]:
+        """Run `code`; it has `seconds`, the world a little more to say so. See `Episode.execute` in host/world.py."""
+        kinds = {"output": str, "error": (str, type(None)), "calls": list, "completed": bool}
+        return await self._ask(seconds + 30, "execute", expected=kinds, code=code, seconds=seconds)
+
+    async def evaluate(self, seconds: float) -> dict[str, Any]:
+        """What the task's tests say of the databases now. See `Episode.evaluate` in host/world.py."""
+        return await self._ask(seconds, "evaluate", expected={"success": bool, "passes": list, "failures": list})
+
+    async def close(self) -> None:
+        """End the world. Closing twice is harmless."""
+        self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+    def kill(self) -> None:
+        """End it without asking."""
+        if self._pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(self._pid, signal.SIGKILL)  # the server kills what is left of its process group
+        self._writer.close()
+
+    async def _ask(self, within: float, op: str, *, expected: dict[str, Any], **arguments: Any) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(within):
+                self._writer.write(json.dumps({"op": op, **arguments}).encode() + b"\n")
+                await self._writer.drain()
+                line = await self._reader.readline()
+            if not line:
+                raise WorldBrokenError(f"AppWorld's world died during {op!r}")
+            try:
+                answer = json.loads(line)
+            except ValueError:
+                answer = None
+            if not isinstance(answer, dict) or not ({"ok", "error"} & answer.keys()):
+                raise WorldBrokenError(f"AppWorld's world answered {op!r} with nonsense: {line[:80]!r}")
+            if "error" in answer:
+                raise WorldBrokenError(f"AppWorld's world failed at {op!r}: {answer['error']}")
+            found = answer["ok"]
+            wrong = [key for key, kind in expected.items() if not isinstance(found.get(key), kind)]
+            if wrong:
+                raise WorldBrokenError(f"AppWorld's world answered {op!r} without a usable {wrong[0]!r}")
+            return found
+        except TimeoutError:
+            self.kill()
+            raise WorldBrokenError(f"AppWorld's world took longer than {within:g} s for {op!r}: killed") from None
+        except (OSError, ValueError) as error:  # a broken connection, or a line without end
+            self.kill()
+            raise WorldBrokenError(f"AppWorld's world broke during {op!r}: {error}") from error
+        except BaseException:  # our own WorldBrokenError, and being cancelled: nothing may be left behind
+            self.kill()
+            raise

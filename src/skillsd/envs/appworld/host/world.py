@@ -1,0 +1,268 @@
+"""One episode of AppWorld: the world, the jail that the model's code runs in, and the evaluation. Run by forkserver.py.
+
+Three parties, and who trusts whom:
+
+- the trainer sends requests over a Unix socket (one connection, one world, one process) and may kill this process;
+- this process holds the databases, answers API calls and evaluates. It never runs the model's code;
+- the jail (jail.py, shell.py) runs the model's code. All it can do to this process is to send messages, and a message
+  that is not understood costs the jail its life.
+
+Time is frozen in here once the world is open (freezegun), so deadlines are read from the kernel's clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_now = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
+
+HERE = Path(__file__).parent
+MESSAGE = 4 << 20
+"""Bytes of the longest message that the jail may send."""
+_NOT_FOR_AGENTS = {"client", "show", "track"}
+"""Arguments of the engine's own `request` that are no argument of any API."""
+
+
+class _JailBrokenError(Exception):
+    """The model's session is lost; the message is for the model."""
+
+
+class Jail:
+    """The process that the model's code runs in, started when it is first needed and again after it was lost."""
+
+    def __init__(self, hello: dict[str, Any], options: dict[str, Any]) -> None:
+        self._hello, self._options = hello, options
+        self._process: subprocess.Popen[bytes] | None = None
+        self.held: list[str] = []
+
+    def start(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._root = tempfile.mkdtemp(prefix="skillsd-jail-")
+        site = str(Path(sys.modules["appworld"].__file__ or "").parent)
+        options = self._options | {
+            "channel": theirs.fileno(),
+            "root": self._root,
+            "prefixes": [sys.base_prefix, sys.prefix],
+            "hidden": [site],
+            "number": os.getpid(),
+            "shell": (HERE / "shell.py").read_text(encoding="utf-8"),
+        }
+        # Not sys.executable's symbolic link: the interpreter that it leads to is what the jail can see.
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", str(HERE / "jail.py"), json.dumps(options)],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+        )
+        theirs.close()
+        self._channel, self._buffer = ours, b""
+        self.held = self.receive(_now() + self._options["start_seconds"])["held"]
+        self.send(self._hello)
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None
+
+    def send(self, message: dict[str, Any]) -> None:
+        data = memoryview(json.dumps(message).encode() + b"\n")
+        deadline = _now() + 30
+        self._channel.setblocking(False)
+        while data:
+            self._wait(select.POLLOUT, deadline)
+            try:
+                data = data[self._channel.send(data) :]
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise _JailBrokenError("the Python session ended") from error
+
+    def receive(self, deadline: float) -> dict[str, Any]:
+        """The next message.
+
+        Raises:
+            TimeoutError: if there is none before `deadline`.
+            _JailBrokenError: if there will be none, or it is no message.
+        """
+        while b"\n" not in self._buffer:
+            if len(self._buffer) > MESSAGE:
+                raise _JailBrokenError("the Python session sent too much")
+            self._wait(select.POLLIN, deadline)
+            try:
+                piece = self._channel.recv(1 << 16)
+            except BlockingIOError:
+                continue
+            except OSError:
+                piece = b""
+            if not piece:
+                raise _JailBrokenError("the Python session ended")
+            self._buffer += piece
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            raise _JailBrokenError("the Python session sent something that is no message")
+        return message
+
+    def _wait(self, event: int, deadline: float) -> None:
+        poll = select.poll()
+        poll.register(self._channel, event)
+        if not poll.poll(max(0, (deadline - _now()) * 1000)):
+            raise TimeoutError
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
+        self._process.kill()  # the rest dies with it: see jail.py
+        self._process.wait()
+        self._process = None
+        self._channel.close()
+        shutil.rmtree(self._root, ignore_errors=True)
+
+
+class Episode:
+    """What the trainer may ask of a world, a method a request."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._world: Any = None
+
+    def hello(self) -> dict[str, Any]:
+        """Whom to kill."""
+        return {"pid": os.getpid()}
+
+    def open(self, task_id: str) -> dict[str, Any]:
+        from appworld import AppWorld
+
+        self._world = world = AppWorld(
+            task_id=task_id,
+            experiment_name=f"skillsd-{os.getppid()}/{os.getpid()}",  # one a rollout: others would overwrite it
+            timeout_seconds=None,  # by SIGALRM, which a loop can swallow; the deadlines are ours
+            load_ground_truth=True,
+            ground_truth_mode="full",
+        )
+        apis = {app: sorted(names) for app, names in world.apis.items()}
+        self._jail = Jail({"apis": apis, "datetime": world.task.datetime.isoformat()}, self._options)
+        self._jail.start()
+        return {"apps": sorted(apis), "held": self._jail.held}
+
+    def execute(self, code: str, seconds: float) -> dict[str, Any]:
+        """Run `code` in the model's session for at most `seconds` of wall-clock time."""
+        self._world.requester.reset_request_count()
+        calls: list[dict[str, Any]] = []
+        fresh = not self._jail.alive
+        deadline = _now() + seconds
+        try:
+            if fresh:
+                self._jail.start()
+                deadline = _now() + seconds
+            self._jail.send({"code": code})
+            while "call" in (message := self._jail.receive(deadline)):
+                self._jail.send(self._answer(message["call"], calls))
+            output, error, lost = message.get("output"), message.get("error"), message.get("lost", 0)
+            if not (isinstance(output, str) and isinstance(error, (str, type(None))) and isinstance(lost, int)):
+                raise _JailBrokenError("the Python session sent something that is no message")
+            if lost:
+                output += f"\n[{lost} more characters were not kept]"
+        except TimeoutError:
+            self._jail.stop()
+            error = f"TimeoutError: the code took longer than {seconds:g} seconds"
+            output = f"Execution failed. Traceback:\nExecution timed out after {seconds:g} seconds."
+        except _JailBrokenError as broken:
+            self._jail.stop()
+            error = f"RuntimeError: {broken}"
+            output = f"Execution failed. Traceback:\n{error}"
+        if not self._jail.alive:
+            output += "\nThe Python session was restarted: its variables are gone, the apps' state is kept."
+        return {"output": output, "error": error, "calls": calls, "completed": bool(self._world.task_completed())}
+
+    def _answer(self, call: Any, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        """Do an API call for the jail. Whatever is wrong with it is told to the caller."""
+        from appworld.requester import _get_api_name_to_doc
+
+        try:
+            app, name, arguments = call
+            api = self._world.apis[app][name]
+            doc = _get_api_name_to_doc(app, include_private_apis=True)[name]
+            record = {"app": app, "api": name, "args": sorted(arguments), "ok": True, "error": None}
+            record["changes"] = doc["method"].upper() != "GET" and name != "login"
+        except Exception as error:
+            raise _JailBrokenError("the Python session asked for something that is no API") from error
+        calls.append(record)
+        try:
+            strange = sorted(key for key in arguments if key.startswith("_") or key in _NOT_FOR_AGENTS)
+            if strange:
+                raise TypeError(f"{app}.{name} has no parameter {strange[0]!r}")
+            _refuse_other_paths(doc["path"], arguments)
+            return {"result": api(**arguments)}
+        except Exception as error:
+            words = str(getattr(error, "detail", None) or error)
+            record |= {"ok": False, "error": words[:500]}
+            return {"error": words}
+
+    def evaluate(self) -> dict[str, Any]:
+        """Compare the databases with what the task asks for. `tests` counts what a no-op would fail."""
+        from appworld.evaluator import evaluate_task
+
+        world = self._world
+        world._save_state(world.output_db_home_path_on_disk)
+        tracker = evaluate_task(world.task_id, world.experiment_name, suppress_errors=True, save_report=False)
+
+        def texts(outcomes: list[Any]) -> list[list[str]]:
+            return [[outcome["requirement"], outcome["label"]] for outcome in outcomes]
+
+        return {
+            "success": bool(tracker.success),
+            "passes": texts(tracker.passes),
+            "failures": texts(tracker.failures),
+            "difficulty": tracker.difficulty,
+        }
+
+    def close(self) -> None:
+        if self._world is not None:
+            self._jail.stop()
+
+
+def _refuse_other_paths(path: str, arguments: dict[str, Any]) -> None:
+    """An argument that stands in the URL must not lead to another URL (``../../admin/...``)."""
+    for key, value in arguments.items():
+        if f"{{{key}}}" in path and not str(value).replace("-", "").replace("_", "").isalnum():
+            raise Exception(f"Response status code is 422:\n{key} is not a valid value")
+
+
+def preload() -> None:
+    """Import, once and for all worlds, what they need and what belongs to none of them."""
+    from appworld import AppWorld, evaluator  # noqa: F401
+
+
+def serve(connection: socket.socket, options: dict[str, Any]) -> None:
+    """Answer requests, JSON a line each, until the trainer hangs up."""
+    os.setsid()  # so that everything of this episode can be killed at once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    episode = Episode(options)
+    wire: BinaryIO = connection.makefile("rwb")  # type: ignore[assignment]
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        for line in wire:
+            request = json.loads(line)
+            try:
+                answer = {"ok": getattr(episode, request.pop("op"))(**request)}
+            except Exception as error:  # the engine's: the trainer starts over in a fresh world
+                answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
+            wire.write(json.dumps(answer).encode() + b"\n")
+            wire.flush()
+    episode.close()
