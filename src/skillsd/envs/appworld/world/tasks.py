@@ -1,0 +1,101 @@
+"""The tasks: which supervisor gets which instance of a scenario, in which split, with which parameters."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .lives import World
+from .people import Person
+from .scenarios import SCENARIOS, Scenario
+
+INSTANCES = 12
+SPLITS = ("train", "dev", "test", "dev_scenario", "test_scenario")
+# Of the 12 instances of a training scenario: 1-8 for training, then two for each of the other splits.
+_INSTANCE_SPLITS = ("train",) * 8 + ("dev",) * 2 + ("test",) * 2
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task, complete but for the databases; ``solution`` is the reference solution turn by turn."""
+
+    id: str
+    scenario: Scenario
+    split: str
+    supervisor: Person
+    instruction: str
+    parameters: dict[str, Any]
+    expected: dict[str, Any]
+    answer: Any
+    solution: list[dict[str, str]]
+
+
+def make_tasks(world: World) -> list[TaskSpec]:
+    """All tasks, scenario by scenario. No two tasks of a scenario share supervisor and parameters."""
+    tasks = []
+    for position, scenario in enumerate(SCENARIOS.values()):
+        taken: set[tuple[str, str]] = set()
+        for number in range(1, INSTANCES + 1):
+            split, person = _place(world, scenario, position, number)
+            tasks.append(_make_task(world, scenario, split, person, number, taken))
+    return tasks
+
+
+def _place(world: World, scenario: Scenario, position: int, number: int) -> tuple[str, Person]:
+    """The split of one instance and its supervisor, drawn in turn from the pool of people kept for that split."""
+    split = _INSTANCE_SPLITS[number - 1] if scenario.kind == "train" else f"{scenario.kind}_scenario"
+    pool = world.pool(split.removesuffix("_scenario"))
+    # Steps coprime to the pool sizes (18 and 6), so that each scenario meets other people, in another order.
+    return split, pool[(5 * position + 7 * number) % len(pool)]
+
+
+def _make_task(
+    world: World, scenario: Scenario, split: str, person: Person, number: int, taken: set[tuple[str, str]]
+) -> TaskSpec:
+    rng = random.Random(f"task/{scenario.id}/{number}")
+    for _ in range(100):
+        draw = scenario.draw(world, person, rng)
+        key = (person.email, repr(sorted(draw.parameters.items())))
+        if key not in taken:
+            taken.add(key)
+            break
+    else:
+        raise ValueError(f"{scenario.id}_{number}: no unused parameters are left for {person.name}")
+    instruction = scenario.instructions[(number - 1) % len(scenario.instructions)]
+    return TaskSpec(
+        id=f"{scenario.id}_{number}",
+        scenario=scenario,
+        split=split,
+        supervisor=person,
+        instruction=fill(instruction, draw.parameters),
+        parameters=draw.parameters,
+        expected=draw.expected,
+        answer=draw.answer,
+        solution=[{"thought": turn.thought, "code": fill(turn.code, draw.parameters)} for turn in scenario.turns],
+    )
+
+
+def fill(text: str, parameters: dict[str, Any]) -> str:
+    """Puts parameters in the place of ``<name>``; values stand inside double quotes of code, so they hold none."""
+    for name, value in parameters.items():
+        if '"' in str(value) or "\\" in str(value):
+            raise ValueError(f"the parameter {name}={value!r} cannot be written inside double quotes")
+        text = text.replace(f"<{name}>", str(value))
+    return text
+
+
+def evaluation_source(scenario: Scenario) -> str:
+    """The text of a task's evaluation.py: our helpers, then the scenario's tests under the engine's name."""
+    helpers = (Path(__file__).parent / "checks.py").read_text()
+    tests = inspect.getsource(scenario.evaluate).replace("  # noqa: F821", "")
+    tests = re.sub(r"^def \w+\(", "def evaluate(", tests)
+    return f"{helpers}\n\n{tests}"
+
+
+def requirements(scenario: Scenario) -> list[str]:
+    """The texts of a scenario's tests, in order."""
+    return re.findall(r'with test\("([^"]+)"\)', inspect.getsource(scenario.evaluate))

@@ -1,0 +1,139 @@
+"""Plays every task and checks what it promises: ``python verify.py --root ROOT``.
+
+Run by AppWorld's own Python. For each task, each in a process of its own:
+
+- the reference solution, turn by turn, passes every test;
+- doing nothing does not, and passes none of the tests that the dense reward counts (label ``no_op_fail``);
+- the solution with a wrong answer does not, where the task asks for one;
+- the solution with any of the scenario's spoiling side effects does not.
+
+Exits 1 and names the tasks that break a promise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, required=True, help="the folder that holds data/")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--split", help="only the tasks of this split")
+    parser.add_argument("--tasks", nargs="+", help="only these tasks")
+    parser.add_argument("--json", type=Path, help="writes what was found, as one object per task")
+    arguments = parser.parse_args()
+    sys.path.append(str(_HERE.parent))
+    root = arguments.root.resolve()
+    index = json.loads((root / "data" / "skillsd.json").read_text())
+    ids = arguments.tasks or (index["splits"][arguments.split] if arguments.split else list(index["tasks"]))
+    findings = verify(root, ids, arguments.workers)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(findings, indent=1) + "\n")
+    print_table(index, findings)
+    broken = {task: finding["broken"] for task, finding in findings.items() if finding["broken"]}
+    for task, reasons in broken.items():
+        print(f"{task}: {'; '.join(reasons)}")
+    print(f"{len(findings) - len(broken)} of {len(findings)} tasks keep their promises")
+    sys.exit(1 if broken else 0)
+
+
+def verify(root: Path, ids: list[str], workers: int) -> dict[str, dict[str, Any]]:
+    """What was found about each task: its figures, and under "broken" the promises that it breaks."""
+    from world.episode import fork_each, play, preload
+
+    os.environ["APPWORLD_ROOT"] = str(root)
+    preload()
+    plans = {(task, check): blocks for task in ids for check, blocks in checks_of(root, task).items()}
+    jobs = [(key, lambda key=key, blocks=blocks: play(key[0], blocks)) for key, blocks in plans.items()]
+    findings: dict[str, dict[str, Any]] = {task: {"broken": []} for task in ids}
+    for number, ((task, check), result) in enumerate(fork_each(jobs, workers), 1):
+        finding = findings[task]
+        finding["broken"] += judge(check, result)
+        if check == "solution" and "error" not in result:
+            finding["turns"] = len(result["outputs"])
+            finding["tests"] = result["num_tests"]
+            finding["code_characters"] = max(len(block) for block in plans[task, check])
+            finding["output_characters"] = max(len(output) for output in result["outputs"])
+        if number % 100 == 0:
+            print(f"{number} of {len(jobs)} episodes", flush=True)
+    shutil.rmtree(root / "experiments" / "outputs", ignore_errors=True)
+    return findings
+
+
+def checks_of(root: Path, task: str) -> dict[str, list[str]]:
+    """The episodes to play in one task, each as the blocks of code to run."""
+    from world.scenarios import SCENARIOS
+    from world.scenarios.base import FINISH, FINISH_WITH_ANSWER
+
+    truth = root / "data" / "tasks" / task / "ground_truth"
+    *work, finish = [turn["code"] for turn in json.loads((truth / "solution.json").read_text())]
+    checks = {"solution": [*work, finish], "no-op": [FINISH], "silence": ["pass"]}
+    if finish == FINISH_WITH_ANSWER:
+        answer = wrong_answer(json.loads((truth / "answer.json").read_text()))
+        checks["wrong answer"] = [*work, f"apis.supervisor.complete_task(answer={answer!r})"]
+        checks["no answer"] = [*work, FINISH]
+    else:
+        checks["needless answer"] = [*work, "apis.supervisor.complete_task(answer='done')"]
+    for number, harm in enumerate(SCENARIOS[task.split("_")[0]].harms, 1):
+        checks[f"side effect {number}"] = [*work, harm, finish]
+    return checks
+
+
+def wrong_answer(answer: Any) -> Any:
+    """As near to the right one as it gets."""
+    if isinstance(answer, int | float):
+        return answer + 1
+    return str(int(answer) + 1) if str(answer).isdigit() else f"{answer} or not"
+
+
+def judge(check: str, result: dict[str, Any]) -> list[str]:
+    """The promises that one episode breaks."""
+    if "error" in result:
+        return [f"{check}: {result['error'].strip().splitlines()[-1]}"]
+    reasons = []
+    failed = [output for output in result["outputs"] if output.startswith("Execution failed")]
+    if failed:
+        reasons.append(f"{check}: {failed[0].strip().splitlines()[-1]}")
+    if check == "solution":
+        if not (result["success"] and result["completed"]):
+            missing = [failure["requirement"] for failure in result["failures"]]
+            reasons.append(f"the solution does not pass: {missing}")
+        return reasons
+    if result["success"]:
+        reasons.append(f"{check}: succeeds")
+    if check in ("no-op", "silence"):
+        free = [passed["requirement"] for passed in result["passes"] if passed["label"] == "no_op_fail"]
+        if free:
+            reasons.append(f"{check}: earns credit for {free}")
+    return reasons
+
+
+def print_table(index: dict[str, Any], findings: dict[str, dict[str, Any]]) -> None:
+    """One line per scenario; the figures are those of its longest solution."""
+    by_scenario: dict[str, list[str]] = defaultdict(list)
+    for task in findings:
+        by_scenario[index["tasks"][task]["scenario"]].append(task)
+    header = ("scenario", "difficulty", "tasks", "sound", "tests", "turns", "code", "output", "apps")
+    rows = []
+    for scenario, tasks in by_scenario.items():
+        entry, sound = index["tasks"][tasks[0]], sum(not findings[task]["broken"] for task in tasks)
+        names = ("tests", "turns", "code_characters", "output_characters")
+        figures = [max(findings[task].get(name, 0) for task in tasks) for name in names]
+        rows.append((scenario, entry["difficulty"], len(tasks), sound, *figures, ", ".join(entry["apps"])))
+    widths = [max(len(str(row[column])) for row in (header, *rows)) for column in range(len(header))]
+    for row in (header, *rows):
+        print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    main()
