@@ -61,7 +61,11 @@ class Fake:
         self.python.chmod(0o755)
         self.said: list[str] = []
         self._set("FAKE_CALLS", str(self._calls))
-        self._set("FAKE_WORLD", paths.builder_version())
+        self.builds("0123456789ab", monkeypatch)
+
+    def builds(self, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(paths, "builder_version", lambda: version)
+        self._set("FAKE_WORLD", version)
 
     def __call__(self) -> None:
         setup.setup(self.said.append, python=str(self.python))
@@ -125,10 +129,9 @@ def test_each_step_once(fake: Fake) -> None:
 def test_another_builder_makes_another_world(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     fake()
     first = paths.world()
-    (paths.BUILDER / "build.py").write_text("# builds more", encoding="utf-8")
+    fake.builds("ba9876543210", monkeypatch)
     with pytest.raises(UserError, match="one of other sources is"):
         paths.world()
-    monkeypatch.setenv("FAKE_WORLD", paths.builder_version())
     fake.steps()
     fake()
     assert fake.steps() == ["build"]
@@ -283,8 +286,8 @@ def test_no_builder(fake: Fake) -> None:
 
 
 def test_a_builder_of_another_version(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_WORLD", "0123456789ab")
-    with pytest.raises(UserError, match=r"step 4/4 .* is of version '0123456789ab', expected"):
+    monkeypatch.setenv("FAKE_WORLD", "ba9876543210")
+    with pytest.raises(UserError, match=r"step 4/4 .* is of version 'ba9876543210', expected '0123456789ab'"):
         fake()
 
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -111,8 +112,10 @@ def _build(say: Say, lock: int) -> None:
         raise UserError(f"{_at(4)} failed: {str(builder)!r} is not there. Install skillsd again")
     if root.exists():
         shutil.rmtree(root)
-    command = [str(paths.python()), str(builder), "--root", str(root)]
-    _run(say, 4, command, lock, {"APPWORLD_ROOT": str(root)}, hint="once for each version of skillsd", show=True)
+    workers = str(min(4, os.cpu_count() or 1))  # 250 MB each
+    command = [str(paths.python()), str(builder), "--root", str(root), "--workers", workers]
+    hint = "a minute or three, again when skillsd builds other tasks"
+    _run(say, 4, command, lock, {"APPWORLD_ROOT": str(root)}, hint=hint, show=True)
     if (found := paths.built_by(root)) != paths.builder_version():
         raise UserError(
             f"{_at(4)} failed: what it built is of version {found!r}, expected {paths.builder_version()!r}. Were its "
@@ -185,7 +188,7 @@ def _run(
     process = subprocess.Popen(
         command, cwd=paths.home(), env={**inherited, "APPWORLD_CACHE": str(paths.unpacked()), **(env or {})},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        pass_fds=(lock,),
+        pass_fds=(lock,), start_new_session=True,
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -198,7 +201,7 @@ def _run(
         code = process.wait()
     finally:
         if process.poll() is None:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
             process.wait()
     if code:
         raise UserError(_why(number, code, said, log))
