@@ -87,10 +87,6 @@ class Fake:
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
-    builder = tmp_path / "builder"
-    builder.mkdir()
-    (builder / "build.py").write_text("# builds", encoding="utf-8")
-    monkeypatch.setattr(paths, "BUILDER", builder)
     monkeypatch.setenv("SKILLSD_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("APPWORLD_ROOT", raising=False)
     return Fake(tmp_path, monkeypatch)
@@ -279,10 +275,11 @@ def test_no_python_at_all(fake: Fake, python: str) -> None:
         setup.setup(fake.said.append, python=python)
 
 
-def test_no_builder(fake: Fake) -> None:
-    (paths.BUILDER / "build.py").unlink()
-    with pytest.raises(UserError, match=r"step 4/4 .* Install skillsd again"):
-        fake()
+def test_no_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert paths.BUILDER.is_file()
+    monkeypatch.setitem(sys.modules, "skillsd.envs.appworld.world.build", None)
+    with pytest.raises(UserError, match=r"builder of AppWorld's tasks does not load.*Install skillsd again"):
+        paths.builder_version()
 
 
 def test_a_builder_of_another_version(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ VERSION = "0.1.3.post1"
 """Of AppWorld: what is installed, and what the server and the world's builder are written for."""
 
 SETUP = "skillsd envs setup appworld"
-BUILDER = Path(__file__).parent / "world"
+BUILDER = Path(__file__).parent / "world" / "build.py"
 MARK = ".skillsd-ready"
 """File in the virtual environment that is written once all of AppWorld is installed and unpacked."""
 
@@ -50,8 +50,10 @@ def python() -> Path:
 
 def builder_version() -> str:
     """Of which version the world is that the present sources build: a hash of them."""
-    from skillsd.envs.appworld.world.build import version  # the standard library alone, until it builds
-
+    try:
+        from skillsd.envs.appworld.world.build import version  # the standard library alone, until it builds
+    except ImportError as error:
+        raise UserError(f"the builder of AppWorld's tasks does not load: {error}. Install skillsd again") from error
     return version()
 
 

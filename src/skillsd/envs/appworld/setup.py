@@ -60,6 +60,7 @@ def setup(say: Say, *, data: Path | None = None, python: str | None = None) -> N
     Raises:
         UserError: if `data` holds no official data, the Python does not fit, or a step fails.
     """
+    data = data and data.expanduser()
     if data is not None and (wrong := paths.why_not_official(data)):
         raise UserError(f"--data is {str(data)!r}, {wrong}. Expected a folder with data/version.txt, data/tasks and "
                         f"data/datasets; to get it: {_download(data)}")  # fmt: skip
@@ -104,16 +105,14 @@ def _install(say: Say, lock: int, python: str | None) -> None:
 
 
 def _build(say: Say, lock: int) -> None:
-    root, builder = paths.world_folder(), paths.BUILDER / "build.py"
+    root = paths.world_folder()
     if paths.built_by(root) == paths.builder_version():
         say(f"[4/4] {_STEPS[3]}: there already")
         return
-    if not builder.is_file():
-        raise UserError(f"{_at(4)} failed: {str(builder)!r} is not there. Install skillsd again")
     if root.exists():
         shutil.rmtree(root)
     workers = str(min(4, os.cpu_count() or 1))  # 250 MB each
-    command = [str(paths.python()), str(builder), "--root", str(root), "--workers", workers]
+    command = [str(paths.python()), str(paths.BUILDER), "--root", str(root), "--workers", workers]
     hint = "a minute or three, again when skillsd builds other tasks"
     _run(say, 4, command, lock, {"APPWORLD_ROOT": str(root)}, hint=hint, show=True)
     if (found := paths.built_by(root)) != paths.builder_version():
@@ -129,7 +128,11 @@ def _tell_data(say: Say, given: Path | None) -> None:
         say(f"official data: {root}; in a recipe: environment.options.root={root}")
         return
     named = os.environ.get("APPWORLD_ROOT")
-    why = f"$APPWORLD_ROOT is {named!r}, {paths.why_not_official(Path(named))}" if named else "$APPWORLD_ROOT not set"
+    why = (
+        f"$APPWORLD_ROOT is {named!r}, {paths.why_not_official(Path(named).expanduser())}"
+        if named
+        else "$APPWORLD_ROOT not set"
+    )
     say(f"official data: not found ({why}). Only you can fetch them, under AppWorld's licence:")
     say(f"    {_download(Path('~/appworld'))}")
     say("    then set APPWORLD_ROOT to that folder, or environment.options.root in the recipe")
