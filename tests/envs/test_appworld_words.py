@@ -122,13 +122,19 @@ class TestWorld:
         [
             ("eee_1", "names the task 'eee_1', but there is no"),
             ("../../x", "no AppWorld id"),
-            ("", "names no task"),
             ("ddd_1\nddd_1", "'ddd_1' twice"),
         ],
     )
     def test_a_bad_dataset(self, root: Path, ids: str, message: str) -> None:
         (root / "data/datasets/dev.txt").write_text(ids)
         with pytest.raises(UserError, match=message):
+            World(root)
+
+    def test_an_empty_dataset_is_no_split(self, root: Path) -> None:
+        (root / "data/datasets/dev.txt").write_text("\n")
+        assert World(root).splits == ("train", "test_normal")
+        (root / "data/datasets/train.txt").write_text("\n")
+        with pytest.raises(UserError, match=r"ids of the tasks to train on in .*train\.txt"):
             World(root)
 
     def test_a_split_that_is_not_there(self, root: Path) -> None:
@@ -291,28 +297,29 @@ class TestSummarise:
 
     def test_errors_and_how_they_were_got_over(self) -> None:
         infos = [
-            turn(call("spotify.find", "q", error="Exception: No API named 'find' found in the spotify app.")),
+            turn(error="Exception: No API named 'find' found in the spotify app."),
             turn(call("spotify.login", "user", error='Exception: Response status code is 422:\n{"x": 1}'), error="x"),
             turn(LOGIN),
             turn(call("spotify.like_song", "song_id", error="Response status code is 401")),
             turn(error="KeyError: 'tok_123'"),
             turn(error="KeyError: 'tok_456'"),
-            turn(error="timeout"),
-            turn(code=None),
+            turn(error="TimeoutError: the code took longer than 30 seconds"),
+            turn(code=None, error="no code"),
         ]
         told = skill_of(infos, False).mistake_analysis
         assert told == (
             "complete_task was never called, so the task stayed unfinished. "
-            "apis.spotify.find failed (there is no such API); apis.spotify.login was used next. "
             "apis.spotify.login failed (wrong or missing arguments); it worked with (username, password). "
             "apis.spotify.like_song failed (not authorised) and never worked. "
-            "2 turns failed with KeyError. 1 turn ended early: it took too long. 1 answer held no code to run."
+            "1 turn failed with an API or app that does not exist. 2 turns failed with KeyError. "
+            "1 turn failed with too long a run. 1 answer held no code to run."
         )
 
     def test_a_failure_shows_no_change_as_golden(self) -> None:
         wrong = {**END, "passes": ["a"], "failures": ["assert answers match the hidden one", "assert no other change"]}
         skill = skill_of([turn(PASSWORDS, LOGIN), turn(LIKE), wrong], False)
         assert "like_song" not in skill.golden_workflow
+        assert "like_song" not in skill_of([turn(LOGIN), turn(LIKE), wrong], False, "short").golden_workflow
         assert "complete_task" not in skill.golden_workflow
         assert skill.mistake_analysis == (
             "2 of 3 checks failed after the task was called complete; the answer was wrong."

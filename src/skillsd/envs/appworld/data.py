@@ -68,7 +68,10 @@ class World:
                 raise UserError(
                     f"{str(self.root)!r} is no AppWorld root: expected a folder data/{part} in it. {_SETUP}"
                 )
-        self._ids = {split: self._read_split(split) for split in self._find_splits()}
+        read = {split: self._read_split(split) for split in self._find_splits()}
+        self._ids = {split: ids for split, ids in read.items() if ids}
+        if TRAIN_SPLIT not in self._ids:
+            raise UserError(f"expected the ids of the tasks to train on in {self._dataset(TRAIN_SPLIT)}. {_SETUP}")
         self._tasks: dict[str, tuple[Task, ...]] = {}
         train = set(self._ids[TRAIN_SPLIT])
         for split, ids in self._ids.items():
@@ -81,7 +84,7 @@ class World:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits, ``train`` first."""
+        """Names of the splits, ``train`` first. An empty dataset is none."""
         return tuple(self._ids)
 
     def tasks(self, split: str) -> tuple[Task, ...]:
@@ -151,8 +154,6 @@ class World:
 
     def _find_splits(self) -> list[str]:
         found = {path.stem for path in (self._data / "datasets").glob("*.txt")}
-        if TRAIN_SPLIT not in found:
-            raise UserError(f"expected the ids of the tasks to train on in {self._dataset(TRAIN_SPLIT)}. {_SETUP}")
         return [*(name for name in SPLITS if name in found), *sorted(found.difference(SPLITS))]
 
     def _read_split(self, split: str) -> tuple[str, ...]:
@@ -160,8 +161,6 @@ class World:
         # AppWorld lets a line carry a tag, `<id>:<tag>`, that means nothing to whoever plays.
         lines = [line.split(":")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
         ids = [line for line in lines if line]
-        if not ids:
-            raise UserError(f"{path} names no task; expected one id a line. {_SETUP}")
         for task_id in ids:
             if not re.fullmatch(r"\w+_\d+", task_id):
                 raise UserError(f"{path} names {task_id!r}, which is no AppWorld id; expected <scenario>_<number>")

@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from skillsd.cache import cache
 from skillsd.envs.appworld.data import World, scenario_of
+from skillsd.envs.appworld.paths import VERSION
 from skillsd.envs.appworld.prompt import Style, turn_text
 from skillsd.envs.appworld.summarise import summarise_turns
 from skillsd.envs.base import Step
@@ -34,7 +35,8 @@ Play = Callable[[Task, Sequence[str]], Awaitable[list[Step]]]
 SAVE_EVERY = 10
 """Episodes after which a recording is saved, so that an interrupted one goes on from there."""
 
-_FORMAT = 1
+_ANSWERING = ("host/*.py", "environment.py", "prompt.py")
+"""The sources that shape what an episode answers: where they change, recordings are made anew."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,9 @@ def demonstrate(
 
 def recording_path(world: World, style: Style, observation_limit: int) -> Path:
     """Where the world's recording in this wording is kept."""
-    key = json.dumps([_FORMAT, dict(world.fingerprint_source), style, observation_limit], sort_keys=True)
+    here = Path(__file__).parent
+    sources = [hashlib.sha256(file.read_bytes()).hexdigest() for glob in _ANSWERING for file in sorted(here.glob(glob))]
+    key = json.dumps([VERSION, sources, dict(world.fingerprint_source), style, observation_limit], sort_keys=True)
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     return cache() / "appworld-recordings" / f"{name}.json"
 

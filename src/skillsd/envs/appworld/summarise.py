@@ -6,7 +6,7 @@ only the number is told. It knows no better way than the one that was taken: wha
 out itself.
 
 What it reads of a turn's ``info``: ``code`` (None if there was none), ``calls`` (each with ``app``, ``api``, ``args``,
-``ok``, ``error``), ``error``, ``completed``; of the last one also ``passes`` and ``failures``.
+``ok``, ``error`` and, if known, ``changes``), ``error``, ``completed``; of the last one also ``passes``, ``failures``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import builtins
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from skillsd.envs.appworld.prompt import Style
@@ -46,9 +46,8 @@ _STATUS = {
     "409": "conflict",
     "422": "wrong or missing arguments",
 }
-_NO_API = "there is no such API"
-_NO_APP = "there is no such app"
-_TIMEOUT = "it took too long"
+_UNKNOWN = "an API or app that does not exist"
+_TIMEOUT = "too long a run"
 _ERROR_NAMES = {
     name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, BaseException)
 } - {"Exception", "BaseException"} | {"JSONDecodeError"}
@@ -62,14 +61,11 @@ class _Call:
     args: tuple[str, ...]
     ok: bool
     error: str
+    reads: bool
 
     @property
     def name(self) -> str:
         return f"{self.app}.{self.api}"
-
-    @property
-    def reads(self) -> bool:
-        return self.api.startswith(_READING)
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,8 @@ def _calls(infos: Sequence[Mapping[str, Any]]) -> Iterable[_Call]:
             app, api = str(call["app"]), str(call["api"])
             args = tuple(name for name in map(str, call.get("args") or ()) if _is_name(name))
             if _is_name(app) and _is_name(api):
-                yield _Call(turn, app, api, args, bool(call["ok"]), str(call.get("error") or ""))
+                reads = not call["changes"] if "changes" in call else api.startswith(_READING)
+                yield _Call(turn, app, api, args, bool(call["ok"]), str(call.get("error") or ""), reads)
 
 
 def _is_name(text: str) -> bool:
@@ -150,7 +147,7 @@ def _merged(made: Sequence[_Call]) -> _Call:
     """One call for many: with the arguments of the turn that came last, by when it was known how to call it."""
     last = [call for call in made if call.turn == made[-1].turn]
     args = dict.fromkeys(name for call in last for name in call.args)
-    return _Call(made[0].turn, made[0].app, made[0].api, tuple(args), True, "")
+    return replace(made[0], args=tuple(args))
 
 
 def _interleaved(first: Sequence[_Call], second: Sequence[_Call], order: Sequence[_Call]) -> bool:
@@ -233,10 +230,13 @@ def _mistakes(calls: Sequence[_Call], infos: Sequence[Mapping[str, Any]], succes
             failed.setdefault(_failure(call, calls[place + 1 :]))
     told += list(failed)[:MOST_MISTAKES]
     blamed = {call.turn for call in calls if not call.ok}
-    others = [str(info["error"]) for turn, info in enumerate(infos) if info.get("error") and turn not in blamed]
+    others = [
+        str(info["error"])
+        for turn, info in enumerate(infos)
+        if info.get("error") and turn not in blamed and info.get("code") is not None
+    ]
     for kind, count in Counter(_kind(error) for error in others).items():
-        turns = f"{count} {'turn' if count == 1 else 'turns'}"
-        told.append(f"{turns} ended early: {_TIMEOUT}." if kind == _TIMEOUT else f"{turns} failed with {kind}.")
+        told.append(f"{count} {'turn' if count == 1 else 'turns'} failed with {kind}.")
     mute = sum(info.get("code", "") is None for info in infos)
     if mute:
         told.append(f"{mute} {'answer' if mute == 1 else 'answers'} held no code to run.")
@@ -260,11 +260,7 @@ def _ending(calls: Sequence[_Call], infos: Sequence[Mapping[str, Any]]) -> str:
 
 def _failure(call: _Call, later: Sequence[_Call]) -> str:
     """A failed call, what was the matter, and how it was got over. Arguments are named only where they worked."""
-    kind = _kind(call.error)
-    text = f"apis.{call.name} failed ({kind})"
-    if kind in (_NO_API, _NO_APP):
-        instead = next((other for other in later if other.ok and other.app == call.app), None)
-        return f"{text}; apis.{instead.name} was used next." if instead else f"{text}."
+    text = f"apis.{call.name} failed ({_kind(call.error)})"
     again = next((other for other in later if other.ok and other.name == call.name), None)
     if again is None:
         return f"{text} and never worked."
@@ -277,10 +273,8 @@ def _kind(error: str) -> str:
     """What kind of error a text tells of, in words that come from here and not from the text."""
     if re.match(r"\W*time(d )?out", error, re.IGNORECASE):
         return _TIMEOUT
-    if "No API named" in error:
-        return _NO_API
-    if "No app named" in error:
-        return _NO_APP
+    if "No API named" in error or "No app named" in error:
+        return _UNKNOWN
     if status := re.search(r"\b(?:status code is|status|HTTP)\s*:?\s*([45]\d\d)\b|^\s*([45]\d\d)\b", error):
         return _STATUS.get(status[1] or status[2], "refused")
     name = re.match(r"\s*(?:\w+\.)*(\w+)", error)
