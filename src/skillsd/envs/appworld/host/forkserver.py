@@ -31,7 +31,7 @@ def main() -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(options["socket"])
     listener.listen(1024)
-    world.preload()
+    world.preload(Path(options["root"]))
     print("ready", flush=True)
     children: set[int] = set()
     wake, woken = os.pipe()

@@ -128,7 +128,7 @@ def _no_input(*_: Any, **__: Any) -> None:
     raise Exception("input(..) is not allowed. All decisions must be made autonomously.")
 
 
-def _no_sleep(seconds: float = 0) -> None:
+def _no_sleep(*_: Any) -> None:
     pass
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import select
@@ -43,14 +44,15 @@ class _JailBrokenError(Exception):
 class Jail:
     """The process that the model's code runs in, started when it is first needed and again after it was lost."""
 
-    def __init__(self, hello: dict[str, Any], options: dict[str, Any]) -> None:
-        self._hello, self._options = hello, options
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self.held: list[str] = []
 
     def start(self) -> None:
+        """Start it; `greet` waits until it is there."""
         ours, theirs = socket.socketpair()
-        self._root = tempfile.mkdtemp(prefix="skillsd-jail-")
+        self._root = tempfile.mkdtemp(prefix="jail-", dir=Path(self._options["socket"]).parent)
         site = str(Path(sys.modules["appworld"].__file__ or "").parent)
         options = self._options | {
             "channel": theirs.fileno(),
@@ -60,7 +62,6 @@ class Jail:
             "number": os.getpid(),
             "shell": (HERE / "shell.py").read_text(encoding="utf-8"),
         }
-        # Not sys.executable's symbolic link: the interpreter that it leads to is what the jail can see.
         self._process = subprocess.Popen(
             [sys.executable, "-I", str(HERE / "jail.py"), json.dumps(options)],
             pass_fds=[theirs.fileno()],
@@ -70,8 +71,11 @@ class Jail:
         )
         theirs.close()
         self._channel, self._buffer = ours, b""
+
+    def greet(self, hello: dict[str, Any]) -> None:
+        """Tell the session which APIs there are and what time it is."""
         self.held = self.receive(_now() + self._options["start_seconds"])["held"]
-        self.send(self._hello)
+        self.send(hello)
 
     @property
     def alive(self) -> bool:
@@ -149,27 +153,28 @@ class Episode:
     def open(self, task_id: str) -> dict[str, Any]:
         from appworld import AppWorld
 
+        self._jail = Jail(self._options)
+        self._jail.start()  # comes up while the world opens
         self._world = world = AppWorld(
             task_id=task_id,
             experiment_name=f"skillsd-{os.getppid()}/{os.getpid()}",  # one a rollout: others would overwrite it
             timeout_seconds=None,  # by SIGALRM, which a loop can swallow; the deadlines are ours
-            load_ground_truth=True,
-            ground_truth_mode="full",
+            load_ground_truth=False,  # the evaluation reads it for itself
         )
         apis = {app: sorted(names) for app, names in world.apis.items()}
-        self._jail = Jail({"apis": apis, "datetime": world.task.datetime.isoformat()}, self._options)
-        self._jail.start()
+        self._hello = {"apis": apis, "datetime": world.task.datetime.isoformat()}
+        self._jail.greet(self._hello)
         return {"apps": sorted(apis), "held": self._jail.held}
 
     def execute(self, code: str, seconds: float) -> dict[str, Any]:
         """Run `code` in the model's session for at most `seconds` of wall-clock time."""
         self._world.requester.reset_request_count()
         calls: list[dict[str, Any]] = []
-        fresh = not self._jail.alive
         deadline = _now() + seconds
         try:
-            if fresh:
+            if not self._jail.alive:
                 self._jail.start()
+                self._jail.greet(self._hello)
                 deadline = _now() + seconds
             self._jail.send({"code": code})
             while "call" in (message := self._jail.receive(deadline)):
@@ -245,9 +250,27 @@ def _refuse_other_paths(path: str, arguments: dict[str, Any]) -> None:
             raise Exception(f"Response status code is 422:\n{key} is not a valid value")
 
 
-def preload() -> None:
-    """Import, once and for all worlds, what they need and what belongs to none of them."""
-    from appworld import AppWorld, evaluator  # noqa: F401
+def preload(root: Path) -> None:
+    """Do, once and for all worlds, what each of them would do alike: every fork inherits it."""
+    import freezegun
+    import pytest  # noqa: F401 (the engine's, for the words of a failed test)
+    from appworld import AppWorld, evaluator, requester  # noqa: F401
+    from appworld.common.utils import import_apis_module, import_models_module
+    from appworld.task import Task
+    from IPython.terminal.embed import InteractiveShellEmbed  # noqa: F401
+
+    some = next(path.name for path in sorted((root / "data" / "tasks").iterdir()) if path.is_dir())
+    task = Task.load(task_id=some, load_ground_truth=False)  # the API documents, which the engine remembers
+    apps = tuple(sorted({*task.allowed_apps, "admin", "supervisor"}))
+    for app in apps:
+        import_models_module(app)
+        import_apis_module(app)
+    requester.build_main_app = functools.cache(requester.build_main_app)
+    requester.build_main_app(apps)
+    with freezegun.freeze_time("2023-05-18"):  # it looks through all modules, and remembers what it found
+        pass
+    gc.collect()
+    gc.freeze()  # a collection would write to every page that the forks share
 
 
 def serve(connection: socket.socket, options: dict[str, Any]) -> None:
