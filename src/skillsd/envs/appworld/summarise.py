@@ -179,7 +179,7 @@ def _in_words(steps: Sequence[_Step], detail: int) -> str:
         if len(said) > 1:
             text = f"for each: {', '.join(said)}"
         elif step.loop:
-            paged = any(name in _PAGES for name in step.calls[0].args)
+            paged = "page_index" in step.calls[0].args
             text = f"{said[0]} {'page by page' if paged else 'in a loop'}"
         else:
             text = said[0]
@@ -214,7 +214,7 @@ def _success(calls: Sequence[_Call], steps: Sequence[_Step], infos: Sequence[Map
         listed = f"These calls worked: {', '.join(worked[:4])}." if worked else ""
         return _fit([f"Not solved{used}.", listed], MOST_SUCCESS_CHARS)
     said = [f"Solved{used} in {len(infos)} {'turn' if len(infos) == 1 else 'turns'}."]
-    if any(name in _PAGES for step in steps if step.loop for call in step.calls for name in call.args):
+    if any("page_index" in call.args for step in steps if step.loop for call in step.calls):
         said.append("Reading all pages was right.")
     ends = [call for call in calls if call.name == _COMPLETE and call.ok]
     if ends:
