@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,26 +52,32 @@ def build(root: Path, workers: int) -> None:
         check("the base databases", outcome)
         say(f"[{clock}] base databases are written; writing the tasks")
         preload()
-        labels: dict[str, dict[str, str]] = {}
         first = {task.scenario.id: task for task in reversed(tasks)}
-        for key, outcome in fork_each(
-            [(task.id, lambda t=task: write_task(t, {})) for task in first.values()], workers
-        ):
-            check(key, outcome)
-        for key, outcome in fork_each([(task.id, lambda t=task: no_op_labels(t)) for task in first.values()], workers):
-            check(key, outcome)
-            labels[key.split("_")[0]] = outcome
+        run_each("writing", first.values(), lambda task: write_tasks([task], {}), workers)
+        played = run_each("playing", first.values(), no_op_labels, workers)
+        labels = {key.split("_")[0]: outcome for key, outcome in played.items()}
         say(f"[{clock}] a no-op has been played in each of {len(first)} scenarios")
-        jobs = [(task.id, lambda t=task: write_task(t, labels[t.scenario.id])) for task in tasks]
-        for number, (key, outcome) in enumerate(fork_each(jobs, workers), 1):
+        batches = [tasks[start::workers] for start in range(workers)]
+        jobs = [
+            (f"batch {number}", lambda batch=batch: write_tasks(batch, labels)) for number, batch in enumerate(batches)
+        ]
+        for key, outcome in fork_each(jobs, workers):
             check(key, outcome)
-            if number % 50 == 0:
-                say(f"[{clock}] {number} of {len(tasks)} tasks")
         write_index(tasks, stage / "data")
         put_in_place(stage / "data", root / "data")
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     say(f"[{clock}] {root / 'data'} is complete, version {version()}")
+
+
+def run_each(what: str, tasks: Iterable[TaskSpec], job: Callable[[TaskSpec], Any], workers: int) -> dict[str, Any]:
+    """A job for each task in a process of its own; the outcomes by task id."""
+    from world.episode import fork_each
+
+    outcomes = dict(fork_each([(task.id, lambda task=task: job(task)) for task in tasks], workers))
+    for key, outcome in outcomes.items():
+        check(f"{what} {key}", outcome)
+    return outcomes
 
 
 def say(text: str) -> None:
@@ -108,18 +115,26 @@ def write_foundation(world: Any, data: Path) -> None:
     write_base(world, data / "base_dbs", api_docs)
 
 
-def write_task(task: TaskSpec, labels: dict[str, str]) -> None:
-    """One task's folder. Labels that are not known yet are written as "no_op_fail"."""
-    from appworld.apps import get_all_apps
+def write_tasks(tasks: list[TaskSpec], labels: dict[str, dict[str, str]]) -> None:
+    """The folders of tasks; ``labels`` are those of each scenario's tests, as far as they are known yet."""
     from appworld.apps.api_lib import set_local_date_and_time
+    from world.database import NOW
+
+    set_local_date_and_time(NOW)
+    for task in tasks:
+        write_databases(task)
+        write_ground_truth(task, labels.get(task.scenario.id, {}))
+
+
+def write_databases(task: TaskSpec) -> None:
+    """What the task changes in the base databases: the supervisor, who exists in one task only."""
+    from appworld.apps import get_all_apps
     from appworld.collections.models import ModelCollection
     from appworld.common.constants import DB_VERSION
     from appworld.common.path_store import path_store
     from appworld.task import Task
     from world.database import NOW
-    from world.tasks import evaluation_source, requirements
 
-    set_local_date_and_time(NOW)
     person = task.supervisor
     models = ModelCollection.load(
         from_db_home_path=os.path.join(path_store.data, "base_dbs"),
@@ -148,8 +163,15 @@ def write_task(task: TaskSpec, labels: dict[str, str]) -> None:
         db_version=DB_VERSION,
         model_collection=models,
     ).save(save_ground_truth=False, model_collection_format="changes")
+    models.close()
 
-    truth = folder / "ground_truth"
+
+def write_ground_truth(task: TaskSpec, labels: dict[str, str]) -> None:
+    """The evaluation and what it needs, and the reference solution. Unknown labels are written as "no_op_fail"."""
+    from appworld.common.path_store import path_store
+    from world.tasks import evaluation_source, requirements
+
+    truth = Path(path_store.data) / "tasks" / task.id / "ground_truth"
     codes = [turn["code"] for turn in task.solution]
     metadata = {
         "mode": "minimal",

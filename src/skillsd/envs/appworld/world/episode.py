@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 import traceback
@@ -17,6 +18,7 @@ from typing import Any
 
 def preload() -> None:
     """Imports everything that an episode needs. Call it once, after APPWORLD_ROOT is set and before ``fork_each``."""
+    from appworld.api_docs import prepare_api_docs
     from appworld.apps import get_all_apps
     from appworld.collections.api_docs import ApiDocCollection
     from appworld.common.utils import import_apis_module, import_models_module
@@ -26,7 +28,10 @@ def preload() -> None:
     for app in get_all_apps():
         import_models_module(app)
         import_apis_module(app)
-    ApiDocCollection.load(load_apps=tuple(get_all_apps(skip_admin=True)))
+    # It is cached by its arguments as they are written, so they are written as the engine does.
+    ApiDocCollection.load(load_apps=tuple(get_all_apps(skip_admin=True)), include_response_schemas=True)
+    for app in get_all_apps():
+        prepare_api_docs(app, include_private_apis=True)
     import pytest  # the engine imports it at the first failing test
 
     assert pytest
@@ -40,6 +45,7 @@ def play(task_id: str, blocks: list[str]) -> dict[str, Any]:
     outputs = [world.execute(block) for block in blocks]
     completed = world.task_completed()
     tests = world.evaluate(suppress_errors=True).to_dict()
+    shutil.rmtree(world.base_output_directory)
     return {"outputs": outputs, "completed": completed, **tests}
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -66,7 +65,6 @@ def verify(root: Path, ids: list[str], workers: int) -> dict[str, dict[str, Any]
             finding["output_characters"] = max(len(output) for output in result["outputs"])
         if number % 100 == 0:
             print(f"{number} of {len(jobs)} episodes", flush=True)
-    shutil.rmtree(root / "experiments" / "outputs", ignore_errors=True)
     return findings
 
 

@@ -1,8 +1,9 @@
-"""All scenarios, by their ids. One module per app; those that join two apps are in ``joins``."""
+"""All scenarios, by their ids: one module per app, and ``joins`` for those that need two."""
 
 from __future__ import annotations
 
-from . import spotify, venmo
+from . import file_system, gmail, joins, phone, simple_note, spotify, todoist, venmo
 from .base import Scenario
 
-SCENARIOS: dict[str, Scenario] = {scenario.id: scenario for module in (spotify, venmo) for scenario in module.SCENARIOS}
+_MODULES = (spotify, venmo, simple_note, phone, todoist, gmail, file_system, joins)
+SCENARIOS: dict[str, Scenario] = {scenario.id: scenario for module in _MODULES for scenario in module.SCENARIOS}

@@ -79,3 +79,10 @@ def relogin(app: str) -> Turn:
 
 DONE = Turn("The task is done.", FINISH)
 ANSWER = Turn("I have the answer.", FINISH_WITH_ANSWER)
+
+
+def evaluate_question(test, public_data, private_data, main_user, models, ground_truth_answer):
+    with test("assert the answer is right"):
+        test.answer(given_answer(models), ground_truth_answer)  # noqa: F821
+    with test("assert nothing was changed"):
+        test.case(collateral(models, {}), "==", {})  # noqa: F821

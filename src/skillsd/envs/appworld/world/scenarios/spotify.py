@@ -6,7 +6,7 @@ from random import Random
 
 from ..lives import World
 from ..people import Person
-from .base import ANSWER, DONE, Draw, Scenario, Turn, login
+from .base import ANSWER, DONE, Draw, Scenario, Turn, evaluate_question, login
 
 STRAY_PLAYLIST = 'apis.spotify.create_playlist(title="Stray", access_token=token)'
 STRAY_LIKE = """for song in apis.spotify.search_songs(page_limit=20):
@@ -17,13 +17,6 @@ STRAY_LIKE = """for song in apis.spotify.search_songs(page_limit=20):
 
 def draw_count(world: World, person: Person, rng: Random) -> Draw:
     return Draw({}, {}, len(world.lives[person.email].library))
-
-
-def evaluate_question(test, public_data, private_data, main_user, models, ground_truth_answer):
-    with test("assert the answer is right"):
-        test.answer(given_answer(models), ground_truth_answer)  # noqa: F821
-    with test("assert nothing was changed"):
-        test.case(collateral(models, {}), "==", {})  # noqa: F821
 
 
 SONG_COUNT = Scenario(

@@ -7,8 +7,7 @@ from random import Random
 from .. import texts
 from ..lives import World
 from ..people import Person
-from .base import ANSWER, DONE, Draw, Scenario, Turn, login
-from .spotify import evaluate_question
+from .base import ANSWER, DONE, Draw, Scenario, Turn, evaluate_question, login
 
 STRAY_PAYMENT = """friends = apis.venmo.search_friends(access_token=token)
 apis.venmo.create_transaction(receiver_email=friends[0]["email"], amount=1, access_token=token)"""

@@ -1,0 +1,208 @@
+"""Our own task world for AppWorld: what it promises on paper, and, where AppWorld is installed, in the real engine."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from skillsd.envs.appworld import paths
+from skillsd.envs.appworld.world import build, tasks
+from skillsd.envs.appworld.world.lives import World, make_world
+from skillsd.envs.appworld.world.scenarios import SCENARIOS
+from skillsd.envs.appworld.world.scenarios.base import FINISH, FINISH_WITH_ANSWER
+from skillsd.errors import UserError
+
+FOLDER = Path(build.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world()
+
+
+@pytest.fixture(scope="module")
+def specs(world: World) -> list[tasks.TaskSpec]:
+    return tasks.make_tasks(world)
+
+
+def test_there_are_scenarios_of_every_difficulty_over_many_apps() -> None:
+    difficulties = Counter(scenario.difficulty for scenario in SCENARIOS.values())
+    assert difficulties[1] >= 6
+    assert difficulties[2] >= 5
+    assert difficulties[3] >= 3
+    assert len({app for scenario in SCENARIOS.values() for app in scenario.apps}) >= 6
+    assert Counter(scenario.kind for scenario in SCENARIOS.values()) == {"train": 14, "dev": 2, "test": 2}
+    for scenario in SCENARIOS.values():
+        assert scenario.id.isalnum()  # AppWorld takes what stands before "_" as the scenario
+        assert 2 <= len(set(scenario.instructions)) <= 3
+        assert (scenario.difficulty == 3) == (len(scenario.apps) > 1)
+        assert scenario.harms
+
+
+def test_every_scenario_has_twelve_tasks_and_each_belongs_to_one_split(specs: list[tasks.TaskSpec]) -> None:
+    assert Counter(spec.scenario.id for spec in specs) == dict.fromkeys(SCENARIOS, tasks.INSTANCES)
+    assert len({spec.id for spec in specs}) == len(specs)
+    sizes = Counter(spec.split for spec in specs)
+    assert sizes == {"train": 112, "dev": 28, "test": 28, "dev_scenario": 24, "test_scenario": 24}
+    assert set(sizes) == set(tasks.SPLITS)
+
+
+def test_evaluation_meets_no_person_and_no_scenario_of_training(world: World, specs: list[tasks.TaskSpec]) -> None:
+    seen = {"train": set(), "dev": set(), "test": set()}
+    for spec in specs:
+        person = spec.supervisor
+        seen[spec.split.removesuffix("_scenario")] |= {person.email, *person.contacts}
+    assert not seen["train"] & seen["dev"]
+    assert not seen["train"] & seen["test"]
+    assert not seen["dev"] & seen["test"]
+    held_out = {spec.scenario.id for spec in specs if spec.split.endswith("_scenario")}
+    assert not held_out & {spec.scenario.id for spec in specs if spec.split == "train"}
+
+
+def test_no_task_is_there_twice(specs: list[tasks.TaskSpec]) -> None:
+    keys = Counter((spec.scenario.id, spec.supervisor.email, str(spec.parameters)) for spec in specs)
+    assert set(keys.values()) == {1}
+
+
+def test_two_builds_draw_the_same(specs: list[tasks.TaskSpec]) -> None:
+    again = tasks.make_tasks(make_world())
+    assert [(s.id, s.instruction, s.expected, s.answer, s.solution) for s in again] == [
+        (s.id, s.instruction, s.expected, s.answer, s.solution) for s in specs
+    ]
+
+
+def test_people_know_each_other_both_ways(world: World) -> None:
+    for person in world.people.values():
+        for email in person.contacts:
+            assert person.email in world.people[email].contacts
+        relations = Counter(relation for relations in person.contacts.values() for relation in relations)
+        assert relations["roommate"] == 1
+    assert len({person.first_name for person in world.people.values()}) == len(world.people)
+    assert len({person.phone_number for person in world.people.values()}) == len(world.people)
+
+
+def test_pages_matter_where_a_solution_turns_them(world: World) -> None:
+    for email, life in world.lives.items():
+        assert 5 <= len(life.library) <= 20
+        assert sum(payment.sender == email for payment in world.payments) > 20
+        assert sum(payment.receiver == email for payment in world.payments) > 20
+
+
+def test_solutions_are_short_and_alike(specs: list[tasks.TaskSpec]) -> None:
+    for spec in specs:
+        codes = [turn["code"] for turn in spec.solution]
+        assert 3 <= len(codes) <= 5, spec.id
+        assert codes[0].startswith("me = apis.supervisor.show_profile()\npasswords = ")
+        asks = spec.answer is not None
+        assert codes[-1] == (FINISH_WITH_ANSWER if asks else FINISH)
+        for code in codes:
+            assert len(code.splitlines()) <= 6
+            assert len(code) < 300, spec.id
+            assert not any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(ast.parse(code)))
+        assert all(turn["thought"].endswith(".") for turn in spec.solution)
+
+
+def test_texts_are_complete(specs: list[tasks.TaskSpec]) -> None:
+    for spec in specs:
+        for text in (spec.instruction, *(turn["code"] for turn in spec.solution)):
+            assert "<" not in text, spec.id
+
+
+def test_solutions_know_nothing_that_the_instruction_and_the_apps_do_not_tell(specs: list[tasks.TaskSpec]) -> None:
+    for spec in specs:
+        code = "\n".join(turn["code"] for turn in spec.solution)
+        for value in spec.parameters.values():
+            assert str(value) in spec.instruction
+        for name, value in spec.expected.items():
+            for part in value if isinstance(value, list) else [value]:
+                told = str(part).lower() in spec.instruction.lower()
+                assert told or str(part) not in code, (spec.id, name)
+        literals = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+        assert spec.answer is None or spec.answer not in [x for x in literals if x not in (0, 1, 5, 20, True, False)]
+
+
+def test_parameters_that_would_break_the_code_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be written inside double quotes"):
+        tasks.fill('print("<title>")', {"title": 'The "Best" Song'})
+
+
+def test_evaluations_stand_alone() -> None:
+    for scenario in SCENARIOS.values():
+        source = tasks.evaluation_source(scenario)
+        names = {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+        assert {"evaluate", "collateral", "given_answer"} <= names
+        texts = tasks.requirements(scenario)
+        assert len(set(texts)) == len(texts) >= 2
+        assert source.count("with test(") == len(texts)
+
+
+def test_the_version_follows_the_sources() -> None:
+    assert len(build.version()) == 12
+    assert build.version() == build.version()
+
+
+def test_the_tasks_are_made_without_appworld_and_without_skillsd() -> None:
+    """The scripts run on AppWorld's Python, which has none of our dependencies."""
+    ours = {path.stem for path in FOLDER.rglob("*.py")}
+    for path in FOLDER.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                assert node.module.split(".")[0] != "skillsd", path
+            if isinstance(node, ast.ImportFrom) and node.level and path.parent == FOLDER:
+                assert node.module is None or node.module.split(".")[0] in ours | {"scenarios"}
+
+
+def run(script: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    try:
+        python = paths.python()
+    except UserError as error:
+        pytest.skip(str(error))
+    command = [str(python), str(FOLDER / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_the_engine_accepts_the_solutions_and_nothing_else() -> None:
+    """A sample of what ``verify.py`` checks of all tasks; half a minute of work on a free core."""
+    try:
+        root = paths.world()
+    except UserError as error:
+        pytest.skip(str(error))
+    sample = ["songcount_1", "sendmoney_9", "likeartist_11", "urgenttodos_4", "requestdebt_10", "textcontact_6"]
+    result = run("verify.py", "--root", str(root), "--tasks", *sample, timeout=280)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "6 of 6 tasks keep their promises" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_world_is_built_whole_and_verify_finds_a_broken_task(tmp_path: Path) -> None:
+    result = run("build.py", "--root", str(tmp_path), timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]  # nothing of the building is left
+    index = json.loads((tmp_path / "data" / "skillsd.json").read_text())
+    assert index["version"] == build.version()
+    for split, ids in index["splits"].items():
+        assert (tmp_path / "data" / "datasets" / f"{split}.txt").read_text().split() == ids
+
+    answer = tmp_path / "data" / "tasks" / "filecount_2" / "ground_truth" / "answer.json"
+    answer.write_text(str(int(answer.read_text()) + 5))
+    report = tmp_path / "report.json"
+    arguments = ("--tasks", "filecount_1", "filecount_2", "--json", str(report))
+    result = run("verify.py", "--root", str(tmp_path), *arguments, timeout=280)
+    assert result.returncode == 1
+    assert "filecount_2: the solution does not pass" in result.stdout
+    findings = json.loads(report.read_text())
+    assert not findings["filecount_1"]["broken"]
+
+
+def test_data_of_others_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "data").mkdir()
+    with pytest.raises(SystemExit, match="did not write"):
+        build.put_in_place(tmp_path / "new", tmp_path / "data")
+    assert (tmp_path / "new").exists()
