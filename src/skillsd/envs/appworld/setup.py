@@ -113,7 +113,7 @@ def _build(say: Say, lock: int) -> None:
         shutil.rmtree(root)
     workers = str(min(4, os.cpu_count() or 1))  # 250 MB each
     command = [str(paths.python()), str(paths.BUILDER), "--root", str(root), "--workers", workers]
-    hint = "a minute or three, again when skillsd builds other tasks"
+    hint = "a minute or two, again when skillsd builds other tasks"
     _run(say, 4, command, lock, {"APPWORLD_ROOT": str(root)}, hint=hint, show=True)
     if (found := paths.built_by(root)) != paths.builder_version():
         raise UserError(
