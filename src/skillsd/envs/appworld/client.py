@@ -17,6 +17,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,14 @@ class Host:
         python: AppWorld's interpreter.
         root: the folder that holds ``data``.
         start_seconds: the longest that the imports may take.
+        limits: other values than `LIMITS`; ``namespaces: False`` does without them, as some machines have to.
     """
 
-    def __init__(self, python: Path, root: Path, start_seconds: float = 180.0) -> None:
+    def __init__(
+        self, python: Path, root: Path, start_seconds: float = 180.0, limits: Mapping[str, Any] | None = None
+    ) -> None:
         self._python, self._root, self._start_seconds = python, root, start_seconds
+        self._limits = LIMITS | dict(limits or {})
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
@@ -67,7 +72,7 @@ class Host:
                 return
             self._stop()
             self._folder = Path(tempfile.mkdtemp(prefix="skillsd-appworld-"))  # only its owner may enter
-            options = LIMITS | {"root": str(self._root), "socket": str(self.address)}
+            options = self._limits | {"root": str(self._root), "socket": str(self.address)}
             environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
             with (self._folder / "log").open("wb") as log:
                 self._process = subprocess.Popen(
@@ -183,7 +188,8 @@ class World:
             if "error" in answer:
                 raise WorldBrokenError(f"AppWorld's world failed at {op!r}: {answer['error']}")
             found = answer["ok"]
-            wrong = [key for key, kind in expected.items() if not isinstance(found.get(key), kind)]
+            fits = isinstance(found, dict)
+            wrong = [key for key, kind in expected.items() if not (fits and isinstance(found.get(key), kind))]
             if wrong:
                 raise WorldBrokenError(f"AppWorld's world answered {op!r} without a usable {wrong[0]!r}")
             return found

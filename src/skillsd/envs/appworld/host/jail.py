@@ -13,7 +13,7 @@ The code never shares a process with AppWorld's databases or with the evaluation
 Namespaces need Linux, and root or the kernel's leave for unprivileged ones. Where something can't be had, the code runs
 without it and the first message says so: ``{"held": [...]}``, which `skillsd doctor` and the docs put into words.
 
-Nothing but the standard library is imported before the doors are closed.
+Nothing of the model's is read before the doors are closed.
 """
 
 from __future__ import annotations
@@ -170,10 +170,10 @@ def close_doors(channel: socket.socket, options: dict[str, Any]) -> list[str]:
 def main() -> None:
     options = json.loads(sys.argv[1])
     channel = socket.socket(fileno=options["channel"])
-    held = close_doors(channel, options)
     shell: dict[str, Any] = {"__name__": "shell"}
-    exec(compile(options["shell"], "shell.py", "exec"), shell)  # its file can't be seen any more
-    shell["serve"](channel, held)
+    exec(compile(options["shell"], "shell.py", "exec"), shell)
+    shell["prepare"](options["modules"])  # what it imports may be out of another user's reach later
+    shell["serve"](channel, close_doors(channel, options))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import sys
 import textwrap
 import time
 import traceback
+import types
 from typing import Any
 
 FILE = "<python-input>"
@@ -37,10 +38,25 @@ from collections.abc import Iterator
 from copy import deepcopy
 from functools import reduce
 
-import pendulum
-from pendulum import Date, DateTime, Time
 from pendulum import MONDAY, TUESDAY, WEDNESDAY, THURSDAY, FRIDAY, SATURDAY, SUNDAY
+
+from appworld.common.datetime import pendulum
+from appworld.common.datetime import VanillaDate as Date
+from appworld.common.datetime import VanillaDateTime as DateTime
+from appworld.common.datetime import VanillaTime as Time
 """
+
+
+def prepare(modules: dict[str, str]) -> None:
+    """Import what a session needs; `modules` are sources of ``appworld.common``, the rest of which is not here."""
+    import freezegun  # noqa: F401
+
+    for name in ("appworld", "appworld.common"):
+        sys.modules[name] = types.ModuleType(name)
+    for name, source in modules.items():
+        module = sys.modules[f"appworld.common.{name}"] = types.ModuleType(f"appworld.common.{name}")
+        exec(compile(source, f"{name}.py", "exec"), module.__dict__)
+    exec(PREAMBLE, {})
 
 
 class _Output(io.TextIOBase):
@@ -158,7 +174,7 @@ class Session:
             return _failure(f"Syntax error in line:\n{line}\nMessage: {error.msg}", f"SyntaxError: {error.msg}")
         except (ValueError, RecursionError, MemoryError) as error:
             return _failure(f"{type(error).__name__}: {error}", f"{type(error).__name__}: {error}")
-        linecache.cache[FILE] = (len(code), None, code.splitlines(keepends=True), FILE)
+        linecache.cache[FILE] = (len(code), None, f"{code}\n".splitlines(keepends=True), FILE)
         output, streams = _Output(), (sys.stdout, sys.stderr)
         sys.stdout, sys.stderr = output, _Output()
         try:
@@ -205,4 +221,5 @@ def serve(channel: socket.socket, held: list[str]) -> None:
     session = Session(wire, start["apis"])
     with freeze_time(start["datetime"]):
         while True:
-            wire.send(session.run(wire.receive()["code"]))
+            request = wire.receive()
+            wire.send(session.run(request["code"]) | {"turn": request["turn"]})

@@ -37,6 +37,10 @@ _NOT_FOR_AGENTS = {"client", "show", "track"}
 """Arguments of the engine's own `request` that are no argument of any API."""
 
 
+_MODULES = ("copy", "datetime")
+"""What the session is given of ``appworld.common``: the agent's dates and times."""
+
+
 class _JailBrokenError(Exception):
     """The model's session is lost; the message is for the model."""
 
@@ -53,14 +57,15 @@ class Jail:
         """Start it; `greet` waits until it is there."""
         ours, theirs = socket.socketpair()
         self._root = tempfile.mkdtemp(prefix="jail-", dir=Path(self._options["socket"]).parent)
-        site = str(Path(sys.modules["appworld"].__file__ or "").parent)
+        package = Path(sys.modules["appworld"].__file__ or "").parent
         options = self._options | {
             "channel": theirs.fileno(),
             "root": self._root,
             "prefixes": [sys.base_prefix, sys.prefix],
-            "hidden": [site],
+            "hidden": [str(package)],
             "number": os.getpid(),
             "shell": (HERE / "shell.py").read_text(encoding="utf-8"),
+            "modules": {name: (package / "common" / f"{name}.py").read_text() for name in _MODULES},
         }
         self._process = subprocess.Popen(
             [sys.executable, "-I", str(HERE / "jail.py"), json.dumps(options)],
@@ -145,6 +150,7 @@ class Episode:
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
         self._world: Any = None
+        self._turn = 0
 
     def hello(self) -> dict[str, Any]:
         """Whom to kill."""
@@ -176,11 +182,13 @@ class Episode:
                 self._jail.start()
                 self._jail.greet(self._hello)
                 deadline = _now() + seconds
-            self._jail.send({"code": code})
+            self._turn += 1  # so that an answer made up by the code is not followed by the true one a turn late
+            self._jail.send({"code": code, "turn": self._turn})
             while "call" in (message := self._jail.receive(deadline)):
                 self._jail.send(self._answer(message["call"], calls))
             output, error, lost = message.get("output"), message.get("error"), message.get("lost", 0)
-            if not (isinstance(output, str) and isinstance(error, (str, type(None))) and isinstance(lost, int)):
+            usable = isinstance(output, str) and isinstance(error, (str, type(None))) and isinstance(lost, int)
+            if not usable or message.get("turn") != self._turn:
                 raise _JailBrokenError("the Python session sent something that is no message")
             if lost:
                 output += f"\n[{lost} more characters were not kept]"
@@ -204,7 +212,7 @@ class Episode:
             app, name, arguments = call
             api = self._world.apis[app][name]
             doc = _get_api_name_to_doc(app, include_private_apis=True)[name]
-            record = {"app": app, "api": name, "args": sorted(arguments), "ok": True, "error": None}
+            record = {"app": app, "api": name, "args": list(arguments), "ok": True, "error": None}
             record["changes"] = doc["method"].upper() != "GET" and name != "login"
         except Exception as error:
             raise _JailBrokenError("the Python session asked for something that is no API") from error

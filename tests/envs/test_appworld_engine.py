@@ -1,0 +1,495 @@
+"""The real engine on our own tasks: scripted play, attacks by the model's code, faults of the infrastructure."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skillsd.envs.appworld import AppWorld, client, paths
+from skillsd.envs.appworld.environment import PROTECTIONS, AppWorldEnvironment
+from skillsd.envs.base import Step
+from skillsd.envs.conformance import assert_conforms
+from skillsd.errors import UserError
+from skillsd.rollouts.collect import collect
+from skillsd.rollouts.episode import Budget, Part
+from skillsd.types import Message, Outcome, Task
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def task_set() -> Iterator[AppWorld]:
+    try:
+        paths.python()
+        made = AppWorld(style="short", max_turns=8, max_observation_chars=1000, code_seconds=3)
+    except UserError as error:
+        pytest.skip(str(error))
+    yield made
+    made.host().stop()
+
+
+def task_of(task_set: AppWorld, scenario: str) -> Task:
+    return next(task for task in task_set.tasks("train") if task.id.startswith(scenario + "_"))
+
+
+def solution(task_set: AppWorld, task: Task) -> list[str]:
+    return [turn.code for turn in task_set.data.solution(task.id) or ()]
+
+
+def play(task_set: AppWorld, task: Task, actions: Sequence[str]) -> list[Step]:
+    return asyncio.run(task_set.play(task, actions))
+
+
+# ------------------------------------------------------------------------------------------------- playing by the rules
+
+
+def test_keeps_every_promise_of_an_environment(task_set: AppWorld) -> None:
+    actions = ("print(apis.supervisor.show_profile())", "apis.supervisor.complete_task()", "1/0", "print('a' * 9999)")
+    assert_conforms(task_set, episodes=1, actions=actions)
+
+
+def test_reference_solutions_solve_and_others_do_not(task_set: AppWorld) -> None:
+    question, payment = task_of(task_set, "songcount"), task_of(task_set, "sendmoney")
+    for task in (question, payment):
+        solved = play(task_set, task, solution(task_set, task))[-1]
+        assert (solved.score, solved.success, solved.done) == (1.0, True, True)
+        idle = play(task_set, task, ["apis.supervisor.complete_task()"])[-1]
+        assert (idle.score, idle.success, idle.done) == (0.0, False, True)
+    wrong = play(task_set, question, ["apis.supervisor.complete_task(answer=-1)"])[-1]
+    assert wrong.score < 1
+    assert not wrong.success
+    *steps, end = solution(task_set, question)
+    harm = (
+        "for song in apis.spotify.show_song_library(access_token=token):\n"
+        "    apis.spotify.remove_song_from_library(access_token=token, song_id=song['song_id'])"
+    )
+    harmful = play(task_set, question, [*steps, harm, end])[-1]  # what was asked for, and damage besides
+    assert 0 < harmful.score < 1
+    assert not harmful.success
+
+
+def test_the_score_grows_with_what_is_done_and_no_turn_is_lost(task_set: AppWorld) -> None:
+    task = task_of(task_set, "sendmoney")
+    steps = solution(task_set, task)
+    answers = play(task_set, task, ["no code at all, sorry", *steps])
+    scores = [step.score for step in answers]
+    assert scores == sorted(scores)
+    assert scores[0] == 0
+    assert scores[-1] == 1
+    assert "no Python code" in answers[0].observation
+
+
+def test_answers_in_the_words_of_the_engines_own_shell(task_set: AppWorld, tmp_path: Path) -> None:
+    task = task_of(task_set, "songcount")
+    script = [
+        *solution(task_set, task)[:-1],
+        "x = [1, {'a': 2}]\nprint(x)",
+        "print(datetime.datetime.now(), DateTime.now(), time.time() if 'time' in globals() else '')",
+        "x",
+        "print(1, 2, sep='-')",
+        "print(list(range(60)))",
+        "1 / 0",
+        "def f(n):\n    return g(n)\ndef g(n):\n    raise ValueError(n)\nprint('lost')\nf(3)",
+        "y = (",
+        "   ",
+        "input()",
+        "apis.spotify.no_such_api()",
+        "apis.no_such_app.x()",
+        "apis.spotify.show_song(song_id=99999999)",
+        "apis.spotify.show_song(song_id='x')",
+        "apis.venmo.create_transaction(access_token='no', receiver_email='a@b.c', amount=1)",
+        "print(apis.api_docs.show_app_descriptions())",
+        "print(apis.api_docs.show_api_doc(app_name='spotify', api_name='login'))",
+        "raise KeyError('a')",
+        "import collections\nprint(collections.OrderedDict(a=1))",
+    ]
+    program = f"""
+        import json, sys
+        from appworld import AppWorld
+        world = AppWorld({task.id!r}, experiment_name="skillsd-test-{os.getpid()}")
+        print(json.dumps([world.execute(code) for code in {script!r}]), file=sys.stderr)
+    """
+    root = task_set.data.root.absolute()
+    done = subprocess.run(
+        [str(paths.python()), "-c", textwrap.dedent(program)],
+        env=os.environ | {"APPWORLD_ROOT": str(root)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stderr.splitlines()[-1])
+
+    async def ours() -> list[str]:
+        world = await client.World.open(task_set.host(), task.id, 60)
+        try:
+            return [(await world.execute(code, 20))["output"] for code in script]
+        finally:
+            await world.close()
+
+    for code, mine, other in zip(script, asyncio.run(ours()), theirs, strict=True):
+        assert mine.rstrip() == other.rstrip(), code
+
+
+# ------------------------------------------------------------------------------------------------------------- attacks
+
+
+@pytest.fixture(scope="module")
+def victim(task_set: AppWorld) -> Iterator[Callable[[str], Step]]:
+    """One episode that all attacks are tried in, one after the other; each has to leave it usable."""
+    patient = AppWorld(style="short", max_turns=1000, max_observation_chars=2000, code_seconds=2)
+    environment = patient.make()
+    assert isinstance(environment, AppWorldEnvironment)
+    with asyncio.Runner() as runner:
+        runner.run(environment.reset(task_of(task_set, "songcount"), 0))
+        assert environment._world is not None
+        missing = [name for name in PROTECTIONS if name not in environment._world.held]
+        if missing:
+            pytest.skip(f"this machine gives no jail: {', '.join(missing)} stay open (docs/appworld.md)")
+        yield lambda code: runner.run(environment.step(code))
+        after = runner.run(environment.step("print(apis.supervisor.show_profile()['email'])"))
+        assert "@" in after.observation
+        runner.run(environment.close())
+
+
+def test_attack_reading_the_answer(task_set: AppWorld, victim: Callable[[str], Step]) -> None:
+    truth = task_set.data.root.absolute() / "data" / "tasks" / task_of(task_set, "songcount").id / "ground_truth"
+    assert (truth / "answer.json").is_file()
+    for code in (
+        f"print(open({str(truth / 'answer.json')!r}).read())",
+        f"import pathlib\nprint(pathlib.Path({str(truth / 'answer.json')!r}).read_text())",
+        f"import os\nprint(os.listdir({str(truth)!r}))",
+        f"import os\nprint(os.stat({str(task_set.data.root.absolute())!r}))",
+        "print(open('/proc/self/environ').read())",
+    ):
+        assert "No such file" in victim(code).observation
+
+
+def test_attack_writing_outside_the_scratch_folder(tmp_path: Path, victim: Callable[[str], Step]) -> None:
+    for folder in (str(tmp_path), "/", "/tmp", "/usr", "/etc", "/dev/shm", "/root", sys.prefix):
+        answer = victim(f"open({folder + '/skillsd-attack'!r}, 'w').write('x')").observation
+        assert "No such file" in answer or "Read-only" in answer or "Permission denied" in answer, (folder, answer)
+        assert not Path(folder, "skillsd-attack").exists()
+    assert victim("open('/scratch/mine', 'w').write('x')\nprint(open('/scratch/mine').read())").observation == "x"
+
+
+def test_attack_other_processes(tmp_path: Path, victim: Callable[[str], Step]) -> None:
+    made = tmp_path / "made"
+    for code in (
+        f"import os\nos.posix_spawn('/bin/sh', ['sh', '-c', 'touch {made}'], {{}})",
+        f"import subprocess\nsubprocess.run(['touch', {str(made)!r}])",
+        "import os\nwhile True: os.fork()",
+        "import threading\nthreading.Thread(target=print).start()",
+        "import multiprocessing\nmultiprocessing.Process(target=print).start()",
+    ):
+        answer = victim(code).observation
+        assert "temporarily unavailable" in answer or "can't start new thread" in answer, answer
+    assert not made.exists()
+    killed = victim(
+        "import os\nfor pid in (1, os.getppid(), -1):\n  try: os.kill(pid, 9)\n  except OSError as e: print(e)"
+    )
+    assert killed.observation.count("Operation not permitted") >= 2
+
+
+def test_attack_network(victim: Callable[[str], Step]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        port = server.getsockname()[1]
+        answer = victim(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)").observation
+        assert "unreachable" in answer
+        with pytest.raises(TimeoutError):
+            server.accept()
+    assert "unreachable" in victim("import socket\nsocket.create_connection(('192.0.2.1', 80), timeout=1)").observation
+
+
+def test_attack_a_loop_that_swallows_the_timeout(victim: Callable[[str], Step]) -> None:
+    victim("kept = 1")
+    begin = time.monotonic()
+    answer = victim("while True:\n    try:\n        while True: pass\n    except BaseException: pass")
+    assert time.monotonic() - begin < 20
+    assert "timed out after 2 seconds" in answer.observation
+    assert "restarted" in answer.observation
+    assert "NameError" in victim("print(kept)").observation
+
+
+def test_attack_floods_and_bombs(victim: Callable[[str], Step]) -> None:
+    flood = victim("print('x' * 5_000_000)")
+    assert len(flood.observation) < 2200
+    assert "characters left out" in flood.observation
+    assert "MemoryError" in victim("x = bytearray(4 << 30)").observation
+    assert "MemoryError" in victim("x = []\nfor i in range(99): x.append(bytearray(1 << 26))").observation
+    assert "Errno" in victim("f = open('/scratch/big', 'wb')\nwhile True: f.write(bytes(1 << 22))").observation
+    full = "for i in range(40): open(f'/scratch/{i}', 'wb').write(bytes(4 << 20))"
+    assert "No space left" in victim(full).observation
+
+
+def test_attack_on_the_world_through_its_models(victim: Callable[[str], Step]) -> None:
+    """There is nothing of the engine in the process: no module, no object, no package to import."""
+    code = (
+        "import gc, sys\nfound = {type(o).__module__.split('.')[0] for o in gc.get_objects()} | set(sys.modules)\n"
+        "print(sorted(found & {'sqlalchemy', 'sqlmodel', 'fastapi', 'IPython'}))"
+    )
+    assert victim(code).observation == "[]"
+    assert "Error" in victim("from appworld import AppWorld").observation
+    assert "Error" in victim("from appworld.apps.spotify.models import Song").observation
+
+
+def test_attack_on_the_wire(task_set: AppWorld, victim: Callable[[str], Step]) -> None:
+    """Whatever the session sends, it can neither complete the task nor reach what is no public API."""
+    send = "import os, json\nfor fd in range(3, 1024):\n  try: os.write(fd, {} + b'\\n')\n  except OSError: pass\n"
+    forged = victim(send.format(b'{"output": "x", "error": null, "completed": true, "success": true}'))
+    assert not forged.info["completed"]
+    assert not forged.done
+    for message in (
+        b'{"call": ["admin", "set_date_and_time", {}]}',
+        b'{"call": ["spotify", "__class__", {}]}',
+        b'{"call": []}',
+        b"[" * 50_000,
+        b"nonsense",
+        b'{"output": 3}',
+    ):
+        answer = victim(send.format(message))
+        assert (answer.info["error"] is not None, answer.info["completed"]) == (True, False), message
+        victim("pass")
+    inner = victim("apis.spotify.show_song(song_id='../../admin/x')")
+    assert "not a valid value" in inner.observation
+    assert "no parameter" in victim("apis.spotify.show_song(song_id=1, client=3)").observation
+    assert "no parameter" in victim("apis.spotify.show_song(song_id=1, _app_name='admin')").observation
+
+
+def test_attack_crashing_the_session(victim: Callable[[str], Step]) -> None:
+    for code in ("import os\nos._exit(3)", "import ctypes\nctypes.string_at(0)", "import os\nos.abort()"):
+        assert "restarted" in victim(code).observation
+    for code in (
+        "exit()",
+        "raise SystemExit",
+        "raise KeyboardInterrupt",
+        "class E(Exception):\n  __str__ = 3\nraise E",
+    ):
+        answer = victim(code).observation
+        assert "Execution failed" in answer
+        assert "restarted" not in answer
+
+
+def test_a_machine_without_namespaces_is_told_what_stays_open(task_set: AppWorld) -> None:
+    """What can be had without them still is; the rest is named."""
+    host = client.Host(paths.python(), task_set.data.root.absolute(), limits={"namespaces": False})
+
+    async def held() -> list[str]:
+        world = await client.World.open(host, task_of(task_set, "songcount").id, 60)
+        assert (await world.execute("print(1)", 5))["output"] == "1\n"
+        await world.close()
+        return world.held
+
+    try:
+        found = asyncio.run(held())
+    finally:
+        host.stop()
+    assert "files" not in found
+    assert "network" not in found
+    assert "limits" in found
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+
+class Script:
+    """A `Player` that says the lines of a reference solution."""
+
+    temperature = 1.0
+
+    def __init__(self, lines: Callable[[tuple[Message, ...]], list[str]]) -> None:
+        self._lines = lines
+
+    def begin(self, prompt: tuple[Message, ...], budget: Budget, *, seed: int, session: str, context: str = "") -> Part:
+        lines = self._lines(prompt)
+
+        class Reader(Part):
+            async def act(self, number: int) -> str | None:
+                return lines[number] if number < len(lines) else None
+
+            def hear(self, observation: str) -> None:
+                pass
+
+        return Reader()
+
+
+def test_a_killed_world_costs_a_try_and_nothing_else(task_set: AppWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of(task_set, "songcount")
+    execute, killed = client.World.execute, []
+
+    async def kill_first(world: client.World, code: str, seconds: float) -> dict[str, Any]:
+        if len(killed) < 2 and "complete_task" in code:
+            assert world._pid is not None
+            os.kill(world._pid, signal.SIGKILL)
+            killed.append(world._pid)
+        return await execute(world, code, seconds)
+
+    monkeypatch.setattr(client.World, "execute", kill_first)
+    player = Script(lambda prompt: solution(task_set, task))
+    budget = Budget(turns=8, turn_tokens=10, trajectory_tokens=1000)
+    collected = asyncio.run(collect(player, task_set, [task], budget, group_size=2, seed=0, retries=2))
+    assert len(killed) == 2
+    assert [t.outcome for group in collected.groups for t in group.trajectories] == [Outcome.SOLVED, Outcome.SOLVED]
+
+
+def test_a_hung_world_is_killed_at_the_deadline(task_set: AppWorld) -> None:
+    async def hang() -> int:
+        world = await client.World.open(task_set.host(), task_of(task_set, "songcount").id, 60)
+        assert world._pid is not None
+        os.kill(world._pid, signal.SIGSTOP)
+        with pytest.raises(client.WorldBrokenError, match=r"took longer than 0.5 s for 'evaluate': killed"):
+            await world.evaluate(0.5)
+        return world._pid
+
+    assert gone(asyncio.run(hang()))
+
+
+def test_nothing_is_left_of_an_episode(task_set: AppWorld) -> None:
+    task, host = task_of(task_set, "songcount"), client.Host(paths.python(), task_set.data.root.absolute())
+
+    async def play_and_abandon() -> None:
+        world = await client.World.open(host, task.id, 60)
+        for code in ("while True: pass", "import os\nos._exit(1)", "print(1)"):
+            await world.execute(code, 0.5)
+        await world.close()
+        await client.World.open(host, task.id, 60)
+
+    try:
+        asyncio.run(play_and_abandon())
+        outputs = task_set.data.root / "experiments" / "outputs" / f"skillsd-{host._process.pid}"  # type: ignore[union-attr]
+        folder = host.address.parent
+        wait_for(lambda: not jails(host) and not list(outputs.glob("*")) and not list(folder.glob("jail-*")))
+    finally:
+        host.stop()
+    assert not folder.exists()
+    assert not outputs.exists()
+
+
+def test_the_server_is_started_again_and_ends_with_the_trainer(task_set: AppWorld) -> None:
+    task = task_of(task_set, "songcount")
+    host = task_set.host()
+    host.ensure()
+    assert host._process is not None
+    first = host._process.pid
+    os.kill(first, signal.SIGKILL)
+    host._process.wait()
+    assert play(task_set, task, solution(task_set, task))[-1].success
+    assert host._process.pid != first
+
+    program = f"""
+        import asyncio, os, signal
+        from skillsd.envs.appworld import AppWorld, client
+        made = AppWorld(root={str(task_set.data.root.absolute())!r})
+        async def main():
+            world = await client.World.open(made.host(), {task.id!r}, 60)
+            print(made.host()._process.pid, world._pid, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        asyncio.run(main())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    for pid in map(int, done.stdout.split()):
+        assert gone(pid)
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(client.WorldBrokenError, match=r"did not start.*No module named"):
+        client.Host(Path(sys.executable), tmp_path).ensure()
+    host = client.Host(Path("/bin/cat"), tmp_path, start_seconds=0.5)
+    with pytest.raises(client.WorldBrokenError, match="did not start"):
+        host.ensure()
+
+
+class FakeHost:
+    """A server of ours in this process, which answers what it is told to."""
+
+    def __init__(self, address: Path, answers: Sequence[bytes]) -> None:
+        self.address, self._answers = address, list(answers)
+
+    def ensure(self) -> None:
+        pass
+
+    async def serve(self, use: Awaitable[Any]) -> None:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(ConnectionError):
+                while self._answers and await reader.readline():
+                    writer.write(self._answers.pop(0))
+                    await writer.drain()
+                writer.close()
+
+        async with await asyncio.start_unix_server(answer, self.address):
+            await use
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        (b"", "(died|broke) during 'open'"),
+        (b"nonsense\n", "with nonsense: b'nonsense"),
+        (b"[]\n", "with nonsense"),
+        (b'{"ok": []}\n', "without a usable"),
+        (b'{"ok": {"apps": 3, "held": []}}\n', "without a usable 'apps'"),
+        (b'{"error": "KeyError: 3"}\n', "failed at 'open': KeyError: 3"),
+        (b"x" * (client.MESSAGE + 10), "broke during 'open'"),
+    ],
+)
+def test_a_world_that_answers_nonsense_is_broken(tmp_path: Path, answer: bytes, complaint: str) -> None:
+    host: Any = FakeHost(tmp_path / "s", [b'{"ok": {"pid": 999999999}}\n', *([answer] if answer else [])])
+
+    async def use() -> None:
+        with pytest.raises(client.WorldBrokenError, match=complaint):
+            await client.World.open(host, "a_1", 5)
+
+    asyncio.run(host.serve(use()))
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def gone(pid: int) -> bool:
+    return wait_for(
+        lambda: not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    )
+
+
+def jails(host: client.Host) -> list[str]:
+    """Command lines of this server's jails."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_bytes().decode(errors="replace")
+            if "jail.py" in line and str(host.address) in line:
+                found.append(line)
+    return found
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+    return True
+
+
+def test_an_unknown_style_or_number_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="AppWorld prompt style"):
+        AppWorld(style="reactt")
+    with pytest.raises(UserError, match="max_turns is 0"):
+        AppWorld(max_turns=0)
+    with pytest.raises(UserError, match="no AppWorld root"):
+        AppWorld(root=str(tmp_path))
