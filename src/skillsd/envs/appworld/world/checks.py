@@ -21,6 +21,21 @@ def updated(models, name):
     return models.changed_records(name)[1]
 
 
+def of_user(records, relation, main_user):
+    """The records whose ``relation`` ("user", "sender") is the supervisor.
+
+    An agent may have deleted the account, and then the relation leads to nobody: that fails tests, not the evaluation.
+    """
+    kept = []
+    for record in records:
+        user = getattr(record, relation)
+        # The phone's users have a number and no address, those of the other apps an address and no number.
+        known = {getattr(user, "email", None), getattr(user, "phone_number", None)}
+        if known & {main_user.email, main_user.phone_number}:
+            kept.append(record)
+    return kept
+
+
 def collateral(models, allowed):
     """Changes beyond the allowed ones, as {table: what}; empty where the episode touched nothing else.
 

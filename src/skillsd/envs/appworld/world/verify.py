@@ -5,7 +5,7 @@ Run by AppWorld's own Python. For each task, each in a process of its own:
 - the reference solution, turn by turn, passes every test;
 - doing nothing does not, and passes none of the tests that the dense reward counts (label ``no_op_fail``);
 - the solution with a wrong answer does not, where the task asks for one;
-- the solution with any of the scenario's spoiling side effects does not.
+- the solution with any of the scenario's spoiling side effects does not, nor with the supervisor's account deleted.
 
 Exits 1 and names the tasks that break a promise.
 """
@@ -82,8 +82,12 @@ def checks_of(root: Path, task: str) -> dict[str, list[str]]:
         checks["no answer"] = [*work, FINISH]
     else:
         checks["needless answer"] = [*work, "apis.supervisor.complete_task(answer='done')"]
-    for number, harm in enumerate(SCENARIOS[task.split("_")[0]].harms, 1):
+    scenario = SCENARIOS[task.split("_")[0]]
+    for number, harm in enumerate(scenario.harms, 1):
         checks[f"side effect {number}"] = [*work, harm, finish]
+    # An evaluation has to survive that, too.
+    gone = f"apis.{scenario.apps[-1]}.delete_account(access_token=token)"
+    checks["account deleted"] = [*work, gone, finish]
     return checks
 
 

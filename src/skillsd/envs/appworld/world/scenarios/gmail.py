@@ -29,8 +29,9 @@ def draw_unread(world: World, person: Person, rng: Random) -> Draw:
 
 def evaluate_read(test, public_data, private_data, main_user, models, ground_truth_answer):
     subjects = set(private_data.subjects)
-    threads = [t for t in updated(models, "gmail.UserEmailThread") if t.user.email == main_user.email]  # noqa: F821
-    read = {t.emails[0].subject for t in threads if t.read and t.sender_email_addresses == [private_data.sender]}
+    threads = of_user(updated(models, "gmail.UserEmailThread"), "user", main_user)  # noqa: F821
+    threads = [t for t in threads if t.read and t.sender_email_addresses == [private_data.sender]]
+    read = {email.subject for thread in threads for email in thread.emails}
     with test("assert one of the threads was marked as read"):
         test.case(len(read & subjects), ">=", 1)
     with test("assert all of the threads were marked as read"):
@@ -79,8 +80,9 @@ def draw_unstarred(world: World, person: Person, rng: Random) -> Draw:
 
 def evaluate_star(test, public_data, private_data, main_user, models, ground_truth_answer):
     subjects = set(private_data.subjects)
-    threads = [t for t in updated(models, "gmail.UserEmailThread") if t.user.email == main_user.email]  # noqa: F821
-    starred = {t.emails[0].subject for t in threads if t.starred and t.sender_email_addresses == [private_data.sender]}
+    threads = of_user(updated(models, "gmail.UserEmailThread"), "user", main_user)  # noqa: F821
+    threads = [t for t in threads if t.starred and t.sender_email_addresses == [private_data.sender]]
+    starred = {email.subject for thread in threads for email in thread.emails}
     with test("assert one of the threads was starred"):
         test.case(len(starred & subjects), ">=", 1)
     with test("assert all of the threads were starred"):

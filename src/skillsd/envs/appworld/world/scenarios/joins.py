@@ -65,7 +65,7 @@ def draw_debt(world: World, person: Person, rng: Random) -> Draw:
 
 
 def evaluate_request(test, public_data, private_data, main_user, models, ground_truth_answer):
-    requests = [r for r in added(models, "venmo.PaymentRequest") if r.sender.email == main_user.email]  # noqa: F821
+    requests = of_user(added(models, "venmo.PaymentRequest"), "sender", main_user)  # noqa: F821
     with test("assert one payment request was made"):
         test.case(len(requests), "==", 1)
     with test("assert the request went to the right person"):

@@ -61,8 +61,7 @@ def draw_text(world: World, person: Person, rng: Random) -> Draw:
 
 
 def evaluate_text(test, public_data, private_data, main_user, models, ground_truth_answer):
-    number = main_user.phone_number
-    sent = [text for text in added(models, "phone.GlobalTextMessage") if text.sender.phone_number == number]  # noqa: F821
+    sent = of_user(added(models, "phone.GlobalTextMessage"), "sender", main_user)  # noqa: F821
     with test("assert one text message was sent"):
         test.case(len(sent), "==", 1)
     with test("assert the message went to the right person"):

@@ -21,7 +21,7 @@ def draw_note(world: World, person: Person, rng: Random) -> Draw:
 
 
 def evaluate_note(test, public_data, private_data, main_user, models, ground_truth_answer):
-    notes = [note for note in added(models, "simple_note.Note") if note.user.email == main_user.email]  # noqa: F821
+    notes = of_user(added(models, "simple_note.Note"), "user", main_user)  # noqa: F821
     with test("assert one note was created"):
         test.case(len(notes), "==", 1)
     with test("assert the note has the right title"):

@@ -28,8 +28,8 @@ def draw_todo(world: World, person: Person, rng: Random) -> Draw:
 
 def evaluate_done(test, public_data, private_data, main_user, models, ground_truth_answer):
     titles = set(private_data.titles)
-    done = [task for task in updated(models, "todoist.Task") if task.is_completed]  # noqa: F821
-    done = {task.title for task in done if task.user.email == main_user.email}
+    changed = of_user(updated(models, "todoist.Task"), "user", main_user)  # noqa: F821
+    done = {task.title for task in changed if task.is_completed}
     with test("assert one of the tasks was completed"):
         test.case(len(done & titles), ">=", 1)
     with test("assert all of the tasks were completed, and no others"):

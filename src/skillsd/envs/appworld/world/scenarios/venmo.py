@@ -87,7 +87,7 @@ def draw_payment(world: World, person: Person, rng: Random) -> Draw:
 
 
 def evaluate_payment(test, public_data, private_data, main_user, models, ground_truth_answer):
-    sent = [t for t in added(models, "venmo.Transaction") if t.sender.email == main_user.email]  # noqa: F821
+    sent = of_user(added(models, "venmo.Transaction"), "sender", main_user)  # noqa: F821
     with test("assert one payment was sent"):
         test.case(len(sent), "==", 1)
     with test("assert the payment went to the right person"):
