@@ -3,7 +3,7 @@
     python studies/llm/measure.py evaluations PARTS --base BASE --run RUN   # untouched, warm start, trained
     python studies/llm/measure.py gap PARTS                                 # sampler against scorer, engine by engine
     python studies/llm/measure.py server PARTS                              # vLLM's server: it plays, it writes skills
-    python studies/llm/measure.py memory PARTS --model BASE                 # all weights against LoRA
+    python studies/llm/measure.py memory PARTS                              # all weights against LoRA
     python studies/llm/measure.py collect PARTS --base BASE --run RUN --json docs/results/llm.json
 
 Each measurement is a file in the folder PARTS, `NAME.json`, with its command, commit and load. What is there is not
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,12 @@ WEIGHTS = {"full": [], "lora": ["model.lora={rank: 16, alpha: 32}"]}
 SHORT = (
     *("training.iterations=1", "training.warmup_iterations=0", "training.minibatches=1"),
     *("training.micro_batch_tokens=2048", "rollout.tasks_per_iteration=2", "rollout.group_size=4"),
-    *("curriculum.tasks=2", "skills.hindsight=true", "evaluation.limit=1", "log.tensorboard=false"),
+    *("curriculum.tasks=2", "evaluation.limit=1", "log.tensorboard=false", "method=grpo-opsd-synchronised"),
 )
-"""One iteration of 8 episodes; in hindsight, or an iteration's first visit would have no teacher."""
+"""One iteration of 8 episodes. The teacher is the student, as in Skill-SD, but told the solver's plan: a first visit
+has no skill yet, and an untouched model fails so thoroughly that no skill can be written about it."""
+HEAPS: dict[str, dict[str, str]] = {"": {}, "-mmap": {"MALLOC_MMAP_THRESHOLD_": "1048576"}}
+"""glibc's heap as it is, and without the holes that large tensors leave in it (docs/doctor.md)."""
 
 SERVED = 16
 """Episodes behind the server."""
@@ -76,7 +80,7 @@ PARTS = (
     *(f"evaluation-{name}" for name in EVALUATIONS),
     *(f"gap-{engine}-{dtype}" for engine in ENGINES for dtype in DTYPES),
     "server",
-    *(f"memory-{weights}-{dtype}" for weights in WEIGHTS for dtype in DTYPES),
+    *(f"memory-{weights}-{dtype}{heap}" for heap in HEAPS for weights in WEIGHTS for dtype in DTYPES),
 )
 
 
@@ -107,10 +111,12 @@ def part(folder: Path, name: str, measure: Callable[[], dict[str, Any]]) -> None
     print(f"{name}: {figures['measured']['seconds']:.0f} s", flush=True)
 
 
-def run(command: Sequence[str]) -> str:
+def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     """Standard output of a command that is to succeed; what it says is shown as well."""
-    print("+", said(command), flush=True)
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    print("+", *(f"{name}={value}" for name, value in (environment or {}).items()), said(command), flush=True)
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
+    )
     print(done.stdout, flush=True)
     if done.returncode:
         sys.exit(f"{said(command)}: exit code {done.returncode}")
@@ -428,13 +434,16 @@ print(json.dumps({**found, "peak_with_checkpoint_bytes": memory("VmHWM"), "secon
 
 
 def memory(folder: Path, model: str) -> None:
-    for weights, settings in WEIGHTS.items():
-        for dtype in DTYPES:
-            chosen = [f"model.name={model}", f"model.dtype={dtype}", *settings, *SHORT]
-            part(folder, f"memory-{weights}-{dtype}", lambda chosen=chosen: _memory(folder / "training", chosen))
+    for heap, (weights, settings), dtype in itertools.product(HEAPS, WEIGHTS.items(), DTYPES):
+        chosen = [f"model.name={model}", f"model.dtype={dtype}", *settings, *SHORT]
+        part(
+            folder,
+            f"memory-{weights}-{dtype}{heap}",
+            lambda chosen=chosen, heap=heap: _memory(folder / "training", chosen, HEAPS[heap]),
+        )
 
 
-def _memory(folder: Path, settings: Sequence[str]) -> dict[str, Any]:
+def _memory(folder: Path, settings: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
     """Peak of a process that trains, beside what `skillsd doctor` says of the same settings."""
     estimate = [*SKILLSD, "doctor", RECIPE, *settings]
     told = " ".join(run(estimate).split())
@@ -445,7 +454,7 @@ def _memory(folder: Path, settings: Sequence[str]) -> dict[str, Any]:
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        out = run([sys.executable, "-c", TRAIN, RECIPE, str(folder), *settings])
+        out = run([sys.executable, "-c", TRAIN, RECIPE, str(folder), *settings], environment)
         (metrics,) = read(folder / "metrics.jsonl")
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # a checkpoint of all weights has 2 GB
@@ -453,6 +462,7 @@ def _memory(folder: Path, settings: Sequence[str]) -> dict[str, Any]:
     return {
         "command": own_command(),
         "settings": list(settings),
+        "environment": environment,
         "estimate_command": said(estimate),
         "estimated_bytes": int(most[1].replace(",", "")) << 20,
         **json.loads(out.splitlines()[-1]),
@@ -587,10 +597,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--run", type=Path, default=Path("runs/sokoban-smollm2"))
         if name == "collect":
             command.add_argument("--json", type=Path, default=Path("docs/results/llm.json"))
-        if name in ("gap", "server"):
+        if name in ("gap", "server", "memory"):
             command.add_argument("--model", default=PLAIN)
-        if name == "memory":
-            command.add_argument("--model", default="models/sokoban-smollm2-base")
         if name == "server":
             command.add_argument("--name", default="server", help="of the part; no skills are written for another one")
     given = parser.parse_args(arguments)
