@@ -34,7 +34,8 @@ def examine(console: Console, config: RunConfig | None) -> None:
     for package, what in EXTRAS.items():
         state = "installed" if importlib.util.find_spec(package) else "not installed"
         console.print(f"{package:14} {state}: {what}", highlight=False)
-    console.print(f"{'appworld':14} {_appworld()}", highlight=False, soft_wrap=True)
+    for line in _appworld():
+        console.print(f"{'appworld':14} {line}", highlight=False, soft_wrap=True)
     console.print(f"{'processor':14} {processor()}, {os.cpu_count()} cores", highlight=False)
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
@@ -49,13 +50,18 @@ def examine(console: Console, config: RunConfig | None) -> None:
         _examine_recipe(console, config, free)
 
 
-def _appworld() -> str:
-    """What of AppWorld is here: its engine, the tasks that we build, the official ones."""
-    from skillsd.envs.appworld import paths
+def _appworld() -> list[str]:
+    """What of AppWorld is here: its engine, the tasks that we build, the official ones; and what its code may do."""
+    from skillsd.envs.appworld import client, paths
 
     engine = "installed" if paths.installed() else f"not installed ({paths.SETUP})"
     own = "built" if paths.built_by(paths.world_folder()) == paths.builder_version() else "not built"
-    return f"{engine}; our own tasks {own}; official data: {paths.official() or 'not found ($APPWORLD_ROOT)'}"
+    lines = [f"{engine}; our own tasks {own}; official data: {paths.official() or 'not found ($APPWORLD_ROOT)'}"]
+    if paths.installed():
+        held = client.protections(paths.python())
+        lines.append(f"the model's code is kept from: {', '.join(held) or 'nothing'} (docs/appworld.md)")
+        lines += [f"OPEN: {name} ({words})" for name, words in client.PROTECTIONS.items() if name not in held]
+    return lines
 
 
 def _examine_recipe(console: Console, config: RunConfig, free: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from skillsd.envs.appworld import AppWorld, client, paths
-from skillsd.envs.appworld.environment import PROTECTIONS, AppWorldEnvironment
+from skillsd.envs.appworld.environment import AppWorldEnvironment
 from skillsd.envs.base import Step
 from skillsd.envs.conformance import assert_conforms
 from skillsd.errors import UserError
@@ -105,7 +105,6 @@ def test_answers_in_the_words_of_the_engines_own_shell(task_set: AppWorld, tmp_p
         "def f(n):\n    return g(n)\ndef g(n):\n    raise ValueError(n)\nprint('lost')\nf(3)",
         "y = (",
         "   ",
-        "input()",
         "apis.spotify.no_such_api()",
         "apis.no_such_app.x()",
         "apis.spotify.show_song(song_id=99999999)",
@@ -157,7 +156,7 @@ def victim(task_set: AppWorld) -> Iterator[Callable[[str], Step]]:
     with asyncio.Runner() as runner:
         runner.run(environment.reset(task_of(task_set, "songcount"), 0))
         assert environment._world is not None
-        missing = [name for name in PROTECTIONS if name not in environment._world.held]
+        missing = [name for name in client.PROTECTIONS if name not in environment._world.held]
         if missing:
             pytest.skip(f"this machine gives no jail: {', '.join(missing)} stay open (docs/appworld.md)")
         yield lambda code: runner.run(environment.step(code))
@@ -302,6 +301,15 @@ def test_a_machine_without_namespaces_is_told_what_stays_open(task_set: AppWorld
     assert "files" not in found
     assert "network" not in found
     assert "limits" in found
+
+
+def test_doctor_tells_what_holds(task_set: AppWorld) -> None:
+    async def held() -> list[str]:
+        world = await client.World.open(task_set.host(), task_of(task_set, "songcount").id, 60)
+        await world.close()
+        return world.held
+
+    assert sorted(client.protections(paths.python())) == sorted(asyncio.run(held()))
 
 
 # -------------------------------------------------------------------------------------------------------------- faults

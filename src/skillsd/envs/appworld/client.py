@@ -33,8 +33,25 @@ LIMITS: dict[str, Any] = {
 }
 
 
+PROTECTIONS = {
+    "files": "AppWorld's data and your files are out of sight, nothing can be written but a scratch folder",
+    "network": "no network, not even loopback",
+    "processes": "no further processes or threads",
+    "user": "an unprivileged user",
+    "limits": "memory, file size and open files are limited",
+}
+"""What a jail may hold (host/jail.py), in words."""
+
+
 class WorldBrokenError(Exception):
     """The infrastructure failed, not the agent. The world is gone."""
+
+
+def protections(python: Path) -> list[str]:
+    """What holds on this machine, of the names in `PROTECTIONS`; nothing if not even a jail starts."""
+    command = [str(python), str(HOST / "probe.py"), json.dumps(LIMITS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return list(json.loads(done.stdout)) if done.returncode == 0 else []
 
 
 class Host:

@@ -12,9 +12,6 @@ from skillsd.envs.base import Environment, Step, TaskSet
 from skillsd.errors import UserError, unknown_name
 from skillsd.types import Demonstration, Message, Skill, Task, Trajectory
 
-PROTECTIONS = ("files", "network", "processes", "user", "limits")
-"""What a jail may hold (host/jail.py); docs/appworld.md says what each one stops."""
-
 OFFICIAL = "official"
 
 
@@ -34,7 +31,7 @@ class AppWorldEnvironment(Environment):
         await self.close()
         options = self._set
         self._world = await client.World.open(options.host(), task.payload["task_id"], options.open_seconds)
-        _warn_once(tuple(name for name in PROTECTIONS if name not in self._world.held))
+        _warn_once(tuple(name for name in client.PROTECTIONS if name not in self._world.held))
         self._turns, self._score, self._done = 0, 0.0, False
         return options.prompt(task)
 

@@ -176,6 +176,8 @@ class Episode:
         """Run `code` in the model's session for at most `seconds` of wall-clock time."""
         self._world.requester.reset_request_count()
         calls: list[dict[str, Any]] = []
+        output: Any
+        error: Any
         deadline = _now() + seconds
         try:
             if not self._jail.alive:
