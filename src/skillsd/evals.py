@@ -250,14 +250,16 @@ def _show(console: Console, results: Results, case: _Case, split: str) -> None:
             "greedy" if result.temperature == 0 else f"sampled at {result.temperature:g}",
             percent(result.accuracy, result.interval),
             percent(result.completion, result.completion_interval),
+            *([percent(result.scenario_accuracy)] if result.scenario_accuracy is not None else []),
             f"{result.episodes:,}",
             f"{result.mean_turns:.1f}",
             duration(result.seconds),
         ]
         for iteration, result in results
     ]
-    columns = ["", "accuracy [95 %]", "completion [95 %]", "episodes", "turns", "took"]
     first = results[0][1]
+    scenarios = ["whole scenarios"] if first.scenario_accuracy is not None else []
+    columns = ["", "accuracy [95 %]", "completion [95 %]", *scenarios, "episodes", "turns", "took"]
     console.print(
         table(
             f"{case.name} on {case.config.environment.name}, split {split}",

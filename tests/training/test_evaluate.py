@@ -142,3 +142,19 @@ def test_a_context_is_told_only_where_it_is_asked_for(engine: TorchEngine) -> No
     for trajectory in played:
         prompt = engine.tokenizer.decode(trajectory.tokens[: trajectory.prompt_length])
         assert prompt.endswith(f"Workflow: {trajectory.task.id}")
+
+
+class Paired(Toy):
+    """Two tasks of each scenario."""
+
+    def scenario(self, task: Any) -> str:
+        return str([other.id for other in self.tasks(task.split)].index(task.id) // 2)
+
+
+def test_a_scenario_is_solved_when_all_its_tasks_are(engine: TorchEngine) -> None:
+    assert play(engine, Toy()).scenario_accuracy is None
+    assert "scenario_accuracy" not in play(engine, Toy()).as_dict()
+    found = play(engine, Paired())
+    pairs = list(zip(found.successes[::2], found.successes[1::2], strict=True))
+    assert 0 < found.accuracy < 1
+    assert found.scenario_accuracy == sum(a == b == 1 for a, b in pairs) / len(pairs)

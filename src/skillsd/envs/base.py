@@ -111,6 +111,10 @@ class TaskSet(ABC):
         """A reference solution in words (the privileged context of OPSD), if there is one."""
         return None
 
+    def scenario(self, task: Task) -> str | None:
+        """Name of the scenario that the task is a variant of, if tasks come as variants of scenarios."""
+        return None
+
     def secrets(self, task: Task) -> Sequence[str]:
         """What no skill of the task may say: its final answer, say. A skill that does is refused.
 

@@ -13,7 +13,7 @@ from scipy import stats
 from skillsd.envs.base import TaskSet, spread
 from skillsd.rollouts.collect import collect, outcome_counts
 from skillsd.rollouts.episode import Budget, Player
-from skillsd.types import Task, Trajectory
+from skillsd.types import Group, Task, Trajectory
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Evaluation:
         completion: mean score, the share of sub-goals reached.
         completion_interval: 95 % interval of the completion over tasks.
         tasks, episodes: how many were played; episodes that the infrastructure broke are not among them.
+        scenario_accuracy: share of the scenarios all of whose tasks were solved, the mean over samples (AppWorld's SGC);
+            None where tasks are no variants of scenarios.
         mean_turns: turns an episode took.
         fingerprint: identifies the panel; figures with different ones are not comparable.
         outcomes: how the episodes ended (`skillsd.types.Outcome`), and how often.
@@ -44,13 +46,20 @@ class Evaluation:
     split: str
     fingerprint: str
     temperature: float
+    scenario_accuracy: float | None = None
     outcomes: Mapping[str, int] = field(default_factory=dict)
     successes: tuple[float | None, ...] = ()
     scores: tuple[float | None, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The figures of the whole panel that are single numbers or names."""
-        return {k: v for k, v in self.with_tasks().items() if k not in ("outcomes", "successes", "scores")}
+        left_out = {
+            "outcomes",
+            "successes",
+            "scores",
+            *(["scenario_accuracy"] if self.scenario_accuracy is None else []),
+        }
+        return {k: v for k, v in self.with_tasks().items() if k not in left_out}
 
     def with_tasks(self) -> dict[str, Any]:
         """The figures, with those of each task."""
@@ -137,9 +146,27 @@ async def evaluate(
         split=split,
         fingerprint=task_set.fingerprint(split) + (f":{limit} spread" if limit else ""),
         temperature=actor.temperature,
+        scenario_accuracy=_scenario_accuracy(collected.groups, task_set, samples),
         outcomes={outcome.value: count for outcome, count in outcome_counts(collected.groups).items() if count},
         successes=tuple(None if place is None else successes[place] for place in places),
         scores=tuple(None if place is None else scores[place] for place in places),
+    )
+
+
+def _scenario_accuracy(groups: Sequence[Group], task_set: TaskSet, samples: int) -> float | None:
+    scenarios: dict[str, list[Group]] = {}
+    for group in groups:
+        name = task_set.scenario(group.task)
+        if name is not None:
+            scenarios.setdefault(name, []).append(group)
+    if not scenarios:
+        return None
+    return _mean(
+        [
+            float(all(group.trajectories[sample].success for group in variants))
+            for variants in scenarios.values()
+            for sample in range(samples)
+        ]
     )
 
 

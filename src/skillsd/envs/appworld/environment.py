@@ -182,6 +182,10 @@ class AppWorld(TaskSet):
         turns = self.data.solution(task.id)
         return None if turns is None else "\n".join(turn.code for turn in turns)
 
+    def scenario(self, task: Task) -> str:
+        """What the id says before its number."""
+        return data.scenario_of(task.id)
+
     def secrets(self, task: Task) -> Sequence[str]:
         """The answer, where it is telling."""
         answer = str(self.data.answer(task.id) or "")
