@@ -26,8 +26,8 @@ class Evaluation:
         completion: mean score, the share of sub-goals reached.
         completion_interval: 95 % interval of the completion over tasks.
         tasks, episodes: how many were played; episodes that the infrastructure broke are not among them.
-        scenario_accuracy: share of the scenarios all of whose tasks were solved, the mean over samples (AppWorld's SGC);
-            None where tasks are no variants of scenarios.
+        scenario_accuracy: share of the scenarios all of whose tasks were solved (AppWorld's SGC), the mean over
+            samples; None where tasks are no variants of scenarios.
         mean_turns: turns an episode took.
         fingerprint: identifies the panel; figures with different ones are not comparable.
         outcomes: how the episodes ended (`skillsd.types.Outcome`), and how often.
