@@ -265,7 +265,12 @@ def sft(
     folder = out or Path("models") / config.name
     bars = Bars(console)
     with bars.shown():
-        figures = run_sft(config, folder, lambda p: bars.update("warm start", p.step, p.steps, f"loss {p.loss:.3f}"))
+        figures = run_sft(
+            config,
+            folder,
+            lambda p: bars.update("warm start", p.step, p.steps, f"loss {p.loss:.3f}"),
+            lambda done, episodes: bars.update("check", done, episodes, config.check.split),
+        )
     rows = [[row["prompt"], percent(row["sampled"], row["interval"]), percent(row["greedy"])] for row in figures]
     title = f"{folder} on {config.environment.name}, split {config.check.split}"
     console.print(table(title, ["prompt", "sampled [95 %]", "greedy"], rows))

@@ -22,10 +22,15 @@ from skillsd.seeds import derive_seed
 from skillsd.skills.context import load_template, render_skill
 from skillsd.training import sft
 from skillsd.training.evaluate import evaluate
-from skillsd.types import Skill, Task
+from skillsd.types import Skill, Task, Trajectory
 
 
-def run_sft(config: SftConfig, folder: Path, on_step: Callable[[sft.SftProgress], None]) -> list[dict[str, Any]]:
+def run_sft(
+    config: SftConfig,
+    folder: Path,
+    on_step: Callable[[sft.SftProgress], None],
+    on_check: Callable[[int, int], None] = lambda done, episodes: None,
+) -> list[dict[str, Any]]:
     """Train into `folder`, measure on the split of ``check``; recipe and figures go beside the weights."""
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{str(folder)!r} is not empty: give another folder with --out")
@@ -47,6 +52,7 @@ def run_sft(config: SftConfig, folder: Path, on_step: Callable[[sft.SftProgress]
         config.warm_start.template,
         seed=config.seed,
         template_kwargs=config.model.chat_template_kwargs,
+        on_check=on_check,
     )
     report = {
         "figures": figures,
@@ -72,11 +78,15 @@ def skill_following(
     *,
     seed: int,
     template_kwargs: Mapping[str, Any] | None = None,
+    on_check: Callable[[int, int], None] = lambda done, episodes: None,
 ) -> list[dict[str, Any]]:
     """Success under the plain prompt, with a golden skill (the oracle's workflow), and with another task's skill.
 
     What a skill-conditioned teacher can teach is the gap between the first two; the third tells reading from luck.
     Returns a row for each prompt, or only the plain one where the environment has no oracle.
+
+    Args:
+        on_check: told after each episode how many of how many are played.
     """
     tasks = list(spread(task_set.tasks(check.split), check.limit))
     words = load_template(template)
@@ -90,6 +100,13 @@ def skill_following(
     prompts: list[tuple[str, Callable[[Task], str] | None]] = [("plain", None)]
     if all(oracles.values()):
         prompts += [("golden skill", golden), ("another task's skill", lambda task: golden(others[task.id]))]
+    done, episodes = 0, len(prompts) * len(tasks) * (check.samples + 1)
+
+    def count(_: Trajectory) -> None:
+        nonlocal done
+        done += 1
+        on_check(done, episodes)
+
     budget = Budget(turns=task_set.max_turns, turn_tokens=check.turn_tokens, trajectory_tokens=engine.max_length)
     renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, template_kwargs)
     rows = []
@@ -106,6 +123,7 @@ def skill_following(
                     limit=check.limit,
                     concurrency=check.concurrency,
                     context=context,
+                    on_episode=count,
                 )
             )
             for temperature in (1.0, 0.0)
