@@ -110,6 +110,8 @@ def test_answers_in_the_words_of_the_engines_own_shell(task_set: AppWorld, tmp_p
         "apis.spotify.show_song(song_id=99999999)",
         "apis.spotify.show_song(song_id='x')",
         "apis.venmo.create_transaction(access_token='no', receiver_email='a@b.c', amount=1)",
+        "apis.venmo.add_friend(user_email='nobody@example.com', access_token='no')",
+        "apis.todoist.download_attachment(task_comment_id=1, attachment_file_name='a b.pdf', access_token='no')",
         "print(apis.api_docs.show_app_descriptions())",
         "print(apis.api_docs.show_api_doc(app_name='spotify', api_name='login'))",
         "raise KeyError('a')",
@@ -264,8 +266,8 @@ def test_attack_on_the_wire(task_set: AppWorld, victim: Callable[[str], Step]) -
         answer = victim(send.format(message))
         assert (answer.info["error"] is not None, answer.info["completed"]) == (True, False), message
         victim("pass")
-    inner = victim("apis.spotify.show_song(song_id='../../admin/x')")
-    assert "not a valid value" in inner.observation
+    for path in ("../../admin/x", "..", "%2e%2e/x", "1?a=2", "1#x"):
+        assert "not a valid value" in victim(f"apis.spotify.show_song(song_id={path!r})").observation
     assert "no parameter" in victim("apis.spotify.show_song(song_id=1, client=3)").observation
     assert "no parameter" in victim("apis.spotify.show_song(song_id=1, _app_name='admin')").observation
 
