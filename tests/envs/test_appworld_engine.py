@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from skillsd import cli
 from skillsd.envs.appworld import AppWorld, client, paths
 from skillsd.envs.appworld.environment import AppWorldEnvironment
 from skillsd.envs.base import Step
@@ -26,6 +27,9 @@ from skillsd.errors import UserError
 from skillsd.rollouts.collect import collect
 from skillsd.rollouts.episode import Budget, Part
 from skillsd.types import Message, Outcome, Task
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fake_endpoint import FakeEndpoint, Reply, Request, completion
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -144,6 +148,34 @@ def test_answers_in_the_words_of_the_engines_own_shell(task_set: AppWorld, tmp_p
 
     for code, mine, other in zip(script, asyncio.run(ours()), theirs, strict=True):
         assert mine.rstrip() == other.rstrip(), code
+
+
+def test_any_model_behind_an_endpoint_is_evaluated(
+    task_set: AppWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_instruction = {str(task.payload["instruction"]): task for task in task_set.tasks("dev")}
+
+    def answer(request: Request) -> Reply:
+        messages = request.body["messages"]
+        task = next(task for words, task in by_instruction.items() if words in messages[0]["content"])
+        turn = sum(message["role"] == "assistant" for message in messages)
+        return completion(f"Next.\n```python\n{solution(task_set, task)[turn]}\n```")
+
+    server = FakeEndpoint(answer=answer)
+    words = ["eval", "--model", "a/model", "--endpoint", server.url, "--recipe", "appworld-smoke", "--split", "dev"]
+    words += ["--limit", "4", "--temperature", "1", "--json", str(tmp_path / "x.json")]
+    monkeypatch.setattr(sys, "argv", ["skillsd", *words])
+    monkeypatch.chdir(tmp_path)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        server.close()
+    said = capsys.readouterr()
+    assert ended.value.code == 0, said
+    [figures] = json.loads((tmp_path / "x.json").read_text())
+    assert (figures["accuracy"], figures["tasks"], figures["scenario_accuracy"]) == (1.0, 4, 1.0)
+    assert "whole" in said.out
 
 
 # ------------------------------------------------------------------------------------------------------------- attacks

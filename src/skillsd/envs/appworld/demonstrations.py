@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -158,6 +159,8 @@ async def record(world: World, play: Play, style: Style, path: Path) -> list[Rec
         kept = _load(path)
         missing = [task for task in tasks if task.id in actions and not _holds(kept, task.id, actions[task.id])]
         unsaved = 0
+        if missing:
+            print(f"recording {len(missing)} reference solutions in AppWorld, about a second each ...", file=sys.stderr)
         try:
             for task in missing:
                 steps = [asdict(step) for step in await play(task, actions[task.id])]
