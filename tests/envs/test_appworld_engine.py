@@ -93,7 +93,7 @@ def test_the_score_grows_with_what_is_done_and_no_turn_is_lost(task_set: AppWorl
     assert scores == sorted(scores)
     assert scores[0] == 0
     assert scores[-1] == 1
-    assert "no Python code" in answers[0].observation
+    assert "Syntax error" in answers[0].observation
 
 
 def test_answers_in_the_words_of_the_engines_own_shell(task_set: AppWorld, tmp_path: Path) -> None:

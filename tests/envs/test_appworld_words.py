@@ -497,3 +497,10 @@ def test_the_example_of_a_turn_is_read_as_code() -> None:
     assert isinstance(found, Code)
     ast.parse(found.text)
     assert not found.note
+
+
+def test_a_short_answer_is_code_however_broken() -> None:
+    assert code_of("answer = (", "short") == Code("answer = (")
+    assert isinstance(code_of("answer = ("), Unusable)
+    assert code_of("Look:\n```python\nprint(1)\n```", "short") == Code("print(1)")
+    assert isinstance(code_of("", "short"), Unusable)

@@ -45,7 +45,7 @@ class AppWorldEnvironment(Environment):
             raise RuntimeError("step() before reset(), or after the episode's end")
         self._turns += 1
         last = self._turns >= self._set.max_turns
-        code = prompt.code_of(action)
+        code = prompt.code_of(action, self._set.style)
         info: dict[str, Any] = {"code": None, "calls": [], "error": None, "completed": False, "output_chars": 0}
         if isinstance(code, prompt.Unusable):
             words, changed = code.reason, False

@@ -90,10 +90,11 @@ class Unusable:
     reason: str
 
 
-def code_of(reply: str) -> Code | Unusable:
+def code_of(reply: str, style: Style = "react") -> Code | Unusable:
     """The code in an agent's answer, whatever text that is; never raises.
 
-    An answer that is a Python program as a whole is one. Otherwise its first fenced block counts, if it is marked as
+    In the style `short` an answer without a fence is code, however broken: Python says best what is wrong with it.
+    Otherwise an answer that is a Python program as a whole is one. Otherwise its first fenced block counts, if it is marked as
     Python or not at all; an unclosed one goes on to the end. What is before ``</think>`` does not count.
     """
     reply = reply.rpartition("</think>")[2].strip()
@@ -102,6 +103,8 @@ def code_of(reply: str) -> Code | Unusable:
     if _is_program(reply):
         return _readable(Code(reply))
     blocks = [block for block in _blocks(reply) if block.language in _PYTHON]
+    if not blocks and style == "short":
+        return _readable(Code(reply))
     if not blocks:
         return Unusable("There is no Python code in your answer, so nothing was run. Write one ```python code block.")
     if not blocks[0].code.strip():
