@@ -262,6 +262,7 @@ async def _checked(call: Awaitable[Step]) -> Step:
         raise TypeError(f"expected a Step, got {type(step).__name__}")
     if not isinstance(step.observation, str):
         raise TypeError(f"the observation is {type(step.observation).__name__}, expected str")
+    step.observation.encode()  # half a surrogate pair is no text that a tokenizer takes
     json.dumps(dict(step.info))  # it is going to be kept as JSON
     if not (math.isfinite(step.score) and 0 <= step.score <= 1):
         raise ValueError(f"the score is {step.score}, expected 0 to 1")

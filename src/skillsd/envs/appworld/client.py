@@ -25,10 +25,13 @@ HOST = Path(__file__).parent / "host"
 MESSAGE = 16 << 20
 """Bytes of the longest answer that is read."""
 
+SLACK_SECONDS = 20.0
+"""What a world may take on top of the code's own time: to end a session, begin another, and say so."""
+
 LIMITS: dict[str, Any] = {
     "memory_bytes": 1 << 30,  # of the model's code
     "scratch_bytes": 64 << 20,  # of its scratch folder, and of the largest file
-    "world_bytes": 8 << 30,  # address space of a world; it needs about 1
+    "world_bytes": 3 << 30,  # address space of a world; it needs about 1
     "start_seconds": 30,  # for a jail to come up
 }
 
@@ -38,6 +41,7 @@ PROTECTIONS = {
     "network": "no network, not even loopback",
     "processes": "no further processes or threads",
     "user": "an unprivileged user",
+    "syscalls": "no shared memory, kernel keys, vsock, io_uring, tracing",
     "limits": "memory, file size and open files are limited",
 }
 """What a jail may hold (host/jail.py), in words."""
@@ -47,10 +51,22 @@ class WorldBrokenError(Exception):
     """The infrastructure failed, not the agent. The world is gone."""
 
 
+def _clean(value: Any) -> Any:
+    """An answer whose texts are text: half a surrogate pair, which code can print, no tokenizer takes."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    return {_clean(key): _clean(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
 def protections(python: Path) -> list[str]:
     """What holds on this machine, of the names in `PROTECTIONS`; nothing if not even a jail starts."""
     command = [str(python), str(HOST / "probe.py"), json.dumps(LIMITS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return []
     return list(json.loads(done.stdout)) if done.returncode == 0 else []
 
 
@@ -89,7 +105,7 @@ class Host:
                 return
             self._stop()
             self._folder = Path(tempfile.mkdtemp(prefix="skillsd-appworld-"))  # only its owner may enter
-            options = self._limits | {"root": str(self._root), "socket": str(self.address)}
+            options = self._limits | {"root": str(self._root), "data": str(self._root), "socket": str(self.address)}
             environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
             with (self._folder / "log").open("wb") as log:
                 self._process = subprocess.Popen(
@@ -103,8 +119,9 @@ class Host:
                 )
             atexit.register(self.stop)
             assert self._process.stdout is not None
-            ready, _, _ = select.select([self._process.stdout], [], [], self._start_seconds)
-            if not ready or self._process.stdout.readline() != b"ready\n":
+            started = select.poll()
+            started.register(self._process.stdout, select.POLLIN | select.POLLHUP)
+            if not started.poll(self._start_seconds * 1000) or self._process.stdout.readline() != b"ready\n":
                 tail = (self._folder / "log").read_text(errors="replace").strip().splitlines()[-3:]
                 self._stop()
                 raise WorldBrokenError(f"AppWorld's server did not start: {' '.join(tail) or 'it said nothing'}")
@@ -160,7 +177,11 @@ class World:
         except OSError as error:
             raise WorldBrokenError(f"AppWorld's server can't be reached: {error}") from error
         world = cls(reader, writer)
-        hello = await world._ask(seconds, "hello", expected={"pid": int})
+        try:
+            hello = await world._ask(seconds, "hello", expected={"pid": int})
+        except WorldBrokenError:
+            await asyncio.to_thread(server.stop)  # it does not even fork: the next one begins with a new server
+            raise
         world._pid = hello["pid"]
         answer = await world._ask(seconds, "open", expected={"apps": list, "held": list}, task_id=task_id)
         world.apps, world.held = answer["apps"], answer["held"]
@@ -169,9 +190,9 @@ class World:
     async def execute(self, code: str, seconds: float) -> dict[str, Any]:
         """Run `code`; it has `seconds`, the world a little more to say so. See `Episode.execute` in host/world.py."""
         kinds = {"output": str, "error": (str, type(None)), "calls": list, "completed": bool}
-        return await self._ask(seconds + 30, "execute", expected=kinds, code=code, seconds=seconds)
+        return await self._ask(seconds + SLACK_SECONDS, "execute", expected=kinds, code=code, seconds=seconds)
 
-    async def evaluate(self, seconds: float) -> dict[str, Any]:
+    async def evaluate(self, seconds: float = 30.0) -> dict[str, Any]:
         """What the task's tests say of the databases now. See `Episode.evaluate` in host/world.py."""
         return await self._ask(seconds, "evaluate", expected={"success": bool, "passes": list, "failures": list})
 
@@ -195,6 +216,7 @@ class World:
                 await self._writer.drain()
                 line = await self._reader.readline()
             if not line:
+                self._pid = None  # ended by itself, and its number may be another's by now
                 raise WorldBrokenError(f"AppWorld's world died during {op!r}")
             try:
                 answer = json.loads(line)
@@ -204,7 +226,7 @@ class World:
                 raise WorldBrokenError(f"AppWorld's world answered {op!r} with nonsense: {line[:80]!r}")
             if "error" in answer:
                 raise WorldBrokenError(f"AppWorld's world failed at {op!r}: {answer['error']}")
-            found = answer["ok"]
+            found = _clean(answer["ok"])
             fits = isinstance(found, dict)
             wrong = [key for key, kind in expected.items() if not (fits and isinstance(found.get(key), kind))]
             if wrong:

@@ -69,7 +69,7 @@ class AppWorldEnvironment(Environment):
         A test that a no-op passes and this episode does not counts as one more that failed: damage costs.
         """
         assert self._world is not None
-        verdict = await self._world.evaluate(self._set.code_seconds)
+        verdict = await self._world.evaluate()
         passed = sum(label == "no_op_fail" for _, label in verdict["passes"])
         tests = passed + len(verdict["failures"])
         self._score = passed / tests if tests else float(verdict["success"])

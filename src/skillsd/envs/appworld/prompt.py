@@ -94,8 +94,8 @@ def code_of(reply: str, style: Style = "react") -> Code | Unusable:
     """The code in an agent's answer, whatever text that is; never raises.
 
     In the style `short` an answer without a fence is code, however broken: Python says best what is wrong with it.
-    Otherwise an answer that is a Python program as a whole is one. Otherwise its first fenced block counts, if it is marked as
-    Python or not at all; an unclosed one goes on to the end. What is before ``</think>`` does not count.
+    Otherwise an answer that is a Python program as a whole is one. Otherwise its first fenced block counts, if it is
+    marked as Python or not at all; an unclosed one goes on to the end. What is before ``</think>`` does not count.
     """
     reply = reply.rpartition("</think>")[2].strip()
     if not reply:

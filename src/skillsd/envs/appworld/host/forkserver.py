@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -27,7 +28,6 @@ import world
 def main() -> None:
     options = json.loads(sys.argv[1])
     os.environ["APPWORLD_ROOT"] = options["root"]
-    outputs = Path(options["root"], "experiments", "outputs", f"skillsd-{os.getpid()}")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(options["socket"])
     listener.listen(1024)
@@ -47,10 +47,15 @@ def main() -> None:
                 break
             if wake in ready:
                 os.read(wake, 1 << 10)
-                _reap(children, outputs)
+                _reap(children, options)
             if listener in ready:
                 connection, _ = listener.accept()
-                child = os.fork()
+                try:
+                    child = os.fork()
+                except OSError as error:  # no room for one more: whoever asked is told by the connection's end
+                    print(f"no fork: {error}", file=sys.stderr, flush=True)
+                    connection.close()
+                    continue
                 if child == 0:
                     listener.close()
                     _be_a_world(connection, options)
@@ -60,19 +65,19 @@ def main() -> None:
         for child in children:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
-        shutil.rmtree(outputs, ignore_errors=True)
 
 
-def _reap(children: set[int], outputs: Path) -> None:
+def _reap(children: set[int], options: dict[str, Any]) -> None:
     for child in list(children):
         if os.waitpid(child, os.WNOHANG)[0] == child:
             children.discard(child)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(child, signal.SIGKILL)  # its jail, if it did not close it
-            shutil.rmtree(outputs / str(child), ignore_errors=True)
+            for left in (world.outputs(options, child), *Path(options["socket"]).parent.glob(f"jail-{child}-*")):
+                shutil.rmtree(left, ignore_errors=True)
 
 
-def _be_a_world(connection: socket.socket, options: dict) -> None:
+def _be_a_world(connection: socket.socket, options: dict[str, Any]) -> None:
     code = 1
     try:
         signal.set_wakeup_fd(-1)

@@ -1,26 +1,31 @@
-"""Where the model's code runs: a process of its own that can harm nothing. Run as ``python -I jail.py OPTIONS``.
+"""Where the model's code runs: a process of its own that can harm nothing. Run as ``python jail.py OPTIONS``.
 
 The code never shares a process with AppWorld's databases or with the evaluation: it calls the APIs through a socket
 (see world.py). What stands between it and the machine, from a fresh interpreter on:
 
-- **processes**: a PID namespace; the process can't fork (RLIMIT_NPROC), and everything in it dies with its first one;
 - **files**: a mount namespace with a root of its own: the Python it runs on and the system's libraries, read-only, and
   a scratch folder in memory, which is the only place to write. AppWorld's data are not there;
 - **network**: a network namespace without a single working interface, loopback included;
+- **processes**: a PID namespace; the process can't fork (RLIMIT_NPROC), and everything in it dies with its first one;
 - **user**: an unprivileged user id that no other process has, and no capabilities;
+- **syscalls**: a seccomp filter against what the others don't reach: memory that no limit counts, kernel key rings,
+  sockets of other families (a virtual machine's host is one vsock away), namespaces within;
 - **limits**: of memory, file size, open files.
 
-Namespaces need Linux, and root or the kernel's leave for unprivileged ones. Where something can't be had, the code runs
-without it and the first message says so: ``{"held": [...]}``, which `skillsd doctor` and the docs put into words.
+Namespaces need Linux, and root or the kernel's leave for unprivileged ones. Where something can't be had, world.py asks
+for less, and the first message says what holds: ``{"held": [...]}``. `skillsd doctor` and the docs put it into words.
 
 Nothing of the model's is read before the doors are closed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import json
 import os
+import platform
 import resource
 import signal
 import socket
@@ -30,9 +35,17 @@ from typing import Any
 
 _NEWNS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
 _RDONLY, _NOSUID, _NODEV, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/localtime")
 _SCRATCH = "/scratch"  # not /tmp: what is shown may lie there
+_SCRATCH_FILES = 4096
+_DENIED = {  # by machine: the audit architecture, socket(2), and the calls that are denied whatever their arguments are
+    "x86_64": (0xC000003E, 41, (29, 64, 68, 319, 250, 248, 249, 425, 321, 323, 272, 308, 165, 101, 298)),
+    "aarch64": (0xC00000B7, 198, (194, 190, 186, 279, 219, 217, 218, 425, 280, 282, 97, 268, 40, 117, 241)),
+}
+"""In this order: shmget, semget, msgget, memfd_create, keyctl, add_key, request_key, io_uring_setup, bpf, userfaultfd,
+unshare, setns, mount, ptrace, perf_event_open."""
+_FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6: there is nobody to be reached by them
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -51,7 +64,7 @@ def _mount(source: str, target: str, kind: str | None, flags: int, data: str | N
 def _remount_flags(path: str) -> int:
     """The flags that a mount has already: in a user namespace they are locked and have to be named again."""
     have = os.statvfs(path).f_flag
-    return (have & 0b1110) | (have & 1024) | (1 << 21 if have & 4096 else 0)
+    return (have & 0b1110) | (have & (1024 | 2048)) | (1 << 21 if have & 4096 else 0)
 
 
 def _bind(source: str, target: str) -> None:
@@ -62,8 +75,13 @@ def _bind(source: str, target: str) -> None:
         os.makedirs(os.path.dirname(target), mode=0o755, exist_ok=True)
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
     _mount(source, target, None, _BIND | _REC)
-    if not source.startswith("/dev/"):
-        _mount("none", target, None, _BIND | _REMOUNT | _RDONLY | _NOSUID | _remount_flags(target))
+
+
+def _mounted_in(root: str) -> list[str]:
+    """Everything that is mounted in `root`; a folder that was bound brings along what is mounted in it."""
+    with open("/proc/self/mountinfo", encoding="utf-8") as file:
+        points = [line.split()[4].encode().decode("unicode_escape") for line in file]
+    return [point for point in points if point.startswith(root + "/")]
 
 
 def _own_root(root: str, prefixes: list[str], hidden: list[str], scratch_bytes: int) -> None:
@@ -80,21 +98,48 @@ def _own_root(root: str, prefixes: list[str], hidden: list[str], scratch_bytes: 
             continue
         _bind(path, root + path)
         shown.append(path)
+    for point in _mounted_in(root):
+        _mount("none", point, None, _BIND | _REMOUNT | _RDONLY | _NOSUID | _remount_flags(point))
     for path in hidden:
         if os.path.isdir(root + path):
             _mount("hidden", root + path, "tmpfs", _RDONLY | _NOSUID | _NODEV, "size=0,mode=755")
     for path in _DEVICES:
         _bind(path, root + path)
     os.mkdir(root + _SCRATCH)
-    _mount("scratch", root + _SCRATCH, "tmpfs", _NOSUID | _NODEV, f"size={scratch_bytes},mode=1777")
+    _mount(
+        "scratch",
+        root + _SCRATCH,
+        "tmpfs",
+        _NOSUID | _NODEV,
+        f"size={scratch_bytes},nr_inodes={_SCRATCH_FILES},mode=1777",
+    )
     _mount("none", root, None, _BIND | _REMOUNT | _RDONLY | _NOSUID | _NODEV)
     os.chroot(root)
     os.chdir(_SCRATCH)
     os.environ["HOME"] = os.environ["TMPDIR"] = _SCRATCH
 
 
+def _filter_syscalls() -> bool:
+    """Deny for good what no namespace and no limit reaches. False on a machine whose numbers are not known."""
+    if platform.machine() not in _DENIED:
+        return False
+    architecture, sockets, denied = _DENIED[platform.machine()]
+    load, jump, more, back = 0x20, 0x15, 0x35, 0x06  # BPF: load a word, jump if equal, if greater or equal, return
+    allow, no = 0x7FFF0000, 0x00050000 | errno.EPERM
+    program = [(load, 0, 0, 4), (jump, 1, 0, architecture), (back, 0, 0, no), (load, 0, 0, 0)]
+    program += [(more, 0, 1, 0x40000000), (back, 0, 0, no)]  # x86's second set of numbers for the same calls
+    for number in denied:
+        program += [(jump, 0, 1, number), (back, 0, 0, no)]
+    program += [(jump, 1, 0, sockets), (back, 0, 0, allow), (load, 0, 0, 16)]
+    for family in _FAMILIES:
+        program += [(jump, 0, 1, family), (back, 0, 0, allow)]
+    program.append((back, 0, 0, no))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in program))
+    wrapped = struct.pack("@HP", len(program), ctypes.addressof(code))
+    return _libc.prctl(_PR_SET_SECCOMP, 2, wrapped, 0, 0) == 0
+
+
 def _drop_capabilities() -> None:
-    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     header = struct.pack("=Ii", 0x20080522, 0)
     _check(_libc.capset(header, bytes(24)), "capset")
 
@@ -124,34 +169,43 @@ def _limit(kind: int, value: int) -> bool:
     return True
 
 
-def close_doors(channel: socket.socket, options: dict[str, Any]) -> list[str]:
-    """Take everything away from this process that can be taken. Returns what is: the names of the module's list."""
-    root, held = os.geteuid() == 0, []
+def _namespaces(root: bool) -> int | None:
+    """Enter namespaces of one's own. Returns which, or None if the kernel won't have it."""
     uid, gid = os.getuid(), os.getgid()
-    _die_with_parent()
-    if sys.platform == "linux" and options.get("namespaces", True):
-        flags = _NEWNS | _NEWIPC | _NEWPID | _NEWNET | (0 if root else _NEWUSER)
+    own = _NEWNS | _NEWIPC | _NEWPID | _NEWNET
+    for flags in (own, own | _NEWUSER) if root else (own | _NEWUSER,):  # a container's root may need a user namespace
         if _libc.unshare(flags) == 0:
-            if not root:
+            if flags & _NEWUSER:
                 for name, line in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
                     with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
                         file.write(line)
-            _own_root(options["root"], options["prefixes"], options["hidden"], options["scratch_bytes"])
-            _fork_inside(channel)  # the namespace's first process: when it dies, all others in there do
-            _fork_inside(channel)
-            held += ["files", "network", "processes"]
-    if not held:
+            return flags
+    return None
+
+
+def close_doors(channel: socket.socket, options: dict[str, Any]) -> list[str]:
+    """Take everything away from this process that can be taken. Returns what is: names of the module's list."""
+    held: list[str] = []
+    linux, root = sys.platform == "linux", os.geteuid() == 0
+    _die_with_parent()
+    entered = _namespaces(root) if linux and options["namespaces"] else None
+    if entered is not None:
+        _own_root(options["root"], options["prefixes"], options["hidden"], options["scratch_bytes"])
+        _fork_inside(channel)  # the namespace's first process: when it dies, all others in there do
+        _fork_inside(channel)
+        held += ["files", "network", "processes"]
+    else:
         os.chdir(options["root"])
-    if root:
-        os.setgroups([])
+    if root and options["user"] and not (entered or 0) & _NEWUSER:
         own = 0x30000000 + options["number"]  # nobody else's, so that its processes are counted by themselves
-        if not held:
+        os.setgroups([])
+        if entered is None:
             os.chown(options["root"], own, own)
         os.setresgid(own, own, own)
         os.setresuid(own, own, own)
         _die_with_parent()  # a change of user takes it back
         held.append("user")
-    elif held:
+    elif entered is not None:
         _drop_capabilities()
         held.append("user")  # the user's own id, but in a namespace where nothing of the user's is to be seen
     limits = [
@@ -161,10 +215,18 @@ def close_doors(channel: socket.socket, options: dict[str, Any]) -> list[str]:
         _limit(resource.RLIMIT_CORE, 0),
     ]
     if "user" in held:  # else it would count the user's other processes
-        limits.append(_limit(resource.RLIMIT_NPROC, 1 if root else 3))
-        if not root or "processes" not in held:
-            held = sorted({*held, "processes"})
-    return [*held, *(["limits"] if all(limits) else [])]
+        alone = not (entered or 0) & _NEWUSER  # a user namespace counts jail.py's own two besides
+        limits.append(_limit(resource.RLIMIT_NPROC, 1 if alone else 3))
+    if all(limits):
+        held.append("limits")
+    if linux:
+        with contextlib.suppress(OSError):
+            _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+            held += ["syscalls"] if _filter_syscalls() else []
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)  # the server's log, until now
+    os.close(nothing)
+    return held
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ def main() -> None:
     engine.__file__ = spec.origin
     sys.modules["appworld"] = engine
     with tempfile.TemporaryDirectory(prefix="skillsd-appworld-") as folder:
-        jail = world.Jail(json.loads(sys.argv[1]) | {"socket": f"{folder}/socket"})
+        jail = world.Jail(json.loads(sys.argv[1]) | {"socket": f"{folder}/socket", "data": folder})
         jail.start()
         try:
             jail.greet({"apis": {}, "datetime": "2023-05-18T12:00:00"})

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +35,16 @@ _now = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
 HERE = Path(__file__).parent
 MESSAGE = 4 << 20
 """Bytes of the longest message that the jail may send."""
+CALLS = 1000
+"""API calls of a block; the engine's own limit, after which it refuses them all."""
+ARGUMENTS = 64 << 10
+"""Characters of a call's arguments, as JSON: the engine keeps them all in memory."""
+_ATTEMPTS: tuple[dict[str, bool], ...] = (
+    {"namespaces": True, "user": True},
+    {"namespaces": False, "user": True},
+    {"namespaces": False, "user": False},
+)
+"""What a jail is asked to do without, if it does not come up otherwise."""
 _NOT_FOR_AGENTS = {"client", "show", "track"}
 """Arguments of the engine's own `request` that are no argument of any API."""
 
@@ -52,44 +63,58 @@ class Jail:
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
+        self._attempts = [one for one in _ATTEMPTS if one["namespaces"] <= options.get("namespaces", True)]
         self.held: list[str] = []
 
     def start(self) -> None:
         """Start it; `greet` waits until it is there."""
         ours, theirs = socket.socketpair()
-        self._root = tempfile.mkdtemp(prefix="jail-", dir=Path(self._options["socket"]).parent)
+        self._root = tempfile.mkdtemp(prefix=f"jail-{os.getpid()}-", dir=Path(self._options["socket"]).parent)
         package = Path(sys.modules["appworld"].__file__ or "").parent
-        options = self._options | {
-            "channel": theirs.fileno(),
-            "root": self._root,
-            "prefixes": [sys.base_prefix, sys.prefix],
-            "hidden": [str(package)],
-            "number": os.getpid(),
-            "shell": (HERE / "shell.py").read_text(encoding="utf-8"),
-            "modules": {name: (package / "common" / f"{name}.py").read_text() for name in _MODULES},
-        }
+        options = (
+            self._options
+            | self._attempts[0]
+            | {
+                "channel": theirs.fileno(),
+                "root": self._root,
+                "prefixes": [sys.base_prefix, sys.prefix],
+                "hidden": [str(package), os.path.realpath(self._options["data"])],
+                "number": os.getpid(),
+                "shell": (HERE / "shell.py").read_text(encoding="utf-8"),
+                "modules": {name: (package / "common" / f"{name}.py").read_text() for name in _MODULES},
+            }
+        )
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(HERE / "jail.py"), json.dumps(options)],
+            [sys.executable, "-P", "-s", str(HERE / "jail.py"), json.dumps(options)],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
         )
         theirs.close()
         self._channel, self._buffer = ours, b""
 
     def greet(self, hello: dict[str, Any]) -> None:
-        """Tell the session which APIs there are and what time it is."""
-        self.held = self.receive(_now() + self._options["start_seconds"])["held"]
-        self.send(hello)
+        """Tell the session which APIs there are and what time it is; have one with fewer protections if need be."""
+        deadline = _now() + self._options["start_seconds"]
+        while True:
+            try:
+                self.held = self.receive(deadline)["held"]
+                self.send(hello, deadline)
+                return
+            except _JailBrokenError:
+                self.stop()
+                if len(self._attempts) == 1:
+                    raise
+                self._attempts.pop(0)
+                self.start()
 
     @property
     def alive(self) -> bool:
         return self._process is not None
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any], deadline: float) -> None:
         data = memoryview(json.dumps(message).encode() + b"\n")
-        deadline = _now() + 30
         self._channel.setblocking(False)
         while data:
             self._wait(select.POLLOUT, deadline)
@@ -107,6 +132,8 @@ class Jail:
             TimeoutError: if there is none before `deadline`.
             _JailBrokenError: if there will be none, or it is no message.
         """
+        if _now() >= deadline:  # whatever is waiting: a flood of calls is no way round it
+            raise TimeoutError
         while b"\n" not in self._buffer:
             if len(self._buffer) > MESSAGE:
                 raise _JailBrokenError("the Python session sent too much")
@@ -164,7 +191,7 @@ class Episode:
         self._jail.start()  # comes up while the world opens
         self._world = world = AppWorld(
             task_id=task_id,
-            experiment_name=f"skillsd-{os.getppid()}/{os.getpid()}",  # one a rollout: others would overwrite it
+            experiment_name=outputs(self._options, os.getpid()),  # one a rollout: others would overwrite it
             timeout_seconds=None,  # by SIGALRM, which a loop can swallow; the deadlines are ours
             load_ground_truth=False,  # the evaluation reads it for itself
         )
@@ -186,9 +213,9 @@ class Episode:
                 self._jail.greet(self._hello)
                 deadline = _now() + seconds
             self._turn += 1  # so that an answer made up by the code is not followed by the true one a turn late
-            self._jail.send({"code": code, "turn": self._turn})
+            self._jail.send({"code": code, "turn": self._turn}, deadline)
             while "call" in (message := self._jail.receive(deadline)):
-                self._jail.send(self._answer(message["call"], calls))
+                self._jail.send(self._answer(message["call"], calls), deadline)
             output, error, lost = message.get("output"), message.get("error"), message.get("lost", 0)
             usable = isinstance(output, str) and isinstance(error, (str, type(None))) and isinstance(lost, int)
             if not usable or message.get("turn") != self._turn:
@@ -215,12 +242,18 @@ class Episode:
             app, name, arguments = call
             api = self._world.apis[app][name]
             doc = _get_api_name_to_doc(app, include_private_apis=True)[name]
-            record = {"app": app, "api": name, "args": list(arguments), "ok": True, "error": None}
-            record["changes"] = doc["method"].upper() != "GET" and name != "login"
+            known = {parameter["name"] for parameter in doc["parameters"]}  # a made-up name could carry anything
+            args = [key for key in arguments if key in known]
+            changes = doc["method"].upper() != "GET" and name != "login"
+            record = {"app": app, "api": name, "args": args, "ok": True, "error": None, "changes": changes}
         except Exception as error:
             raise _JailBrokenError("the Python session asked for something that is no API") from error
+        if len(calls) >= CALLS:
+            return {"error": f"Maximum number of API calls ({CALLS}) reached."}
         calls.append(record)
         try:
+            if len(json.dumps(arguments)) > ARGUMENTS:
+                raise ValueError(f"the arguments of {app}.{name} are longer than {ARGUMENTS} characters")
             strange = sorted(key for key in arguments if key.startswith("_") or key in _NOT_FOR_AGENTS)
             if strange:
                 raise TypeError(f"{app}.{name} has no parameter {strange[0]!r}")
@@ -237,7 +270,13 @@ class Episode:
 
         world = self._world
         world._save_state(world.output_db_home_path_on_disk)
-        tracker = evaluate_task(world.task_id, world.experiment_name, suppress_errors=True, save_report=False)
+        try:
+            tracker = evaluate_task(world.task_id, world.experiment_name, suppress_errors=True, save_report=False)
+        except Exception as error:
+            if not _raised_by_the_task(error):
+                raise
+            # The agent has left nothing that the task's tests could look at, its own account deleted, say.
+            return {"success": False, "passes": [], "failures": [[f"evaluation: {error}", "no_op_fail"]]}
 
         def texts(outcomes: list[Any]) -> list[list[str]]:
             return [[outcome["requirement"], outcome["label"]] for outcome in outcomes]
@@ -246,7 +285,6 @@ class Episode:
             "success": bool(tracker.success),
             "passes": texts(tracker.passes),
             "failures": texts(tracker.failures),
-            "difficulty": tracker.difficulty,
         }
 
     def close(self) -> None:
@@ -259,6 +297,17 @@ def _refuse_other_paths(path: str, arguments: dict[str, Any]) -> None:
     for key, value in arguments.items():
         if f"{{{key}}}" in path and re.search(r"[/\\?#%]|^\.+$", str(value)):
             raise Exception(f"Response status code is 422:\n{key} is not a valid value")
+
+
+def _raised_by_the_task(error: BaseException) -> bool:
+    """Whether an evaluation failed in the task's own tests, not in the engine that runs them."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(Path(frame.f_code.co_filename).name == "evaluation.py" for frame in frames)
+
+
+def outputs(options: dict[str, Any], pid: int) -> str:
+    """Where the engine keeps what the world of a process leaves; an absolute path, so not under the data."""
+    return str(Path(options["socket"]).parent / f"outputs-{pid}")
 
 
 def preload(root: Path) -> None:
