@@ -386,6 +386,20 @@ def test_a_machine_without_namespaces_is_told_what_stays_open(task_set: AppWorld
     assert "limits" in found
 
 
+@pytest.mark.parametrize(
+    "command", [["unshare", "-Ur"], ["setpriv", "--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin"]]
+)
+def test_where_root_is_not_quite_root_a_jail_comes_up_all_the_same(task_set: AppWorld, command: list[str]) -> None:
+    """A container's root: of a user namespace, without ids to give away; without the right to mount."""
+    probe = [str(paths.python()), str(client.HOST / "probe.py"), json.dumps(client.LIMITS)]
+    try:
+        subprocess.run([*command, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip(f"{' '.join(command)} is not to be had here")
+    done = subprocess.run([*command, *probe], capture_output=True, text=True, check=False)
+    assert "limits" in json.loads(done.stdout), done.stderr
+
+
 def test_doctor_tells_what_holds(task_set: AppWorld) -> None:
     async def held() -> list[str]:
         world = await client.World.open(task_set.host(), task_of(task_set, "songcount").id, 60)

@@ -407,7 +407,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_own_cache")
 class TestDemonstrations:
     def stream(self, root: Path, engine: Engine, count: int, **options: Any) -> list[Demonstration]:
-        given: dict[str, Any] = {"split": "train", "seed": 1, "style": "short", "observation_limit": 500, **options}
+        given: dict[str, Any] = {"split": "train", "seed": 1, "style": "short", "rules": {"a": 1}, **options}
         found = demonstrate(
             World(root), engine.play, lambda task: first_prompt(task, given["style"], ["spotify"], 9), **given
         )

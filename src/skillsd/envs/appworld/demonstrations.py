@@ -21,6 +21,7 @@ from typing import Any
 from filelock import FileLock
 
 from skillsd.cache import cache
+from skillsd.envs.appworld.client import WorldBrokenError
 from skillsd.envs.appworld.data import World, scenario_of
 from skillsd.envs.appworld.paths import VERSION
 from skillsd.envs.appworld.prompt import Style, turn_text
@@ -35,6 +36,9 @@ Play = Callable[[Task, Sequence[str]], Awaitable[list[Step]]]
 
 SAVE_EVERY = 10
 """Episodes after which a recording is saved, so that an interrupted one goes on from there."""
+
+TRIES = 3
+"""Episodes that a reference solution gets."""
 
 _ANSWERING = ("host/*.py", "environment.py", "prompt.py")
 """The sources that shape what an episode answers: where they change, recordings are made anew."""
@@ -99,7 +103,7 @@ def demonstrate(
     split: str,
     seed: int,
     style: Style,
-    observation_limit: int,
+    rules: Mapping[str, Any],
     **options: Any,
 ) -> Iterator[Demonstration]:
     """The endless stream, every train task once an epoch; the same arguments give the same one. See `Options`.
@@ -117,7 +121,7 @@ def demonstrate(
         if name not in known:
             raise unknown_name("demonstrations option", name, known)
     chosen = Options(**options)
-    path = recording_path(world, style, observation_limit)
+    path = recording_path(rules)
     recordings = [
         recording
         for recording in asyncio.run(record(world, play, style, path))
@@ -132,20 +136,22 @@ def demonstrate(
     return _stream(recordings, prompt, style, seed, chosen)
 
 
-def recording_path(world: World, style: Style, observation_limit: int) -> Path:
-    """Where the world's recording in this wording is kept."""
+def recording_path(rules: Mapping[str, Any]) -> Path:
+    """Where the recording of episodes played by these rules is kept; `rules` identify the world too."""
     here = Path(__file__).parent
     sources = [hashlib.sha256(file.read_bytes()).hexdigest() for glob in _ANSWERING for file in sorted(here.glob(glob))]
-    key = json.dumps([VERSION, sources, dict(world.fingerprint_source), style, observation_limit], sort_keys=True)
-    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps([VERSION, sources, dict(rules)], sort_keys=True).encode()).hexdigest()[:16]
     return cache() / "appworld-recordings" / f"{name}.json"
 
 
 async def record(world: World, play: Play, style: Style, path: Path) -> list[Recording]:
     """The reference solutions of the train tasks as the engine answers them, in the tasks' order.
 
-    Each is played once: what `path` holds is taken from there, unless the solution has changed since. Another process
-    that records into the same file is waited for.
+    Each is played until it solves its task, as far as `TRIES` go, and then kept: what `path` holds is taken from there,
+    unless the solution has changed since. Another process that records into the same file is waited for.
+
+    Raises:
+        UserError: if the infrastructure breaks in every try.
     """
     tasks = world.tasks(TRAIN_SPLIT)
     solutions = {task.id: world.solution(task.id) for task in tasks}
@@ -163,9 +169,12 @@ async def record(world: World, play: Play, style: Style, path: Path) -> list[Rec
             print(f"recording {len(missing)} reference solutions in AppWorld, about a second each ...", file=sys.stderr)
         try:
             for task in missing:
-                steps = [asdict(step) for step in await play(task, actions[task.id])]
+                steps = await _solved(play, task, actions[task.id])
+                if not steps:
+                    continue  # a slow machine may have been why: it is tried again by the next run
                 # Through JSON even now, so that the first run sees what later ones read.
-                kept[task.id] = json.loads(json.dumps({"actions": actions[task.id], "steps": steps}))
+                entry = {"actions": actions[task.id], "steps": [asdict(step) for step in steps]}
+                kept[task.id] = json.loads(json.dumps(entry))
                 unsaved += 1
                 if unsaved == SAVE_EVERY:
                     _save(path, kept)
@@ -175,10 +184,27 @@ async def record(world: World, play: Play, style: Style, path: Path) -> list[Rec
                 _save(path, kept)
     recordings = []
     for task in tasks:
-        if task.id in actions:
+        if task.id in actions and _holds(kept, task.id, actions[task.id]):
             steps_of = tuple(Step(**step) for step in kept[task.id]["steps"])
             recordings.append(Recording(task, tuple(actions[task.id][: len(steps_of)]), steps_of))
     return recordings
+
+
+async def _solved(play: Play, task: Task, actions: Sequence[str]) -> list[Step]:
+    """The engine's answers in an episode that solved the task; none if there was no such episode."""
+    broken: WorldBrokenError | None = None
+    for _ in range(TRIES):
+        try:
+            steps = await play(task, actions)
+        except WorldBrokenError as error:
+            broken = error
+            continue
+        if steps and steps[-1].success:
+            return steps
+        broken = None
+    if broken is not None:
+        raise UserError(f"AppWorld did not play the task {task.id!r} in {TRIES} tries: {broken}") from broken
+    return []
 
 
 def _stream(

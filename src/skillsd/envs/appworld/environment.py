@@ -202,7 +202,7 @@ class AppWorld(TaskSet):
             split=split,
             seed=seed,
             style=self.style,
-            observation_limit=self.max_observation_chars,
+            rules={**self.rules_in_words(), "max_turns": self.max_turns},
             **options,
         )
 

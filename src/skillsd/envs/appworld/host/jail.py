@@ -169,6 +169,26 @@ def _limit(kind: int, value: int) -> bool:
     return True
 
 
+def _become_nobody(options: dict[str, Any], inside: bool) -> bool:
+    """Take a user id that is nobody else's, so that its processes are counted by themselves.
+
+    False where a container's root has no such id to give; outside a namespace of one's own that is an error.
+    """
+    own = 0x30000000 + options["number"]
+    try:
+        os.setgroups([])
+        if not inside:
+            os.chown(options["root"], own, own)
+        os.setresgid(own, own, own)
+        os.setresuid(own, own, own)
+    except OSError:
+        if not inside:
+            raise
+        return False
+    _die_with_parent()  # a change of user takes it back
+    return True
+
+
 def _namespaces(root: bool) -> int | None:
     """Enter namespaces of one's own. Returns which, or None if the kernel won't have it."""
     uid, gid = os.getuid(), os.getgid()
@@ -196,18 +216,12 @@ def close_doors(channel: socket.socket, options: dict[str, Any]) -> list[str]:
         held += ["files", "network", "processes"]
     else:
         os.chdir(options["root"])
-    if root and options["user"] and not (entered or 0) & _NEWUSER:
-        own = 0x30000000 + options["number"]  # nobody else's, so that its processes are counted by themselves
-        os.setgroups([])
-        if entered is None:
-            os.chown(options["root"], own, own)
-        os.setresgid(own, own, own)
-        os.setresuid(own, own, own)
-        _die_with_parent()  # a change of user takes it back
+    alone = root and options["user"] and _become_nobody(options, entered is not None)
+    if alone:
         held.append("user")
     elif entered is not None:
         _drop_capabilities()
-        held.append("user")  # the user's own id, but in a namespace where nothing of the user's is to be seen
+        held.append("user")  # the user's own id, but in namespaces where nothing of the user's is to be seen
     limits = [
         _limit(resource.RLIMIT_AS, options["memory_bytes"]),
         _limit(resource.RLIMIT_FSIZE, options["scratch_bytes"]),
@@ -215,8 +229,7 @@ def close_doors(channel: socket.socket, options: dict[str, Any]) -> list[str]:
         _limit(resource.RLIMIT_CORE, 0),
     ]
     if "user" in held:  # else it would count the user's other processes
-        alone = not (entered or 0) & _NEWUSER  # a user namespace counts jail.py's own two besides
-        limits.append(_limit(resource.RLIMIT_NPROC, 1 if alone else 3))
+        limits.append(_limit(resource.RLIMIT_NPROC, 1 if alone else 3))  # jail.py's own two are counted besides
     if all(limits):
         held.append("limits")
     if linux:
