@@ -31,9 +31,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from skillsd import config as configs
+from skillsd.config import RunConfig
 from skillsd.report import manifest
 from skillsd.report.writer import read, write_whole
+from skillsd.training import checkpoint
 from skillsd.training.evaluate import student
+from skillsd.training.session import CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
 VLLM = ROOT / "build" / "vllm" / "bin" / "python"
@@ -141,13 +145,20 @@ def evaluations(folder: Path, base: Path, trained: Path) -> None:
     subjects = {
         "untouched": ["--model", PLAIN, "--recipe", RECIPE],
         "warm-start": ["--model", str(base), "--recipe", RECIPE] if (base / "warm_start.json").is_file() else None,
-        "trained": [str(trained)] if list(trained.glob("checkpoints/step-*")) else None,
+        "trained": [str(trained)] if _finished(trained) else None,
     }
     for name, subject in subjects.items():
         if subject is None:
-            print(f"evaluation-{name}: its model is not there", flush=True)
+            print(f"evaluation-{name}: its model is not there yet", flush=True)
             continue
         part(folder, f"evaluation-{name}", lambda name=name, subject=subject: _evaluate(folder, name, subject))
+
+
+def _finished(trained: Path) -> bool:
+    """Whether a run has the checkpoint of its last iteration."""
+    if not (trained / CONFIG).is_file():
+        return False
+    return configs.load(RunConfig, str(trained / CONFIG)).training.iterations in checkpoint.iterations(trained)
 
 
 def _evaluate(folder: Path, name: str, subject: Sequence[str], *more: str) -> dict[str, Any]:
