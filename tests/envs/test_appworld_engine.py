@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,8 @@ from typing import Any
 import pytest
 
 from skillsd import cli
+from skillsd import config as configs
+from skillsd.config import RunConfig
 from skillsd.envs.appworld import AppWorld, client, paths
 from skillsd.envs.appworld.environment import AppWorldEnvironment
 from skillsd.envs.base import Step
@@ -26,6 +29,7 @@ from skillsd.envs.conformance import assert_conforms
 from skillsd.errors import UserError
 from skillsd.rollouts.collect import collect
 from skillsd.rollouts.episode import Budget, Part
+from skillsd.training.run import build
 from skillsd.types import Message, Outcome, Task
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -598,3 +602,22 @@ def test_an_unknown_style_or_number_is_named(tmp_path: Path) -> None:
         AppWorld(max_turns=0)
     with pytest.raises(UserError, match="no AppWorld root"):
         AppWorld(root=str(tmp_path))
+
+
+def test_splits_that_can_not_be_graded_are_left_out_and_refused_by_name(task_set: AppWorld, tmp_path: Path) -> None:
+    """As the official test splits may be: training on the others goes on."""
+    shutil.copytree(task_set.data.root / "data", tmp_path / "data")
+    for task in task_set.data.tasks("test_scenario"):
+        (tmp_path / "data" / "tasks" / task.id / "ground_truth" / "evaluation.py").unlink()
+    made = AppWorld(root=str(tmp_path))
+    assert made.splits == ("train", "dev", "test", "dev_scenario")
+    with pytest.raises(UserError, match="can't be graded: 24 tasks have no ground truth"):
+        made.tasks("test_scenario")
+    hard = AppWorld(root=str(tmp_path), max_difficulty=1)
+    assert max(task.difficulty for task in hard.tasks("dev")) == 1
+
+
+def test_deadlines_that_contradict_each_other_are_refused(task_set: AppWorld, tmp_path: Path) -> None:
+    slow = AppWorld(root=str(task_set.data.root), code_seconds=90)
+    with pytest.raises(UserError, match=r"step_seconds is 60, but a call of 'appworld' may take 120 s"):
+        build(configs.load(RunConfig, "appworld-smoke"), tmp_path, task_set=slow)

@@ -81,6 +81,14 @@ class TaskSet(ABC):
     def max_turns(self) -> int:
         """The most turns an episode may take."""
 
+    @property
+    def slowest_call(self) -> float:
+        """Seconds that a `reset` or `step` may take by the environment's own deadlines; 0 if it has none.
+
+        With a shorter ``rollout.step_seconds`` an agent's slow action would pass for a failure of the infrastructure.
+        """
+        return 0.0
+
     @abstractmethod
     def tasks(self, split: str) -> Sequence[Task]:
         """The tasks of a split, always in the same order. Raises UserError for an unknown split."""

@@ -178,6 +178,11 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
     row = method(config.method)
     check_config(config)
     task_set = task_set or registry.load(config.environment.name, config.environment.options)
+    if config.rollout.step_seconds < task_set.slowest_call:
+        raise UserError(
+            f"rollout.step_seconds is {config.rollout.step_seconds:g}, but a call of {config.environment.name!r} may "
+            f"take {task_set.slowest_call:g} s by its own deadlines (environment.options): raise it, or lower those"
+        )
     held_out = {task.id for split in task_set.splits if split != TRAIN_SPLIT for task in task_set.tasks(split)}
     if both := sorted(held_out.intersection(task.id for task in task_set.tasks(TRAIN_SPLIT))):
         raise UserError(

@@ -133,7 +133,12 @@ class AppWorld(TaskSet):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        return self.data.splits
+        """Those that can be played and graded here."""
+        return tuple(split for split in self.data.splits if self._why_not(split) is None)
+
+    @property
+    def slowest_call(self) -> float:
+        return max(self.open_seconds, self.code_seconds + client.SLACK_SECONDS + 10)  # 10: grading, which takes tenths
 
     @property
     def max_turns(self) -> int:
@@ -145,17 +150,20 @@ class AppWorld(TaskSet):
         Raises:
             UserError: for an unknown split, one that can't be evaluated here, or one that `max_difficulty` empties.
         """
-        tasks = self.data.tasks(split)
-        blind = [task.id for task in tasks if not self.data.has_ground_truth(task.id)]
-        if blind:
-            raise UserError(
-                f"{len(blind)} tasks of the split {split!r} have no ground truth in {str(self.data.root)!r}, so they "
-                f"can't be graded here ({blind[0]} ...): choose another split"
-            )
-        kept = [task for task in tasks if self.max_difficulty is None or task.difficulty <= self.max_difficulty]
-        if not kept:
-            raise UserError(f"no task of the split {split!r} has difficulty {self.max_difficulty} or less")
-        return kept
+        self.data.tasks(split)
+        if (why := self._why_not(split)) is not None:
+            raise UserError(f"the split {split!r} of {str(self.data.root)!r} {why}: choose another")
+        return self._of_difficulty(split)
+
+    def _why_not(self, split: str) -> str | None:
+        if not self._of_difficulty(split):
+            return f"has no task of difficulty {self.max_difficulty} or less"
+        blind = [task.id for task in self.data.tasks(split) if not self.data.has_ground_truth(task.id)]
+        return f"can't be graded: {len(blind)} tasks have no ground truth ({blind[0]} ...)" if blind else None
+
+    def _of_difficulty(self, split: str) -> list[Task]:
+        most = self.max_difficulty
+        return [task for task in self.data.tasks(split) if most is None or task.difficulty <= most]
 
     def host(self) -> client.Host:
         """The server of worlds.
