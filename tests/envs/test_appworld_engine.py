@@ -413,6 +413,21 @@ def test_doctor_tells_what_holds(task_set: AppWorld) -> None:
     assert sorted(client.protections(paths.python())) == sorted(asyncio.run(held()))
 
 
+def test_attack_on_what_the_tests_look_at(task_set: AppWorld, tmp_path: Path) -> None:
+    """Tests that fail with an error, because what they look at was deleted, say, are a failure of the agent's."""
+    task = task_of(task_set, "songcount")
+    shutil.copytree(task_set.data.root / "data", tmp_path / "data")
+    broken = tmp_path / "data" / "tasks" / task.id / "ground_truth" / "evaluation.py"
+    signature = "test, public_data, private_data, main_user, models, ground_truth_answer"
+    broken.write_text(f"def evaluate({signature}):\n    None.deleted\n", encoding="utf-8")
+    made = AppWorld(root=str(tmp_path), style="short")
+    try:
+        end = play(made, task, solution(task_set, task))[-1]
+    finally:
+        made.host().stop()
+    assert (end.done, end.success, end.score) == (True, False, 0.0)
+
+
 # -------------------------------------------------------------------------------------------------------------- faults
 
 
