@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# A small model on our AppWorld tasks (the real engine, not the AppWorld benchmark), from nothing: warm start, GRPO and
+# Skill-SD on two seeds, attacks, speed, one JSON file. Resumable at any point.
+#   studies/appworld/run.sh RUNS
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+runs=${1:?"give a folder for the runs"}
+base=models/appworld-smoke-base  # the recipe appworld-smoke names it
+skillsd=.venv/bin/skillsd
+
+$skillsd envs setup appworld
+if [ ! -f $base/warm_start.json ]; then
+    rm -rf $base  # a warm start that was broken off
+    $skillsd sft appworld-smoke-base --out $base
+fi
+$skillsd table appworld-smoke log.tensorboard=false --methods grpo,skill-sd --seeds 2 --split dev --samples 4 \
+    --out "$runs/table-appworld-smoke"
+[ -f benchmarks/results/appworld.json ] || .venv/bin/python benchmarks/appworld.py --json benchmarks/results/appworld.json
+.venv/bin/python -m pytest tests/envs/test_appworld_engine.py -k attack -p no:cacheprovider --junitxml "$runs/attacks.xml"
+.venv/bin/python studies/appworld/collect.py "$runs" docs/results/appworld.json
