@@ -47,8 +47,6 @@ _ATTEMPTS: tuple[dict[str, bool], ...] = (
 """What a jail is asked to do without, if it does not come up otherwise."""
 _NOT_FOR_AGENTS = {"client", "show", "track"}
 """Arguments of the engine's own `request` that are no argument of any API."""
-
-
 _MODULES = ("copy", "datetime")
 """What the session is given of ``appworld.common``: the agent's dates and times."""
 
@@ -101,6 +99,7 @@ class Jail:
             try:
                 self.held = self.receive(deadline)["held"]
                 self.send(hello, deadline)
+                self._attempts = self._attempts[:1]  # from now on, this much or nothing
                 return
             except _JailBrokenError:
                 self.stop()
