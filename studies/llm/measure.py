@@ -3,7 +3,7 @@
     python studies/llm/measure.py evaluations PARTS --base BASE --run RUN   # untouched, warm start, trained
     python studies/llm/measure.py gap PARTS                                 # sampler against scorer, engine by engine
     python studies/llm/measure.py server PARTS                              # vLLM's server: it plays, it writes skills
-    python studies/llm/measure.py memory PARTS                              # all weights against LoRA
+    python studies/llm/measure.py memory PARTS --base BASE                  # all weights against LoRA
     python studies/llm/measure.py collect PARTS --base BASE --run RUN --json docs/results/llm.json
 
 Each measurement is a file in the folder PARTS, `NAME.json`, with its command, commit and load. What is there is not
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
 import os
 import re
@@ -65,8 +64,8 @@ SHORT = (
 )
 """One iteration of 8 episodes. The teacher is the student, as in Skill-SD, but told the solver's plan: a first visit
 has no skill yet, and an untouched model fails so thoroughly that no skill can be written about it."""
-HEAPS: dict[str, dict[str, str]] = {"": {}, "-mmap": {"MALLOC_MMAP_THRESHOLD_": "1048576"}}
-"""glibc's heap as it is, and without the holes that large tensors leave in it (docs/doctor.md)."""
+MMAP = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+"""Without the holes that large tensors leave in glibc's heap (docs/doctor.md)."""
 
 SERVED = 16
 """Episodes behind the server."""
@@ -84,7 +83,9 @@ PARTS = (
     *(f"evaluation-{name}" for name in EVALUATIONS),
     *(f"gap-{engine}-{dtype}" for engine in ENGINES for dtype in DTYPES),
     "server",
-    *(f"memory-{weights}-{dtype}{heap}" for heap in HEAPS for weights in WEIGHTS for dtype in DTYPES),
+    *(f"memory-{weights}-{dtype}" for weights in WEIGHTS for dtype in DTYPES),
+    *(f"memory-{weights}-float32-mmap" for weights in WEIGHTS),
+    "memory-recipe-mmap",
 )
 
 
@@ -444,14 +445,20 @@ print(json.dumps({**found, "peak_with_checkpoint_bytes": memory("VmHWM"), "secon
 """
 
 
-def memory(folder: Path, model: str) -> None:
-    for heap, (weights, settings), dtype in itertools.product(HEAPS, WEIGHTS.items(), DTYPES):
-        chosen = [f"model.name={model}", f"model.dtype={dtype}", *settings, *SHORT]
-        part(
-            folder,
-            f"memory-{weights}-{dtype}{heap}",
-            lambda chosen=chosen, heap=heap: _memory(folder / "training", chosen, HEAPS[heap]),
-        )
+def memory(folder: Path, model: str, base: Path) -> None:
+    """All weights against LoRA; and the recipe's own first iteration, to hold against that of the run."""
+
+    def measured(name: str, settings: Sequence[str], environment: dict[str, str]) -> None:
+        part(folder, f"memory-{name}", lambda: _memory(folder / "training", settings, environment))
+
+    for dtype in DTYPES:
+        for weights, lora in WEIGHTS.items():
+            chosen = [f"model.name={model}", f"model.dtype={dtype}", *lora, *SHORT]
+            measured(f"{weights}-{dtype}", chosen, {})
+            if dtype == "float32":
+                measured(f"{weights}-{dtype}-mmap", chosen, MMAP)
+    if (base / "warm_start.json").is_file():
+        measured("recipe-mmap", [f"model.name={base}", "training.iterations=1", "log.tensorboard=false"], MMAP)
 
 
 def _memory(folder: Path, settings: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
@@ -603,8 +610,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("evaluations", "gap", "server", "memory", "collect"):
         command = commands.add_parser(name)
         command.add_argument("parts", type=Path)
-        if name in ("evaluations", "collect"):
+        if name in ("evaluations", "memory", "collect"):
             command.add_argument("--base", type=Path, default=Path("models/sokoban-smollm2-base"))
+        if name in ("evaluations", "collect"):
             command.add_argument("--run", type=Path, default=Path("runs/sokoban-smollm2"))
         if name == "collect":
             command.add_argument("--json", type=Path, default=Path("docs/results/llm.json"))
@@ -622,7 +630,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif given.command == "server":
         server(given.parts, given.model, given.name, summaries=given.name == "server")
     elif given.command == "memory":
-        memory(given.parts, given.model)
+        memory(given.parts, given.model, given.base)
     else:
         found = collect_all(given.parts, given.base, given.run)
         given.json.write_text(json.dumps(found, indent=1) + "\n")

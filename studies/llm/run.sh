@@ -23,5 +23,5 @@ measure evaluations "$parts" --base $base --run "$runs/sokoban-smollm2"
 measure gap "$parts"
 measure server "$parts"
 measure server "$parts" --model $base --name server-warm-start
-measure memory "$parts"
+measure memory "$parts" --base $base
 measure collect "$parts" --base $base --run "$runs/sokoban-smollm2" --json docs/results/llm.json
