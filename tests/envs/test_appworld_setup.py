@@ -310,7 +310,7 @@ def test_official_data_are_found(fake: Fake, monkeypatch: pytest.MonkeyPatch, tm
     assert fake.said[-1] == f"official data: {root}; in a recipe: environment.options.root={root}"
     monkeypatch.setenv("APPWORLD_ROOT", str(paths.world()))  # ours is not taken for theirs
     assert paths.official() is None
-    assert "our own tasks built; official data: not found" in doctor._appworld()
+    assert "our own tasks built; official data: not found" in doctor._appworld()[0]
 
 
 def test_data_is_checked_before_anything_is_done(fake: Fake, tmp_path: Path) -> None:

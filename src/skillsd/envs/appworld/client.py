@@ -64,10 +64,10 @@ def protections(python: Path) -> list[str]:
     """What holds on this machine, of the names in `PROTECTIONS`; nothing if not even a jail starts."""
     command = [str(python), str(HOST / "probe.py"), json.dumps(LIMITS)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except subprocess.TimeoutExpired:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return list(json.loads(done.stdout))
+    except (OSError, subprocess.SubprocessError, ValueError):
         return []
-    return list(json.loads(done.stdout)) if done.returncode == 0 else []
 
 
 class Host:
