@@ -356,7 +356,17 @@ def _server(folder: Path, model: str, name: str, summaries: bool) -> dict[str, A
         figures["eval"] = _evaluate(folder, name, subject, "--limit", str(SERVED), "--temperature", "1", *BUDGET)
         if summaries:
             figures["summaries"] = _summaries(folder / "summaries", address)
+    if not summaries:  # the untouched model solves nothing, wherever it plays
+        figures["here"] = _played_here(folder, name, model)
     return figures
+
+
+def _played_here(folder: Path, name: str, model: str) -> dict[str, Any]:
+    """The same levels under the same budget, without the server: sampled more often, to compare with."""
+    subject = ["--model", model, "--recipe", RECIPE]
+    return _evaluate(
+        folder, f"{name}-here", subject, "--limit", str(SERVED), "--samples", "8", "--temperature", "1", *BUDGET
+    )
 
 
 @contextmanager

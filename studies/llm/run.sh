@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The study with a real pretrained model from nothing: warm start, training, evaluations, gaps, a real server, memory, one
-# JSON file. Resumable at any point. About three hours on two CPU cores, one of them for the warm start and the training.
+# JSON file. Resumable at any point. About three hours on two CPU cores that others used as well.
 #   studies/llm/run.sh RUNS
 set -euo pipefail
 cd "$(dirname "$0")/../.."
