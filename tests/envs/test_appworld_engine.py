@@ -521,14 +521,16 @@ def test_the_server_is_started_again_and_ends_with_the_trainer(task_set: AppWorl
         made = AppWorld(root={str(task_set.data.root.absolute())!r})
         async def main():
             world = await client.World.open(made.host(), {task.id!r}, 60)
-            print(made.host()._process.pid, world._pid, flush=True)
+            print(made.host()._process.pid, world._pid, made.host().address.parent, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         asyncio.run(main())
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    for pid in map(int, done.stdout.split()):
+    *pids, folder = done.stdout.split()
+    for pid in map(int, pids):
         assert gone(pid)
+    assert wait_for(lambda: not Path(folder).exists())
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:

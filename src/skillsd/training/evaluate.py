@@ -53,13 +53,10 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """The figures of the whole panel that are single numbers or names."""
-        left_out = {
-            "outcomes",
-            "successes",
-            "scores",
-            *(["scenario_accuracy"] if self.scenario_accuracy is None else []),
-        }
-        return {k: v for k, v in self.with_tasks().items() if k not in left_out}
+        figures = {k: v for k, v in self.with_tasks().items() if k not in ("outcomes", "successes", "scores")}
+        if self.scenario_accuracy is None:
+            del figures["scenario_accuracy"]
+        return figures
 
     def with_tasks(self) -> dict[str, Any]:
         """The figures, with those of each task."""

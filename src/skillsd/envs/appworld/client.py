@@ -51,6 +51,10 @@ class WorldBrokenError(Exception):
     """The infrastructure failed, not the agent. The world is gone."""
 
 
+class WorldHungError(WorldBrokenError):
+    """It gave no answer in time."""
+
+
 def _clean(value: Any) -> Any:
     """An answer whose texts are text: half a surrogate pair, which code can print, no tokenizer takes."""
     if isinstance(value, str):
@@ -179,7 +183,7 @@ class World:
         world = cls(reader, writer)
         try:
             hello = await world._ask(seconds, "hello", expected={"pid": int})
-        except WorldBrokenError:
+        except WorldHungError:
             await asyncio.to_thread(server.stop)  # it does not even fork: the next one begins with a new server
             raise
         world._pid = hello["pid"]
@@ -234,7 +238,7 @@ class World:
             return found
         except TimeoutError:
             self.kill()
-            raise WorldBrokenError(f"AppWorld's world took longer than {within:g} s for {op!r}: killed") from None
+            raise WorldHungError(f"AppWorld's world took longer than {within:g} s for {op!r}: killed") from None
         except (OSError, ValueError) as error:  # a broken connection, or a line without end
             self.kill()
             raise WorldBrokenError(f"AppWorld's world broke during {op!r}: {error}") from error

@@ -65,6 +65,7 @@ def main() -> None:
         for child in children:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
+        shutil.rmtree(Path(options["socket"]).parent, ignore_errors=True)  # a trainer that was killed can't
 
 
 def _reap(children: set[int], options: dict[str, Any]) -> None:
