@@ -23,6 +23,7 @@ from skillsd import cli
 from skillsd import config as configs
 from skillsd.config import RunConfig
 from skillsd.envs.appworld import AppWorld, client, paths
+from skillsd.envs.appworld.data import SolutionTurn
 from skillsd.envs.appworld.environment import AppWorldEnvironment
 from skillsd.envs.base import Step
 from skillsd.envs.conformance import assert_conforms
@@ -87,6 +88,19 @@ def test_reference_solutions_solve_and_others_do_not(task_set: AppWorld) -> None
     harmful = play(task_set, question, [*steps, harm, end])[-1]  # what was asked for, and damage besides
     assert 0 < harmful.score < 1
     assert not harmful.success
+
+
+def test_a_golden_skill_is_what_the_rules_write_of_the_reference_solution(
+    task_set: AppWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(task_set, "sendmoney")
+    skill = task_set.golden_skill(task)
+    assert skill is not None
+    assert "venmo.create_transaction(" in skill.golden_workflow
+    assert "access_token=" not in skill.golden_workflow  # names of arguments, no code
+    for solution in (None, (SolutionTurn("", "apis.supervisor.complete_task()"),)):  # none, and one that solves nothing
+        monkeypatch.setattr(task_set.data, "solution", lambda task_id, given=solution: given)
+        assert task_set.golden_skill(task) is None
 
 
 def test_the_score_grows_with_what_is_done_and_no_turn_is_lost(task_set: AppWorld) -> None:

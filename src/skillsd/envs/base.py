@@ -119,6 +119,15 @@ class TaskSet(ABC):
         """A reference solution in words (the privileged context of OPSD), if there is one."""
         return None
 
+    def golden_skill(self, task: Task) -> Skill | None:
+        """The best skill that this task could have, if it is known: the oracle as a workflow.
+
+        Asks whether a model follows skills at all (the check of a warm start); never a part of training. Override it
+        where the skills that the summariser writes look different from the oracle.
+        """
+        oracle = self.oracle(task)
+        return Skill("", "", oracle) if oracle else None
+
     def scenario(self, task: Task) -> str | None:
         """Name of the scenario that the task is a variant of, if tasks come as variants of scenarios."""
         return None

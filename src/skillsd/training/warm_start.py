@@ -22,7 +22,7 @@ from skillsd.seeds import derive_seed
 from skillsd.skills.context import load_template, render_skill
 from skillsd.training import sft
 from skillsd.training.evaluate import evaluate
-from skillsd.types import Skill, Task, Trajectory
+from skillsd.types import Task, Trajectory
 
 
 def run_sft(
@@ -80,26 +80,24 @@ def skill_following(
     template_kwargs: Mapping[str, Any] | None = None,
     on_check: Callable[[int, int], None] = lambda done, episodes: None,
 ) -> list[dict[str, Any]]:
-    """Success under the plain prompt, with a golden skill (the oracle's workflow), and with another task's skill.
+    """Success under the plain prompt, with a golden skill, and with another task's golden skill.
 
     What a skill-conditioned teacher can teach is the gap between the first two; the third tells reading from luck.
-    Returns a row for each prompt, or only the plain one where the environment has no oracle.
+    Returns a row for each prompt, or only the plain one where a task has no `TaskSet.golden_skill`.
 
     Args:
         on_check: told after each episode how many of how many are played.
     """
     tasks = list(spread(task_set.tasks(check.split), check.limit))
     words = load_template(template)
-    oracles = {task.id: task_set.oracle(task) for task in tasks}
-    half = len(tasks) // 2
-    others = {task.id: other for task, other in zip(tasks, tasks[half:] + tasks[:half], strict=True)}
-
-    def golden(task: Task) -> str:
-        return render_skill(Skill("", "", oracles[task.id] or ""), words)
-
+    skills = [skill for task in tasks if (skill := task_set.golden_skill(task))]
     prompts: list[tuple[str, Callable[[Task], str] | None]] = [("plain", None)]
-    if all(oracles.values()):
-        prompts += [("golden skill", golden), ("another task's skill", lambda task: golden(others[task.id]))]
+    if len(skills) == len(tasks):
+        texts = [render_skill(skill, words) for skill in skills]
+        half = len(tasks) // 2
+        golden = {task.id: text for task, text in zip(tasks, texts, strict=True)}
+        others = {task.id: text for task, text in zip(tasks, texts[half:] + texts[:half], strict=True)}
+        prompts += [("golden skill", lambda task: golden[task.id]), ("another task's skill", lambda task: others[task.id])]
     done, episodes = 0, len(prompts) * len(tasks) * (check.samples + 1)
 
     def count(_: Trajectory) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -189,6 +190,16 @@ class AppWorld(TaskSet):
         """The reference solution's code, turn by turn."""
         turns = self.data.solution(task.id)
         return None if turns is None else "\n".join(turn.code for turn in turns)
+
+    def golden_skill(self, task: Task) -> Skill | None:
+        """What the rules write of the reference solution, once the engine has played it; None if it does not solve it."""
+        turns = self.data.solution(task.id)
+        if not turns:
+            return None
+        steps = asyncio.run(self.play(task, [prompt.turn_text(turn.thought, turn.code, self.style) for turn in turns]))
+        if not steps[-1].success:
+            return None
+        return summarise.summarise_turns([step.info for step in steps], True, self.style)
 
     def scenario(self, task: Task) -> str:
         """What the id says before its number."""

@@ -324,6 +324,7 @@ def preload(root: Path) -> None:
     for app in apps:
         import_models_module(app)
         import_apis_module(app)
+        requester._get_api_name_to_doc(app, include_private_apis=True)  # a tenth of a second an app; remembered
     requester.build_main_app = functools.cache(requester.build_main_app)
     requester.build_main_app(apps)
     with freezegun.freeze_time("2023-05-18"):  # it looks through all modules, and remembers what it found
