@@ -163,6 +163,7 @@ def test_a_try_that_never_began_is_not_in_the_next_ones_way(
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(UserError):
         run_training(changed(config, **broken), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     assert run_training(changed(config, training={"iterations": 0}), tmp_path / "run")
 
 

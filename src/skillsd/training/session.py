@@ -45,6 +45,7 @@ def run_training(
     Raises:
         UserError: if the folder holds a run already and `resume` is not given, or holds a different one.
     """
+    new = not folder.exists()
     start = _prepare(config, folder, resume)
     run: Run | None = None
     writer: RunWriter | None = None
@@ -74,6 +75,9 @@ def run_training(
             run.close()
         if not (folder / CONFIG).exists():  # it never began: another try finds the folder as this one found it
             (folder / BANK).unlink(missing_ok=True)
+            if new:
+                with suppress(OSError):  # it holds more than that: left for whoever wants to know why
+                    folder.rmdir()
 
 
 async def _train(run: Run, writer: RunWriter, start: Path | None, stopping: Callable[[], bool]) -> bool:
