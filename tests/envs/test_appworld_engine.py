@@ -511,14 +511,17 @@ def test_nothing_is_left_of_an_episode(task_set: AppWorld) -> None:
     try:
         asyncio.run(play_and_abandon())
         folder = host.address.parent
-        wait_for(lambda: not jails(host) and not [*folder.glob("outputs-*"), *folder.glob("jail-*")])
+        wait_for(lambda: len(jails(host)) == 1 and not [*folder.glob("outputs-*"), *folder.glob("jail-*")])
     finally:
         host.stop()
     assert not folder.exists()
     assert sorted(task_set.data.root.rglob("*")) == before  # the data's folder may be read-only
 
 
-def test_the_server_is_started_again_and_ends_with_the_trainer(task_set: AppWorld) -> None:
+def test_the_server_is_started_again_and_ends_with_the_trainer(
+    task_set: AppWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_hosts", {})  # not the server of the other tests
     task = task_of(task_set, "songcount")
     host = task_set.host()
     host.ensure()
@@ -528,6 +531,7 @@ def test_the_server_is_started_again_and_ends_with_the_trainer(task_set: AppWorl
     host._process.wait()
     assert play(task_set, task, solution(task_set, task))[-1].success
     assert host._process.pid != first
+    host.stop()
 
     program = f"""
         import asyncio, os, signal
@@ -545,6 +549,28 @@ def test_the_server_is_started_again_and_ends_with_the_trainer(task_set: AppWorl
     for pid in map(int, pids):
         assert gone(pid)
     assert wait_for(lambda: not Path(folder).exists())
+
+
+def test_a_server_of_jails_that_dies_takes_no_agent_down(task_set: AppWorld) -> None:
+    """Its sessions end, which is no fault of theirs: the episode is lost, and the next one has a new server."""
+    task, host = task_of(task_set, "songcount"), client.Host(paths.python(), task_set.data.root.absolute())
+
+    async def broken() -> None:
+        world = await client.World.open(host, task.id, 60)
+        first = host._process
+        os.kill(jails(host)[0], signal.SIGKILL)
+        with pytest.raises(client.WorldBrokenError):
+            await world.execute("print(1)", 5)
+        assert first is not None
+        assert first.wait(10) == 0
+        world = await client.World.open(host, task.id, 60)
+        assert (await world.execute("print(1)", 5))["output"] == "1\n"
+        await world.close()
+
+    try:
+        asyncio.run(broken())
+    finally:
+        host.stop()
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
@@ -607,15 +633,25 @@ def gone(pid: int) -> bool:
     )
 
 
-def jails(host: client.Host) -> list[str]:
-    """Command lines of this server's jails."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+def jails(host: client.Host) -> list[int]:
+    """Process ids of this server's jails, their keepers, and the one that they are forked from."""
+    assert host._process is not None
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            line = path.read_bytes().decode(errors="replace")
-            if "jail.py" in line and str(host.address) in line:
-                found.append(line)
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    servers = [pid for pid, parent in parents.items() if parent == host._process.pid and "jail.py" in command(pid)]
+    found = todo = servers
+    while todo:
+        todo = [pid for pid, parent in parents.items() if parent in todo]
+        found = [*found, *todo]
     return found
+
+
+def command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    return ""
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 10.0) -> bool:

@@ -97,7 +97,10 @@ def skill_following(
         half = len(tasks) // 2
         golden = {task.id: text for task, text in zip(tasks, texts, strict=True)}
         others = {task.id: text for task, text in zip(tasks, texts[half:] + texts[:half], strict=True)}
-        prompts += [("golden skill", lambda task: golden[task.id]), ("another task's skill", lambda task: others[task.id])]
+        prompts += [
+            ("golden skill", lambda task: golden[task.id]),
+            ("another task's skill", lambda task: others[task.id]),
+        ]
     done, episodes = 0, len(prompts) * len(tasks) * (check.samples + 1)
 
     def count(_: Trajectory) -> None:

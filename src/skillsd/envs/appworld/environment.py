@@ -192,7 +192,7 @@ class AppWorld(TaskSet):
         return None if turns is None else "\n".join(turn.code for turn in turns)
 
     def golden_skill(self, task: Task) -> Skill | None:
-        """What the rules write of the reference solution, once the engine has played it; None if it does not solve it."""
+        """What the rules write of the reference solution, which is played for that; None if it solves nothing."""
         turns = self.data.solution(task.id)
         if not turns:
             return None

@@ -31,7 +31,9 @@ def main() -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(options["socket"])
     listener.listen(1024)
+    jails = world.Jails(options)  # imports what it needs while we do
     world.preload(Path(options["root"]))
+    options, _ = jails.strongest()
     print("ready", flush=True)
     children: set[int] = set()
     wake, woken = os.pipe()
@@ -48,6 +50,8 @@ def main() -> None:
             if wake in ready:
                 os.read(wake, 1 << 10)
                 _reap(children, options)
+                if jails.process.poll() is not None:
+                    break  # the trainer starts another server
             if listener in ready:
                 connection, _ = listener.accept()
                 try:
@@ -65,6 +69,7 @@ def main() -> None:
         for child in children:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
+        jails.process.kill()
         shutil.rmtree(Path(options["socket"]).parent, ignore_errors=True)  # a trainer that was killed can't
 
 

@@ -1,7 +1,9 @@
-"""Where the model's code runs: a process of its own that can harm nothing. Run as ``python jail.py OPTIONS``.
+"""Where the model's code runs: processes of its own that can harm nothing. Run as ``python jail.py OPTIONS``.
 
 The code never shares a process with AppWorld's databases or with the evaluation: it calls the APIs through a socket
-(see world.py). What stands between it and the machine, from a fresh interpreter on:
+(see world.py). One server, which has imported what every session needs and nothing of the engine, forks a keeper for
+each jail that a world asks for; the keeper forks the jail and sees to it that it ends with its world, however that
+came about. What stands between the code and the machine:
 
 - **files**: a mount namespace with a root of its own: the Python it runs on and the system's libraries, read-only, and
   a scratch folder in memory, which is the only place to write. AppWorld's data are not there;
@@ -13,7 +15,8 @@ The code never shares a process with AppWorld's databases or with the evaluation
 - **limits**: of memory, file size, open files.
 
 Namespaces need Linux, and root or the kernel's leave for unprivileged ones. Where something can't be had, world.py asks
-for less, and the first message says what holds: ``{"held": [...]}``. `skillsd doctor` and the docs put it into words.
+for less once, when the server starts, and the first message says what holds: ``{"held": [...]}``. `skillsd doctor` and
+the docs put it into words.
 
 Nothing of the model's is read before the doors are closed.
 """
@@ -23,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import json
 import os
 import platform
@@ -31,6 +35,8 @@ import signal
 import socket
 import struct
 import sys
+import traceback
+from pathlib import Path
 from typing import Any
 
 _NEWNS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
@@ -242,13 +248,57 @@ def close_doors(channel: socket.socket, options: dict[str, Any]) -> list[str]:
     return held
 
 
+def _keep(connection: socket.socket, shell: dict[str, Any]) -> None:
+    """Have a jail until the world that asked for it hangs up; then nothing of it is left, and we hang up."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _die_with_parent()
+    request, fds, _, _ = socket.recv_fds(connection, 1 << 16, 1)
+    while request[-1:] != b"\n":
+        if not (more := connection.recv(1 << 16)):
+            return
+        request += more
+    options, channel = json.loads(request), socket.socket(fileno=fds[0])
+    if (jail := os.fork()) == 0:
+        connection.close()
+        shell["serve"](channel, close_doors(channel, options))
+        return
+    channel.close()
+    connection.recv(1)
+    os.kill(jail, signal.SIGKILL)
+    os.waitpid(jail, 0)
+
+
 def main() -> None:
     options = json.loads(sys.argv[1])
-    channel = socket.socket(fileno=options["channel"])
+    listener = socket.socket(fileno=options["listener"])
+    listener.settimeout(10.0)
+    parent = os.getppid()
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     shell: dict[str, Any] = {"__name__": "shell"}
-    exec(compile(options["shell"], "shell.py", "exec"), shell)
-    shell["prepare"](options["modules"])  # what it imports may be out of another user's reach later
-    shell["serve"](channel, close_doors(channel, options))
+    exec(compile(Path(__file__).with_name("shell.py").read_text(encoding="utf-8"), "shell.py", "exec"), shell)
+    shell["prepare"](options["modules"])
+    gc.collect()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
+    while os.getppid() == parent:  # where nobody kills us with it
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            continue
+        if os.fork():
+            connection.close()
+            continue
+        code = 1
+        try:
+            listener.close()
+            _keep(connection, shell)
+            code = 0
+        except BaseException as error:
+            if not isinstance(error, SystemExit):  # the session's, when its world is gone
+                traceback.print_exc()
+        finally:
+            os._exit(code)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib.util
 import json
 import os
 import re
@@ -39,12 +40,6 @@ CALLS = 1000
 """API calls of a block; the engine's own limit, after which it refuses them all."""
 ARGUMENTS = 64 << 10
 """Characters of a call's arguments, as JSON: the engine keeps them all in memory."""
-_ATTEMPTS: tuple[dict[str, bool], ...] = (
-    {"namespaces": True, "user": True},
-    {"namespaces": False, "user": True},
-    {"namespaces": False, "user": False},
-)
-"""What a jail is asked to do without, if it does not come up otherwise."""
 _NOT_FOR_AGENTS = {"client", "show", "track"}
 """Arguments of the engine's own `request` that are no argument of any API."""
 _MODULES = ("copy", "datetime")
@@ -55,62 +50,109 @@ class _JailBrokenError(Exception):
     """The model's session is lost; the message is for the model."""
 
 
+def _package() -> Path:
+    """Where the engine lies, without the seconds that it takes to import."""
+    spec = importlib.util.find_spec("appworld")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("No module named 'appworld'")
+    return Path(spec.origin).parent
+
+
+class Jails:
+    """The server that jails are forked from: a Python without the engine, the data or anything else of ours in it."""
+
+    ATTEMPTS: tuple[dict[str, bool], ...] = (
+        {"namespaces": True, "user": True},
+        {"namespaces": False, "user": True},
+        {"namespaces": False, "user": False},
+    )
+    """What a jail is asked to do without, if it does not come up otherwise."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        package = _package()
+        folder = Path(options["socket"]).parent
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(folder / "jails"))
+            listener.listen(1024)
+            modules = {name: (package / "common" / f"{name}.py").read_text() for name in _MODULES}
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-P",
+                    "-s",
+                    str(HERE / "jail.py"),
+                    json.dumps({"listener": listener.fileno(), "modules": modules}),
+                ],
+                pass_fds=[listener.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
+            )
+        self._options = options | {
+            "prefixes": [sys.base_prefix, sys.prefix],
+            "hidden": [str(package), os.path.realpath(options["data"])],
+        }
+
+    def strongest(self) -> tuple[dict[str, Any], list[str]]:
+        """The options of the jails of this machine, and what they hold.
+
+        Found out once, so that no jail that fails for another reason, want of memory say, comes up with less.
+
+        Raises:
+            _JailBrokenError: if there are none at all.
+        """
+        for attempt in self.ATTEMPTS:
+            if attempt["namespaces"] and not self._options.get("namespaces", True):
+                continue
+            jail = Jail(self._options | attempt)
+            try:
+                jail.start()
+                jail.greet({"apis": {}, "datetime": "2023-05-18T12:00:00"})
+                return self._options | attempt, jail.held
+            except _JailBrokenError as error:
+                broken = error
+            finally:
+                jail.stop()
+        raise broken
+
+
 class Jail:
-    """The process that the model's code runs in, started when it is first needed and again after it was lost."""
+    """The process that the model's code runs in; started again when it was lost."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
-        self._process: subprocess.Popen[bytes] | None = None
-        self._attempts = [one for one in _ATTEMPTS if one["namespaces"] <= options.get("namespaces", True)]
+        self._keeper: socket.socket | None = None
         self.held: list[str] = []
 
     def start(self) -> None:
-        """Start it; `greet` waits until it is there."""
-        ours, theirs = socket.socketpair()
-        self._root = tempfile.mkdtemp(prefix=f"jail-{os.getpid()}-", dir=Path(self._options["socket"]).parent)
-        package = Path(sys.modules["appworld"].__file__ or "").parent
-        options = (
-            self._options
-            | self._attempts[0]
-            | {
-                "channel": theirs.fileno(),
-                "root": self._root,
-                "prefixes": [sys.base_prefix, sys.prefix],
-                "hidden": [str(package), os.path.realpath(self._options["data"])],
-                "number": os.getpid(),
-                "shell": (HERE / "shell.py").read_text(encoding="utf-8"),
-                "modules": {name: (package / "common" / f"{name}.py").read_text() for name in _MODULES},
-            }
-        )
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-s", str(HERE / "jail.py"), json.dumps(options)],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
-        )
-        theirs.close()
-        self._channel, self._buffer = ours, b""
+        """Ask for it; `greet` waits until it is there.
+
+        Raises:
+            _JailBrokenError: if nobody is there to be asked.
+        """
+        folder = Path(self._options["socket"]).parent
+        self._root = tempfile.mkdtemp(prefix=f"jail-{os.getpid()}-", dir=folder)
+        request = self._options | {"root": self._root, "number": os.getpid()}
+        self._channel, theirs = socket.socketpair()
+        self._buffer = b""
+        self._keeper = socket.socket(socket.AF_UNIX)
+        try:
+            self._keeper.connect(str(folder / "jails"))
+            socket.send_fds(self._keeper, [json.dumps(request).encode() + b"\n"], [theirs.fileno()])
+        except OSError as error:
+            raise _JailBrokenError("there is no Python session to be had") from error
+        finally:
+            theirs.close()
 
     def greet(self, hello: dict[str, Any]) -> None:
-        """Tell the session which APIs there are and what time it is; have one with fewer protections if need be."""
+        """Tell the session which APIs there are and what time it is."""
         deadline = _now() + self._options["start_seconds"]
-        while True:
-            try:
-                self.held = self.receive(deadline)["held"]
-                self.send(hello, deadline)
-                self._attempts = self._attempts[:1]  # from now on, this much or nothing
-                return
-            except _JailBrokenError:
-                self.stop()
-                if len(self._attempts) == 1:
-                    raise
-                self._attempts.pop(0)
-                self.start()
+        self.held = self.receive(deadline)["held"]
+        self.send(hello, deadline)
 
     @property
     def alive(self) -> bool:
-        return self._process is not None
+        return self._keeper is not None
 
     def send(self, message: dict[str, Any], deadline: float) -> None:
         data = memoryview(json.dumps(message).encode() + b"\n")
@@ -162,11 +204,14 @@ class Jail:
             raise TimeoutError
 
     def stop(self) -> None:
-        if self._process is None:
+        """End it; it is gone afterwards. Stopping twice is harmless."""
+        if self._keeper is None:
             return
-        self._process.kill()  # the rest dies with it: see jail.py
-        self._process.wait()
-        self._process = None
+        with contextlib.suppress(OSError):
+            self._keeper.shutdown(socket.SHUT_WR)
+            self._keeper.recv(1)  # hangs up when nothing of the jail is left
+        self._keeper.close()
+        self._keeper = None
         self._channel.close()
         shutil.rmtree(self._root, ignore_errors=True)
 
@@ -207,10 +252,6 @@ class Episode:
         error: Any
         deadline = _now() + seconds
         try:
-            if not self._jail.alive:
-                self._jail.start()
-                self._jail.greet(self._hello)
-                deadline = _now() + seconds
             self._turn += 1  # so that an answer made up by the code is not followed by the true one a turn late
             self._jail.send({"code": code, "turn": self._turn}, deadline)
             while "call" in (message := self._jail.receive(deadline)):
@@ -229,7 +270,9 @@ class Episode:
             self._jail.stop()
             error = f"RuntimeError: {broken}"
             output = f"Execution failed. Traceback:\n{error}"
-        if not self._jail.alive:
+        if not self._jail.alive:  # one that can't be had is no fault of the model's
+            self._jail.start()
+            self._jail.greet(self._hello)
             output += "\nThe Python session was restarted: its variables are gone, the apps' state is kept."
         return {"output": output, "error": error, "calls": calls, "completed": bool(self._world.task_completed())}
 
