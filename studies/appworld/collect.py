@@ -13,6 +13,9 @@ from skillsd.envs.appworld import client, paths
 from skillsd.report.manifest import commit, processor, versions
 
 
+BASE = Path("models/appworld-smoke-base")
+
+
 def tasks(root: Path) -> dict[str, Any]:
     """Tasks by split, and in each by scenario's apps and difficulty."""
     world = json.loads((root / "data" / "skillsd.json").read_text(encoding="utf-8"))
@@ -42,7 +45,7 @@ def main() -> None:
     runs, out = Path(sys.argv[1]), Path(sys.argv[2])
     speed = Path("benchmarks/results/appworld.json")
     table = runs / "table-appworld-smoke" / "table.json"
-    for path in (table, speed, runs / "attacks.xml"):
+    for path in (table, speed, runs / "attacks.xml", BASE / "warm_start.json"):
         if not path.is_file():
             sys.exit(f"there is no {path}: run studies/appworld/run.sh")
     collected = {
@@ -50,6 +53,7 @@ def main() -> None:
         "task_world": tasks(paths.world()),
         "protections": client.protections(paths.python()),
         "attacks": attacks(runs / "attacks.xml"),
+        "warm_start": json.loads((BASE / "warm_start.json").read_text(encoding="utf-8")),
         "learning": json.loads(table.read_text(encoding="utf-8")),
         "speed": json.loads(speed.read_text(encoding="utf-8")),
         "commit": commit(),

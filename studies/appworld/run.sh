@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A small model on our AppWorld tasks (the real engine, not the AppWorld benchmark), from nothing: warm start, GRPO and
-# Skill-SD on two seeds, attacks, speed, one JSON file. Resumable at any point.
+# Skill-SD on three seeds, attacks, speed, one JSON file. Resumable at any point.
 #   studies/appworld/run.sh RUNS
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -13,7 +13,7 @@ if [ ! -f $base/warm_start.json ]; then
     rm -rf $base  # a warm start that was broken off
     $skillsd sft appworld-smoke-base --out $base
 fi
-$skillsd table appworld-smoke log.tensorboard=false --methods grpo,skill-sd --seeds 2 --split dev --samples 4 \
+$skillsd table appworld-smoke log.tensorboard=false --methods grpo,skill-sd --seeds 3 --split dev --samples 4 \
     --out "$runs/table-appworld-smoke"
 [ -f benchmarks/results/appworld.json ] || .venv/bin/python benchmarks/appworld.py --json benchmarks/results/appworld.json
 .venv/bin/python -m pytest tests/envs/test_appworld_engine.py -k attack -p no:cacheprovider --junitxml "$runs/attacks.xml"

@@ -273,6 +273,30 @@ def test_attack_other_processes(tmp_path: Path, victim: Callable[[str], Step]) -
     assert killed.observation.count("Operation not permitted") >= 2
 
 
+@pytest.mark.parametrize("command", [[], ["unshare", "-Ur"]])
+def test_attack_on_the_process_group(task_set: AppWorld, command: list[str]) -> None:
+    """``kill(0)`` asks for the kernel's user id only, and namespaces do not stop it: other episodes must go on."""
+    task = task_of(task_set, "songcount")
+    program = f"""
+        import asyncio
+        from skillsd.envs.appworld import AppWorld, client
+        made = AppWorld(root={str(task_set.data.root.absolute())!r})
+        async def main():
+            one, other = [await client.World.open(made.host(), {task.id!r}, 60) for _ in range(2)]
+            print((await one.execute("import os\\nos.kill(0, 9)", 5))["error"])
+            for world in (one, other):
+                print((await world.execute("print(7)", 5))["output"].strip())
+            print(made.host()._process.poll())
+        asyncio.run(main())
+        made.host().stop()
+    """
+    script = [*command, sys.executable, "-c", textwrap.dedent(program)]
+    if command and subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
+        pytest.skip(f"{' '.join(command)} is not to be had here")
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n") == ["RuntimeError: the Python session ended", "7", "7", "None", ""], done.stderr
+
+
 def test_attack_network(victim: Callable[[str], Step]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
@@ -369,6 +393,20 @@ def test_attack_on_the_wire(task_set: AppWorld, victim: Callable[[str], Step]) -
         assert "not a valid value" in victim(f"apis.spotify.show_song(song_id={path!r})").observation
     assert "no parameter" in victim("apis.spotify.show_song(song_id=1, client=3)").observation
     assert "no parameter" in victim("apis.spotify.show_song(song_id=1, _app_name='admin')").observation
+
+
+def test_attack_by_an_answer_that_is_too_long(task_set: AppWorld) -> None:
+    """It costs the session. Were it passed on, the trainer would take the world for a broken one, and play again."""
+
+    async def answer() -> dict[str, Any]:
+        world = await client.World.open(task_set.host(), task_of(task_set, "songcount").id, 60)
+        message = "json.dumps({'turn': 1, 'error': None, 'output': 'x' * 2_000_000}).encode()"
+        send = f"import os\nfor fd in range(3, 64):\n  try: os.write(fd, {message} + b'\\n')\n  except OSError: pass"
+        found = await world.execute(send, 5)
+        await world.close()
+        return found
+
+    assert "something that is no message" in asyncio.run(answer())["output"]
 
 
 def test_attack_crashing_the_session(victim: Callable[[str], Step]) -> None:
@@ -571,6 +609,12 @@ def test_a_server_of_jails_that_dies_takes_no_agent_down(task_set: AppWorld) -> 
         asyncio.run(broken())
     finally:
         host.stop()
+
+
+def test_no_jail_is_taken_that_holds_less_than_it_should(task_set: AppWorld) -> None:
+    host = client.Host(paths.python(), task_set.data.root.absolute(), limits={"held": ["limits", "moonlight"]})
+    with pytest.raises(client.WorldBrokenError, match="came up without moonlight"):
+        host.ensure()
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:

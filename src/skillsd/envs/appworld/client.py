@@ -32,7 +32,7 @@ LIMITS: dict[str, Any] = {
     "memory_bytes": 1 << 30,  # of the model's code
     "scratch_bytes": 64 << 20,  # of its scratch folder, and of the largest file
     "world_bytes": 3 << 30,  # address space of a world; it needs about 1
-    "start_seconds": 30,  # for a jail to come up
+    "start_seconds": 15,  # for a jail to come up; below SLACK_SECONDS
 }
 
 

@@ -3,7 +3,7 @@
 ``python forkserver.py OPTIONS`` listens on a Unix socket (nobody but its owner can reach it, unlike a port on
 loopback); each connection gets a fresh process with a world of its own, which ends with the connection. So no world can
 leak into the next, and a hung one is killed without anyone noticing. The server itself ends when its standard input
-does, that is when the trainer is gone, however it went.
+does, that is when the trainer is gone, however it went; or when the server of jails does.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import world
+from jails import Jails
 
 
 def main() -> None:
@@ -31,9 +32,9 @@ def main() -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(options["socket"])
     listener.listen(1024)
-    jails = world.Jails(options)  # imports what it needs while we do
+    jails = Jails(options)  # imports what it needs while we do
     world.preload(Path(options["root"]))
-    options, _ = jails.strongest()
+    options = jails.strongest()
     print("ready", flush=True)
     children: set[int] = set()
     wake, woken = os.pipe()
@@ -78,7 +79,7 @@ def _reap(children: set[int], options: dict[str, Any]) -> None:
         if os.waitpid(child, os.WNOHANG)[0] == child:
             children.discard(child)
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(child, signal.SIGKILL)  # its jail, if it did not close it
+                os.killpg(child, signal.SIGKILL)  # whatever is left of its group; its jail goes by itself
             for left in (world.outputs(options, child), *Path(options["socket"]).parent.glob(f"jail-{child}-*")):
                 shutil.rmtree(left, ignore_errors=True)
 

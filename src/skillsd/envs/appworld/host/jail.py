@@ -41,7 +41,7 @@ from typing import Any
 
 _NEWNS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
 _RDONLY, _NOSUID, _NODEV, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
-_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/localtime")
 _SCRATCH = "/scratch"  # not /tmp: what is shown may lie there
 _SCRATCH_FILES = 4096
@@ -215,6 +215,8 @@ def close_doors(channel: socket.socket, options: dict[str, Any]) -> list[str]:
     linux, root = sys.platform == "linux", os.geteuid() == 0
     _die_with_parent()
     entered = _namespaces(root) if linux and options["namespaces"] else None
+    if entered is None and linux and options["namespaces"]:
+        raise OSError(f"no namespaces: {os.strerror(ctypes.get_errno())}")
     if entered is not None:
         _own_root(options["root"], options["prefixes"], options["hidden"], options["scratch_bytes"])
         _fork_inside(channel)  # the namespace's first process: when it dies, all others in there do
@@ -248,6 +250,13 @@ def close_doors(channel: socket.socket, options: dict[str, Any]) -> list[str]:
     return held
 
 
+def _children() -> list[int]:
+    try:
+        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    except OSError:
+        return []
+
+
 def _keep(connection: socket.socket, shell: dict[str, Any]) -> None:
     """Have a jail until the world that asked for it hangs up; then nothing of it is left, and we hang up."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -258,21 +267,27 @@ def _keep(connection: socket.socket, shell: dict[str, Any]) -> None:
             return
         request += more
     options, channel = json.loads(request), socket.socket(fileno=fds[0])
+    if sys.platform == "linux":  # what the jail leaves behind is ours to wait for
+        _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "subreaper")
     if (jail := os.fork()) == 0:
         connection.close()
+        os.setsid()  # kill(0) reaches the whole group, whatever namespaces its members are in
         shell["serve"](channel, close_doors(channel, options))
         return
     channel.close()
     connection.recv(1)
-    os.kill(jail, signal.SIGKILL)
-    os.waitpid(jail, 0)
+    os.kill(jail, signal.SIGKILL)  # its namespace dies with it; without one, there may be more
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
+            for left in _children():
+                os.kill(left, signal.SIGKILL)
 
 
 def main() -> None:
     options = json.loads(sys.argv[1])
     listener = socket.socket(fileno=options["listener"])
     listener.settimeout(10.0)
-    parent = os.getppid()
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     shell: dict[str, Any] = {"__name__": "shell"}
@@ -281,12 +296,17 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
-    while os.getppid() == parent:  # where nobody kills us with it
+    while os.getppid() == options["parent"]:  # where nobody kills us with it
         try:
             connection, _ = listener.accept()
         except TimeoutError:
             continue
-        if os.fork():
+        try:
+            keeper = os.fork()
+        except OSError as error:  # no room for one more: whoever asked is told by the connection's end
+            print(f"no fork: {error}", file=sys.stderr, flush=True)
+            keeper = -1
+        if keeper:
             connection.close()
             continue
         code = 1

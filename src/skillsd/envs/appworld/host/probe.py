@@ -9,14 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import world
+from jails import Jails
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="skillsd-appworld-") as folder:
-        jails = world.Jails(json.loads(sys.argv[1]) | {"socket": f"{folder}/socket", "data": folder})
+        jails = Jails(json.loads(sys.argv[1]) | {"socket": f"{folder}/socket", "data": folder})
         try:
-            print(json.dumps(jails.strongest()[1]))
+            print(json.dumps(jails.strongest()["held"]))
         finally:
             jails.process.kill()
             jails.process.wait()

@@ -1,13 +1,11 @@
-"""One episode of AppWorld: the world, the jail that the model's code runs in, and the evaluation. Run by forkserver.py.
+"""One episode of AppWorld: the world, what its jail may ask of it, and the evaluation. Run by forkserver.py.
 
 Three parties, and who trusts whom:
 
 - the trainer sends requests over a Unix socket (one connection, one world, one process) and may kill this process;
 - this process holds the databases, answers API calls and evaluates. It never runs the model's code;
-- the jail (jail.py, shell.py) runs the model's code. All it can do to this process is to send messages, and a message
-  that is not understood costs the jail its life.
-
-Time is frozen in here once the world is open (freezegun), so deadlines are read from the kernel's clock.
+- the jail (jails.py, jail.py, shell.py) runs the model's code. All it can do to this process is to send messages, and
+  a message that is not understood costs the jail its life.
 """
 
 from __future__ import annotations
@@ -15,205 +13,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import importlib.util
 import json
 import os
 import re
-import select
-import shutil
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import time
 import traceback
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_now = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
+from jails import Jail, JailBrokenError, now
 
-HERE = Path(__file__).parent
-MESSAGE = 4 << 20
-"""Bytes of the longest message that the jail may send."""
 CALLS = 1000
 """API calls of a block; the engine's own limit, after which it refuses them all."""
 ARGUMENTS = 64 << 10
 """Characters of a call's arguments, as JSON: the engine keeps them all in memory."""
 _NOT_FOR_AGENTS = {"client", "show", "track"}
 """Arguments of the engine's own `request` that are no argument of any API."""
-_MODULES = ("copy", "datetime")
-"""What the session is given of ``appworld.common``: the agent's dates and times."""
-
-
-class _JailBrokenError(Exception):
-    """The model's session is lost; the message is for the model."""
-
-
-def _package() -> Path:
-    """Where the engine lies, without the seconds that it takes to import."""
-    spec = importlib.util.find_spec("appworld")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("No module named 'appworld'")
-    return Path(spec.origin).parent
-
-
-class Jails:
-    """The server that jails are forked from: a Python without the engine, the data or anything else of ours in it."""
-
-    ATTEMPTS: tuple[dict[str, bool], ...] = (
-        {"namespaces": True, "user": True},
-        {"namespaces": False, "user": True},
-        {"namespaces": False, "user": False},
-    )
-    """What a jail is asked to do without, if it does not come up otherwise."""
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        package = _package()
-        folder = Path(options["socket"]).parent
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(folder / "jails"))
-            listener.listen(1024)
-            modules = {name: (package / "common" / f"{name}.py").read_text() for name in _MODULES}
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-s",
-                    str(HERE / "jail.py"),
-                    json.dumps({"listener": listener.fileno(), "modules": modules}),
-                ],
-                pass_fds=[listener.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
-            )
-        self._options = options | {
-            "prefixes": [sys.base_prefix, sys.prefix],
-            "hidden": [str(package), os.path.realpath(options["data"])],
-        }
-
-    def strongest(self) -> tuple[dict[str, Any], list[str]]:
-        """The options of the jails of this machine, and what they hold.
-
-        Found out once, so that no jail that fails for another reason, want of memory say, comes up with less.
-
-        Raises:
-            _JailBrokenError: if there are none at all.
-        """
-        for attempt in self.ATTEMPTS:
-            if attempt["namespaces"] and not self._options.get("namespaces", True):
-                continue
-            jail = Jail(self._options | attempt)
-            try:
-                jail.start()
-                jail.greet({"apis": {}, "datetime": "2023-05-18T12:00:00"})
-                return self._options | attempt, jail.held
-            except _JailBrokenError as error:
-                broken = error
-            finally:
-                jail.stop()
-        raise broken
-
-
-class Jail:
-    """The process that the model's code runs in; started again when it was lost."""
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        self._options = options
-        self._keeper: socket.socket | None = None
-        self.held: list[str] = []
-
-    def start(self) -> None:
-        """Ask for it; `greet` waits until it is there.
-
-        Raises:
-            _JailBrokenError: if nobody is there to be asked.
-        """
-        folder = Path(self._options["socket"]).parent
-        self._root = tempfile.mkdtemp(prefix=f"jail-{os.getpid()}-", dir=folder)
-        request = self._options | {"root": self._root, "number": os.getpid()}
-        self._channel, theirs = socket.socketpair()
-        self._buffer = b""
-        self._keeper = socket.socket(socket.AF_UNIX)
-        try:
-            self._keeper.connect(str(folder / "jails"))
-            socket.send_fds(self._keeper, [json.dumps(request).encode() + b"\n"], [theirs.fileno()])
-        except OSError as error:
-            raise _JailBrokenError("there is no Python session to be had") from error
-        finally:
-            theirs.close()
-
-    def greet(self, hello: dict[str, Any]) -> None:
-        """Tell the session which APIs there are and what time it is."""
-        deadline = _now() + self._options["start_seconds"]
-        self.held = self.receive(deadline)["held"]
-        self.send(hello, deadline)
-
-    @property
-    def alive(self) -> bool:
-        return self._keeper is not None
-
-    def send(self, message: dict[str, Any], deadline: float) -> None:
-        data = memoryview(json.dumps(message).encode() + b"\n")
-        self._channel.setblocking(False)
-        while data:
-            self._wait(select.POLLOUT, deadline)
-            try:
-                data = data[self._channel.send(data) :]
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                raise _JailBrokenError("the Python session ended") from error
-
-    def receive(self, deadline: float) -> dict[str, Any]:
-        """The next message.
-
-        Raises:
-            TimeoutError: if there is none before `deadline`.
-            _JailBrokenError: if there will be none, or it is no message.
-        """
-        if _now() >= deadline:  # whatever is waiting: a flood of calls is no way round it
-            raise TimeoutError
-        while b"\n" not in self._buffer:
-            if len(self._buffer) > MESSAGE:
-                raise _JailBrokenError("the Python session sent too much")
-            self._wait(select.POLLIN, deadline)
-            try:
-                piece = self._channel.recv(1 << 16)
-            except BlockingIOError:
-                continue
-            except OSError:
-                piece = b""
-            if not piece:
-                raise _JailBrokenError("the Python session ended")
-            self._buffer += piece
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        try:
-            message = json.loads(line)
-        except (ValueError, RecursionError):
-            message = None
-        if not isinstance(message, dict):
-            raise _JailBrokenError("the Python session sent something that is no message")
-        return message
-
-    def _wait(self, event: int, deadline: float) -> None:
-        poll = select.poll()
-        poll.register(self._channel, event)
-        if not poll.poll(max(0, (deadline - _now()) * 1000)):
-            raise TimeoutError
-
-    def stop(self) -> None:
-        """End it; it is gone afterwards. Stopping twice is harmless."""
-        if self._keeper is None:
-            return
-        with contextlib.suppress(OSError):
-            self._keeper.shutdown(socket.SHUT_WR)
-            self._keeper.recv(1)  # hangs up when nothing of the jail is left
-        self._keeper.close()
-        self._keeper = None
-        self._channel.close()
-        shutil.rmtree(self._root, ignore_errors=True)
+OUTPUT = 1 << 20
+"""Characters of a block's output; the session itself keeps fewer, but what comes may not be the session's."""
 
 
 class Episode:
@@ -250,7 +68,7 @@ class Episode:
         calls: list[dict[str, Any]] = []
         output: Any
         error: Any
-        deadline = _now() + seconds
+        deadline = now() + seconds
         try:
             self._turn += 1  # so that an answer made up by the code is not followed by the true one a turn late
             self._jail.send({"code": code, "turn": self._turn}, deadline)
@@ -258,23 +76,24 @@ class Episode:
                 self._jail.send(self._answer(message["call"], calls), deadline)
             output, error, lost = message.get("output"), message.get("error"), message.get("lost", 0)
             usable = isinstance(output, str) and isinstance(error, (str, type(None))) and isinstance(lost, int)
-            if not usable or message.get("turn") != self._turn:
-                raise _JailBrokenError("the Python session sent something that is no message")
+            if not usable or len(output) > OUTPUT or message.get("turn") != self._turn:
+                raise JailBrokenError("the Python session sent something that is no message")
             if lost:
                 output += f"\n[{lost} more characters were not kept]"
         except TimeoutError:
             self._jail.stop()
             error = f"TimeoutError: the code took longer than {seconds:g} seconds"
             output = f"Execution failed. Traceback:\nExecution timed out after {seconds:g} seconds."
-        except _JailBrokenError as broken:
+        except JailBrokenError as broken:
             self._jail.stop()
             error = f"RuntimeError: {broken}"
             output = f"Execution failed. Traceback:\n{error}"
-        if not self._jail.alive:  # one that can't be had is no fault of the model's
+        completed = bool(self._world.task_completed())
+        if not completed and not self._jail.alive:  # one that can't be had is no fault of the model's
             self._jail.start()
             self._jail.greet(self._hello)
             output += "\nThe Python session was restarted: its variables are gone, the apps' state is kept."
-        return {"output": output, "error": error, "calls": calls, "completed": bool(self._world.task_completed())}
+        return {"output": output, "error": error, "calls": calls, "completed": completed}
 
     def _answer(self, call: Any, calls: list[dict[str, Any]]) -> dict[str, Any]:
         """Do an API call for the jail. Whatever is wrong with it is told to the caller."""
@@ -289,7 +108,7 @@ class Episode:
             changes = doc["method"].upper() != "GET" and name != "login"
             record = {"app": app, "api": name, "args": args, "ok": True, "error": None, "changes": changes}
         except Exception as error:
-            raise _JailBrokenError("the Python session asked for something that is no API") from error
+            raise JailBrokenError("the Python session asked for something that is no API") from error
         if len(calls) >= CALLS:
             return {"error": f"Maximum number of API calls ({CALLS}) reached."}
         calls.append(record)
