@@ -3,8 +3,10 @@
     .venv/bin/python benchmarks/appworld.py --json benchmarks/results/appworld.json
 
 Both play the same reference solutions of the same training tasks, from opening the world to its evaluation, N at once.
-The pool has N uvicorn servers that stay (the package's own way, bound to loopback); the fork-server makes a process an
-episode. Needs `skillsd envs setup appworld`. Turns alternate between the two, so that noise hits both.
+The pool has N uvicorn servers that stay (the package's own way, bound to loopback) and run the model's code beside the
+databases and the answers; the fork-server makes a process an episode, and a jail for the code. An episode that hangs is
+lost with the pool, and goes on without its variables with the fork-server; neither plays it again. Needs `skillsd envs
+setup appworld`. Turns alternate between the two, so that noise hits both.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -81,6 +85,7 @@ class Pooled:
 
     def __init__(self, task_set: AppWorld, workers: int) -> None:
         self._root = task_set.data.root.absolute()
+        self._outputs = tempfile.mkdtemp(prefix="skillsd-bench-")
         begin = time.perf_counter()
         self._servers = [self._start() for _ in range(workers)]
         for _, port in self._servers:
@@ -113,7 +118,7 @@ class Pooled:
 
     async def episode(self, worker: int, task: Task, codes: list[str]) -> bool:
         self._number += 1
-        return await asyncio.to_thread(self._episode, worker, task, codes, f"bench-{os.getpid()}-{self._number}")
+        return await asyncio.to_thread(self._episode, worker, task, codes, f"{self._outputs}/{self._number}")
 
     def _episode(self, worker: int, task: Task, codes: list[str], name: str) -> bool:
         port = self._servers[worker][1]
@@ -142,6 +147,7 @@ class Pooled:
         for process, _ in self._servers:
             process.kill()
             process.wait()
+        shutil.rmtree(self._outputs)
 
 
 async def play(contestant: Forked | Pooled, workers: int, work: list[tuple[Task, list[str]]]) -> dict[str, float]:
@@ -152,7 +158,8 @@ async def play(contestant: Forked | Pooled, workers: int, work: list[tuple[Task,
         nonlocal solved
         while queue:
             task, codes = queue.pop()
-            solved += await contestant.episode(worker, task, codes)
+            won = await contestant.episode(worker, task, codes)
+            solved += won  # not in one line: others may add to it while this one waits
 
     async def watch() -> None:
         nonlocal peak
@@ -182,7 +189,9 @@ def measure(task_set: AppWorld, workers: int, episodes: int, rounds: int) -> dic
             found[name] = {"start_seconds": contestant.start_seconds, "first_seconds": first["seconds"], "rounds": []}
         for _ in range(rounds):
             for name, contestant in contestants.items():
-                found[name]["rounds"].append(asyncio.run(play(contestant, workers, work)))
+                found[name]["rounds"].append(round_ := asyncio.run(play(contestant, workers, work)))
+                if round_["solved"] != episodes:
+                    raise SystemExit(f"{name}: {round_['solved']} of {episodes} reference solutions solved their task")
         for name, contestant in contestants.items():
             found[name]["hanging"] = asyncio.run(play(contestant, workers, hanging))
     finally:

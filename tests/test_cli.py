@@ -298,7 +298,10 @@ def test_the_doctor_estimates_a_recipe(skillsd: Command, run: Path) -> None:
     assert "fits" in said.out
     said = skillsd("doctor", run / "toy.yaml", "model.name=/no/model")
     assert said.code == 2
-    assert said.err == "error: no model in '/no/model': expected a folder with config.json, weights and a tokenizer\n"
+    no_model = "expected a folder with config.json, weights and a tokenizer{}. Models by name: nano, smollm2-135m\n"
+    assert said.err == f"error: no model in '/no/model': {no_model.format('')}"
+    said = skillsd("doctor", run / "toy.yaml", "model.name=models/mine")  # not asked of a hub
+    assert said.err == f"error: no model in 'models/mine': {no_model.format(', as `skillsd sft mine` makes it')}"
 
 
 def test_the_command_itself() -> None:

@@ -59,8 +59,10 @@ def _appworld() -> list[str]:
     lines = [f"{engine}; our own tasks {own}; official data: {paths.official() or 'not found ($APPWORLD_ROOT)'}"]
     if paths.installed():
         held = client.protections(paths.python())
-        lines.append(f"the model's code is kept from: {', '.join(held) or 'nothing'} (docs/appworld.md)")
-        lines += [f"OPEN: {name} ({words})" for name, words in client.PROTECTIONS.items() if name not in held]
+        lines.append(f"what holds of the jail for the model's code: {', '.join(held) or 'nothing'} (docs/appworld.md)")
+        lines += [
+            f"OPEN: {name} (would be: {words})" for name, words in client.PROTECTIONS.items() if name not in held
+        ]
     return lines
 
 

@@ -175,15 +175,13 @@ def read_architecture(name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    from skillsd.engines.torch.models import resolve
+    from skillsd.engines.torch.models import local_folder, resolve
 
     if name in PUBLISHED:
         return AutoConfig.for_model(**PUBLISHED[name])
-    path = Path(resolve(name)).expanduser()
-    if name.startswith((".", "/", "~")) and not (path / "config.json").is_file():
-        raise UserError(f"no model in {name!r}: expected a folder with config.json, weights and a tokenizer")
+    folder = local_folder(resolve(name))
     try:
-        return AutoConfig.from_pretrained(path if path.is_dir() else name)
+        return AutoConfig.from_pretrained(folder or name)
     except (OSError, ValueError) as error:
         raise UserError(
             f"can't read the model {name!r}: {str(error).splitlines()[0]} To estimate without it: model.name=FOLDER, a "

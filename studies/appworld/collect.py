@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 from skillsd.envs.appworld import client, paths
 from skillsd.report.manifest import commit, processor, versions
 
-
 BASE = Path("models/appworld-smoke-base")
 
 
@@ -32,18 +31,31 @@ def tasks(root: Path) -> dict[str, Any]:
 
 
 def attacks(report: Path) -> dict[str, str]:
-    """Each test of an attack: stopped where it passed, open where it failed, not tried where it was skipped."""
+    """Each test of an attack: stopped where it passed; open where it failed, or where the machine gives no jail."""
     found = {}
     for case in ElementTree.parse(report).iter("testcase"):
-        name = case.attrib["name"].removeprefix("test_").replace("_", " ")
-        kinds = {child.tag for child in case}
-        found[name] = "not tried" if "skipped" in kinds else "open" if kinds & {"failure", "error"} else "stopped"
+        name = case.attrib["name"].removeprefix("test_attack_").removeprefix("by_").replace("_", " ")
+        kinds = {child.tag: child.attrib.get("message", "") for child in case}
+        if "failure" in kinds or "error" in kinds or "gives no jail" in kinds.get("skipped", ""):
+            found[name] = "open"
+        else:
+            found[name] = f"not tried: {kinds['skipped']}" if "skipped" in kinds else "stopped"
     return found
+
+
+def scenarios(table: Path) -> dict[str, Any]:
+    """AppWorld's SGC, the share of whole scenarios that were solved, by cell: the table itself has only accuracies."""
+    return {
+        str(path.relative_to(table).with_suffix("").with_suffix("")): {
+            row["temperature"]: row["scenario_accuracy"] for row in json.loads(path.read_text(encoding="utf-8"))
+        }
+        for path in sorted(table.glob("*/*/*.dev.json"))
+    }
 
 
 def main() -> None:
     runs, out = Path(sys.argv[1]), Path(sys.argv[2])
-    speed = Path("benchmarks/results/appworld.json")
+    speed = runs / "speed.json"
     table = runs / "table-appworld-smoke" / "table.json"
     for path in (table, speed, runs / "attacks.xml", BASE / "warm_start.json"):
         if not path.is_file():
@@ -55,6 +67,7 @@ def main() -> None:
         "attacks": attacks(runs / "attacks.xml"),
         "warm_start": json.loads((BASE / "warm_start.json").read_text(encoding="utf-8")),
         "learning": json.loads(table.read_text(encoding="utf-8")),
+        "whole_scenarios": scenarios(table.parent),
         "speed": json.loads(speed.read_text(encoding="utf-8")),
         "commit": commit(),
         "processor": processor(),

@@ -15,6 +15,7 @@ if [ ! -f $base/warm_start.json ]; then
 fi
 $skillsd table appworld-smoke log.tensorboard=false --methods grpo,skill-sd --seeds 3 --split dev --samples 4 \
     --out "$runs/table-appworld-smoke"
-[ -f benchmarks/results/appworld.json ] || .venv/bin/python benchmarks/appworld.py --json benchmarks/results/appworld.json
-.venv/bin/python -m pytest tests/envs/test_appworld_engine.py -k attack -p no:cacheprovider --junitxml "$runs/attacks.xml"
+[ -f "$runs/speed.json" ] || .venv/bin/python benchmarks/appworld.py --json "$runs/speed.json"
+# A failed test is an attack that is open: told, not fatal.
+.venv/bin/python -m pytest tests/envs/test_appworld_engine.py -k attack -p no:cacheprovider --junitxml "$runs/attacks.xml" || [ $? = 1 ]
 .venv/bin/python studies/appworld/collect.py "$runs" docs/results/appworld.json

@@ -255,26 +255,32 @@ def test_attack_writing_outside_the_scratch_folder(tmp_path: Path, victim: Calla
     assert victim("open('/scratch/mine', 'w').write('x')\nprint(open('/scratch/mine').read())").observation == "x"
 
 
-def test_attack_other_processes(tmp_path: Path, victim: Callable[[str], Step]) -> None:
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param("import os\nos.posix_spawn('/bin/sh', ['sh', '-c', 'touch MADE'], {})", id="posix_spawn"),
+        pytest.param("import subprocess\nsubprocess.run(['touch', 'MADE'])", id="subprocess"),
+        pytest.param("import os\nwhile True: os.fork()", id="fork bomb"),
+        pytest.param("import threading\nthreading.Thread(target=print).start()", id="threads"),
+        pytest.param("import multiprocessing\nmultiprocessing.Process(target=print).start()", id="multiprocessing"),
+    ],
+)
+def test_attack_starting_processes(tmp_path: Path, victim: Callable[[str], Step], code: str) -> None:
     made = tmp_path / "made"
-    for code in (
-        f"import os\nos.posix_spawn('/bin/sh', ['sh', '-c', 'touch {made}'], {{}})",
-        f"import subprocess\nsubprocess.run(['touch', {str(made)!r}])",
-        "import os\nwhile True: os.fork()",
-        "import threading\nthreading.Thread(target=print).start()",
-        "import multiprocessing\nmultiprocessing.Process(target=print).start()",
-    ):
-        answer = victim(code).observation
-        assert "temporarily unavailable" in answer or "can't start new thread" in answer, answer
+    answer = victim(code.replace("MADE", str(made))).observation
+    assert "temporarily unavailable" in answer or "can't start new thread" in answer, answer
     assert not made.exists()
+
+
+def test_attack_killing_other_processes(victim: Callable[[str], Step]) -> None:
     killed = victim(
         "import os\nfor pid in (1, os.getppid(), -1):\n  try: os.kill(pid, 9)\n  except OSError as e: print(e)"
     )
     assert killed.observation.count("Operation not permitted") >= 2
 
 
-@pytest.mark.parametrize("command", [[], ["unshare", "-Ur"]])
-def test_attack_on_the_process_group(task_set: AppWorld, command: list[str]) -> None:
+@pytest.mark.parametrize("command", [[], ["unshare", "-Ur"]], ids=["as root or user", "as a namespace's root"])
+def test_attack_killing_the_process_group(task_set: AppWorld, command: list[str]) -> None:
     """``kill(0)`` asks for the kernel's user id only, and namespaces do not stop it: other episodes must go on."""
     task = task_of(task_set, "songcount")
     program = f"""
@@ -318,12 +324,18 @@ def test_attack_a_loop_that_swallows_the_timeout(victim: Callable[[str], Step]) 
     assert "NameError" in victim("print(kept)").observation
 
 
-def test_attack_floods_and_bombs(victim: Callable[[str], Step]) -> None:
+def test_attack_five_megabytes_of_output(victim: Callable[[str], Step]) -> None:
     flood = victim("print('x' * 5_000_000)")
     assert len(flood.observation) < 2200
     assert "characters left out" in flood.observation
+
+
+def test_attack_memory_bomb(victim: Callable[[str], Step]) -> None:
     assert "MemoryError" in victim("x = bytearray(4 << 30)").observation
     assert "MemoryError" in victim("x = []\nfor i in range(99): x.append(bytearray(1 << 26))").observation
+
+
+def test_attack_filling_the_disk(victim: Callable[[str], Step]) -> None:
     assert "Errno" in victim("f = open('/scratch/big', 'wb')\nwhile True: f.write(bytes(1 << 22))").observation
     many = "for i in range(9999): open(f'/scratch/{i}', 'wb').close()"
     assert "No space left" in victim(many).observation
@@ -358,7 +370,7 @@ def test_what_no_tokenizer_takes_is_replaced(victim: Callable[[str], Step]) -> N
     victim("raise Exception('\\ud83d')").observation.encode()
 
 
-def test_attack_on_the_world_through_its_models(victim: Callable[[str], Step]) -> None:
+def test_attack_changing_the_world_through_its_models(victim: Callable[[str], Step]) -> None:
     """There is nothing of the engine in the process: no module, no object, no package to import."""
     code = (
         "import gc, sys\nfound = {type(o).__module__.split('.')[0] for o in gc.get_objects()} | set(sys.modules)\n"
@@ -369,7 +381,7 @@ def test_attack_on_the_world_through_its_models(victim: Callable[[str], Step]) -
     assert "Error" in victim("from appworld.apps.spotify.models import Song").observation
 
 
-def test_attack_on_the_wire(task_set: AppWorld, victim: Callable[[str], Step]) -> None:
+def test_attack_forging_messages(task_set: AppWorld, victim: Callable[[str], Step]) -> None:
     """Whatever the session sends, it can neither complete the task nor reach what is no public API."""
     victim("import os\nfor fd in range(3):\n  try: os.write(fd, b'x' * 10)\n  except OSError: pass")
     with open(task_set.host().address.parent / "log", encoding="utf-8") as log:
@@ -465,7 +477,7 @@ def test_doctor_tells_what_holds(task_set: AppWorld) -> None:
     assert sorted(client.protections(paths.python())) == sorted(asyncio.run(held()))
 
 
-def test_attack_on_what_the_tests_look_at(task_set: AppWorld, tmp_path: Path) -> None:
+def test_attack_deleting_what_the_tests_look_at(task_set: AppWorld, tmp_path: Path) -> None:
     """Tests that fail with an error, because what they look at was deleted, say, are a failure of the agent's."""
     task = task_of(task_set, "songcount")
     shutil.copytree(task_set.data.root / "data", tmp_path / "data")

@@ -96,9 +96,10 @@ ALL = ["venv", "pip", "unpack", "build"]
 
 
 def official_data(root: Path) -> Path:
-    for folder in ("tasks", "datasets"):
+    for folder in ("tasks", "datasets", "base_dbs"):
         (root / "data" / folder).mkdir(parents=True)
     (root / "data" / "version.txt").write_text("0.1.0", encoding="utf-8")
+    (root / "data" / "datasets" / "train.txt").write_text("", encoding="utf-8")
     return root
 
 
@@ -321,11 +322,13 @@ def test_data_is_checked_before_anything_is_done(fake: Fake, tmp_path: Path) -> 
     ]:
         with pytest.raises(UserError, match=re.escape(why)):
             setup.setup(fake.said.append, data=wrong, python=str(fake.python))
-    (root / "data/datasets").rmdir()
-    with pytest.raises(UserError, match="without data/datasets"):
+    (root / "data/datasets/train.txt").unlink()
+    (root / "data/base_dbs").rmdir()
+    with pytest.raises(UserError, match=r"without data/base_dbs, data/datasets/train.txt"):
         setup.setup(fake.said.append, data=root, python=str(fake.python))
     assert fake.steps() == []
-    (root / "data/datasets").mkdir()
+    official_data(tmp_path / "whole")
+    root = tmp_path / "whole"
     setup.setup(fake.said.append, data=root, python=str(fake.python))
     assert fake.said[-1].endswith(f"environment.options.root={root}")
 

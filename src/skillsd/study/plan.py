@@ -284,14 +284,13 @@ def _chosen(methods: Sequence[str] | None, variants: Mapping[str, Any]) -> tuple
 
 
 def _label_models(models: Sequence[str]) -> dict[str, str]:
-    from skillsd.engines.torch.models import SHIPPED
+    from skillsd.engines.torch.models import SHIPPED, local_folder
 
     named: dict[str, str] = {}
     for model in dict.fromkeys(models):
         path = Path(model).expanduser()
-        local = model not in SHIPPED and (model.startswith((".", "/", "~")) or path.exists())
-        if local and not (path / "config.json").is_file():
-            raise UserError(f"no model in {model!r}: expected a folder with config.json, weights and a tokenizer")
+        if model not in SHIPPED:
+            local_folder(model)  # one that is not there is told now
         label = path.name or path.resolve().name
         if not _LABEL.fullmatch(label):
             raise UserError(f"the model {model!r}: {label!r} is not usable as a folder's name")

@@ -19,6 +19,9 @@ from skillsd.errors import UserError
 SHIPPED = {"nano": Path(__file__).parents[2] / "assets" / "nano-base"}
 """Models that come with the package, by name."""
 
+MADE_HERE = "models/"
+"""Where warm starts leave their models: what is named so is nobody's on a hub."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -53,6 +56,24 @@ def resolve(name: str) -> str:
     return str(SHIPPED[name]) if name in SHIPPED else name
 
 
+def local_folder(path: str) -> Path | None:
+    """The folder that a model's name stands for; None if the name can only be a hub's.
+
+    Raises:
+        UserError: if there is no model in it.
+    """
+    folder = Path(path).expanduser()
+    if not path.startswith((".", "/", "~", MADE_HERE)) and not folder.exists():
+        return None
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"no model in {path!r}: expected a folder with config.json, weights and a tokenizer"
+            + (f", as `skillsd sft {folder.name}` makes it" if path.startswith(MADE_HERE) else "")
+            + f". Models by name: {', '.join([*SHIPPED, *pretrained.NAMES])}"
+        )
+    return folder
+
+
 def load_model(name: str, *, dtype: str, device: torch.device) -> tuple[nn.Module, Any]:
     """The causal LM called `name` and its tokenizer.
 
@@ -61,17 +82,12 @@ def load_model(name: str, *, dtype: str, device: torch.device) -> tuple[nn.Modul
             packed plans do not compute.
     """
     path = resolve(name)
-    looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
-    if looks_local and not (Path(path).expanduser() / "config.json").is_file():
-        raise UserError(
-            f"no model in {path!r}: expected a folder with config.json, weights and a tokenizer. "
-            f"Models by name: {', '.join([*SHIPPED, *pretrained.NAMES])}"
-        )
+    folder = local_folder(path)
     hf_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(Path(path).expanduser() if looks_local else path)
+        tokenizer = AutoTokenizer.from_pretrained(folder or path)
         model = AutoModelForCausalLM.from_pretrained(
-            Path(path).expanduser() if looks_local else path,
+            folder or path,
             dtype=DTYPES[dtype],
             attn_implementation=attention.NAME,
         )

@@ -39,8 +39,8 @@ LIMITS: dict[str, Any] = {
 PROTECTIONS = {
     "files": "AppWorld's data and your files are out of sight, nothing can be written but a scratch folder",
     "network": "no network, not even loopback",
-    "processes": "no further processes or threads",
-    "user": "an unprivileged user",
+    "processes": "what the code starts ends with its episode",
+    "user": "an unprivileged user that can hardly start processes",
     "syscalls": "no shared memory, kernel keys, vsock, io_uring, tracing",
     "limits": "memory, file size and open files are limited",
 }

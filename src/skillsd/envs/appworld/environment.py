@@ -253,7 +253,7 @@ def _root(given: str | None) -> Path:
     if root is None:
         raise UserError(
             "root is 'official', but $APPWORLD_ROOT names no folder with AppWorld's data: "
-            f"`{paths.SETUP}` says how to get them"
+            f"`{paths.SETUP}` says how to get them. Our own tasks: environment.options.root=null"
         )
     return root
 

@@ -98,7 +98,8 @@ def why_not_official(root: Path) -> str | None:
         return f"the data folder itself: give the one above it, {str(root.parent)!r}" if inside else "without data/"
     if (data / "skillsd.json").exists():
         return "a world that skillsd built, not AppWorld's official data"
-    missing = [f"data/{name}" for name in ("version.txt", "tasks", "datasets") if not (data / name).exists()]
+    needed = ("version.txt", "tasks", "base_dbs", "datasets/train.txt")
+    missing = [f"data/{name}" for name in needed if not (data / name).exists()]
     return f"without {', '.join(missing)}: not AppWorld's official data, or not all of them" if missing else None
 
 
