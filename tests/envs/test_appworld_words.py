@@ -319,7 +319,7 @@ class TestSummarise:
         wrong = {**END, "passes": ["a"], "failures": ["assert answers match the hidden one", "assert no other change"]}
         skill = skill_of([turn(PASSWORDS, LOGIN), turn(LIKE), wrong], False)
         assert "like_song" not in skill.golden_workflow
-        assert "like_song" not in skill_of([turn(LOGIN), turn(LIKE), wrong], False, "short").golden_workflow
+        assert summarise_turns([turn(LOGIN), turn(LIKE), wrong], False, "short") is None
         assert "complete_task" not in skill.golden_workflow
         assert skill.mistake_analysis == (
             "2 of 3 checks failed after the task was called complete; the answer was wrong."

@@ -77,7 +77,7 @@ class _Step:
 
 
 def summariser(style: Style) -> Callable[[Trajectory], Skill | None]:
-    """The summariser in one of two wordings: ``react`` in full, ``short`` a workflow and nothing else."""
+    """The summariser in one of two wordings: ``react`` in full, ``short`` a success's workflow and nothing else."""
 
     def summarise(trajectory: Trajectory) -> Skill | None:
         if not trajectory.outcome.has_reward:
@@ -88,13 +88,17 @@ def summariser(style: Style) -> Callable[[Trajectory], Skill | None]:
 
 
 def summarise_turns(infos: Sequence[Mapping[str, Any]], success: bool, style: Style) -> Skill | None:
-    """The skill of an episode with these turns; None if no API was called, or nothing useful can be said."""
+    """The skill of an episode with these turns; None if no API was called, or nothing useful can be said.
+
+    Of a failure, nothing is said in the style ``short``.
+    """
     calls = list(_calls(infos))
     if not calls:
         return None
     steps = _steps(calls, success)
     if style == "short":
-        skill = Skill("", "", _workflow(steps, MOST_SHORT_CHARS, _in_short))
+        # It has no words for what went wrong, and the calls of a failure, told as a workflow, teach never to finish.
+        skill = Skill("", "", _workflow(steps, MOST_SHORT_CHARS, _in_short) if success else "")
     else:
         # One that failed is told as far as it looked around: what it changed may be what was wrong.
         plan = _workflow(steps, MOST_WORKFLOW_CHARS - len(_START), _in_words)
