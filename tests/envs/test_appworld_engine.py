@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import pytest
 
 from skillsd import cli
 from skillsd import config as configs
-from skillsd.config import RunConfig
+from skillsd.config import RunConfig, SummariserSection
 from skillsd.envs.appworld import AppWorld, client, paths
 from skillsd.envs.appworld.data import SolutionTurn
 from skillsd.envs.appworld.environment import AppWorldEnvironment
@@ -30,11 +31,13 @@ from skillsd.envs.conformance import assert_conforms
 from skillsd.errors import UserError
 from skillsd.rollouts.collect import collect
 from skillsd.rollouts.episode import Budget, Part
+from skillsd.skills.endpoint import EndpointSummariser
+from skillsd.skills.prompt import SummaryPrompt, load_prompt
 from skillsd.training.run import build
-from skillsd.types import Message, Outcome, Task
+from skillsd.types import Message, Outcome, Skill, Task
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fake_endpoint import FakeEndpoint, Reply, Request, completion
+from fake_endpoint import SKILL, FakeEndpoint, Reply, Request, completion
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -194,6 +197,29 @@ def test_any_model_behind_an_endpoint_is_evaluated(
     [figures] = json.loads((tmp_path / "x.json").read_text())
     assert (figures["accuracy"], figures["tasks"], figures["scenario_accuracy"]) == (1.0, 4, 1.0)
     assert "whole" in said.out
+
+
+def test_a_language_model_summarises_what_the_agent_saw_and_no_hidden_test(task_set: AppWorld) -> None:
+    task = task_of(task_set, "songcount")
+    player = Script(lambda prompt: [*solution(task_set, task)[:-1], "apis.supervisor.complete_task(answer=-1)"])
+    budget = Budget(turns=8, turn_tokens=10, trajectory_tokens=1000)
+    collected = asyncio.run(collect(player, task_set, [task], budget, group_size=1, seed=0))
+    [trajectory] = collected.groups[0].trajectories
+    hidden = trajectory.turns[-1].info["failures"]
+    assert hidden
+    server = FakeEndpoint(completion(SKILL))
+    try:
+        section = SummariserSection(model="m", base_url=server.url, api_key_env=None)
+        prompt = SummaryPrompt(load_prompt("summarise"), max_chars=1000, max_input_chars=section.max_input_chars)
+        skill = asyncio.run(EndpointSummariser(section, prompt, Counter()).summarise(trajectory))
+    finally:
+        server.close()
+    assert skill == Skill(**SKILL)
+    [request] = server.requests
+    for turn in trajectory.turns:
+        assert turn.action in request.text
+        assert turn.observation in request.text
+    assert not [words for words in hidden if words in request.text]
 
 
 def test_an_episode_is_the_same_whenever_it_is_played(task_set: AppWorld) -> None:
