@@ -97,7 +97,7 @@ def summarise_turns(infos: Sequence[Mapping[str, Any]], success: bool, style: St
         return None
     steps = _steps(calls, success)
     if style == "short":
-        # It has no words for what went wrong, and the calls of a failure, told as a workflow, teach never to finish.
+        # It has no words for what went wrong, and a failure's calls, told as a workflow, would say never to finish.
         skill = Skill("", "", _workflow(steps, MOST_SHORT_CHARS, _in_short) if success else "")
     else:
         # One that failed is told as far as it looked around: what it changed may be what was wrong.
