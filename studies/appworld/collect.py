@@ -57,7 +57,7 @@ def main() -> None:
     runs, out = Path(sys.argv[1]), Path(sys.argv[2])
     speed = runs / "speed.json"
     table = runs / "table-appworld-smoke" / "table.json"
-    for path in (table, speed, runs / "attacks.xml", BASE / "warm_start.json"):
+    for path in (table, speed, runs / "attacks.xml", runs / "uplift.json", BASE / "warm_start.json"):
         if not path.is_file():
             sys.exit(f"there is no {path}: run studies/appworld/run.sh")
     collected = {
@@ -67,6 +67,7 @@ def main() -> None:
         "attacks": attacks(runs / "attacks.xml"),
         "warm_start": json.loads((BASE / "warm_start.json").read_text(encoding="utf-8")),
         "learning": json.loads(table.read_text(encoding="utf-8")),
+        "uplift": json.loads((runs / "uplift.json").read_text(encoding="utf-8"))["summary"]["all"],
         "whole_scenarios": scenarios(table.parent),
         "speed": json.loads(speed.read_text(encoding="utf-8")),
         "commit": commit(),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A small model on our AppWorld tasks (the real engine, not the AppWorld benchmark), from nothing: warm start, GRPO and
-# Skill-SD on three seeds, attacks, speed, one JSON file. Resumable at any point.
+# Skill-SD on two seeds, what its skills are worth, attacks, speed, one JSON file. Resumable at any point.
 #   studies/appworld/run.sh RUNS
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -13,8 +13,10 @@ if [ ! -f $base/warm_start.json ]; then
     rm -rf $base  # a warm start that was broken off
     $skillsd sft appworld-smoke-base --out $base
 fi
-$skillsd table appworld-smoke log.tensorboard=false --methods grpo,skill-sd --seeds 3 --split dev --samples 4 \
+$skillsd table appworld-smoke log.tensorboard=false --methods grpo,skill-sd --seeds 2 --split dev --samples 4 \
     --out "$runs/table-appworld-smoke"
+[ -f "$runs/uplift.json" ] || $skillsd skills uplift "$runs/table-appworld-smoke/appworld-smoke-base/skill-sd/seed-0" \
+    --at base --limit 8 --episodes 4 --json "$runs/uplift.json"
 [ -f "$runs/speed.json" ] || .venv/bin/python benchmarks/appworld.py --json "$runs/speed.json"
 # A failed test is an attack that is open: told, not fatal.
 .venv/bin/python -m pytest tests/envs/test_appworld_engine.py -k attack -p no:cacheprovider --junitxml "$runs/attacks.xml" || [ $? = 1 ]
