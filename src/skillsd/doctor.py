@@ -60,9 +60,7 @@ def _appworld() -> list[str]:
     if paths.installed():
         held = client.protections(paths.python())
         lines.append(f"what holds of the jail for the model's code: {', '.join(held) or 'nothing'} (docs/appworld.md)")
-        lines += [
-            f"OPEN: {name} (would be: {words})" for name, words in client.PROTECTIONS.items() if name not in held
-        ]
+        lines += [f"OPEN: {name} (would be: {words})" for name, words in client.PROTECTIONS.items() if name not in held]
     return lines
 
 
