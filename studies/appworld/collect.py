@@ -69,6 +69,10 @@ def main() -> None:
         "learning": json.loads(table.read_text(encoding="utf-8")),
         "uplift": json.loads((runs / "uplift.json").read_text(encoding="utf-8"))["summary"]["all"],
         "whole_scenarios": scenarios(table.parent),
+        "lambda_0.3": json.loads((runs / "appworld-lambda.json").read_text(encoding="utf-8")),
+        "test_split": {
+            path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs.glob("appworld-test/*.json"))
+        },
         "speed": json.loads(speed.read_text(encoding="utf-8")),
         "commit": commit(),
         "processor": processor(),
