@@ -71,7 +71,8 @@ def main() -> None:
         "whole_scenarios": scenarios(table.parent),
         "lambda_0.3": json.loads((runs / "appworld-lambda.json").read_text(encoding="utf-8")),
         "test_split": {
-            path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs.glob("appworld-test/*.json"))
+            path.stem: json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted((runs / "appworld-test").glob("*.json"))
         },
         "speed": json.loads(speed.read_text(encoding="utf-8")),
         "commit": commit(),
