@@ -433,12 +433,13 @@ def test_attack_forging_messages(task_set: AppWorld, victim: Callable[[str], Ste
     assert "no parameter" in victim("apis.spotify.show_song(song_id=1, _app_name='admin')").observation
 
 
-def test_attack_by_an_answer_that_is_too_long(task_set: AppWorld) -> None:
+@pytest.mark.parametrize("where", ["output", "error"])
+def test_attack_by_an_answer_that_is_too_long(task_set: AppWorld, where: str) -> None:
     """It costs the session. Were it passed on, the trainer would take the world for a broken one, and play again."""
 
     async def answer() -> dict[str, Any]:
         world = await client.World.open(task_set.host(), task_of(task_set, "songcount").id, 60)
-        message = "json.dumps({'turn': 1, 'error': None, 'output': 'x' * 2_000_000}).encode()"
+        message = f"json.dumps({{'turn': 1, 'error': None, 'output': '', {where!r}: 'x' * 2_000_000}}).encode()"
         send = f"import os\nfor fd in range(3, 64):\n  try: os.write(fd, {message} + b'\\n')\n  except OSError: pass"
         found = await world.execute(send, 5)
         await world.close()

@@ -169,7 +169,7 @@ async def record(world: World, play: Play, style: Style, path: Path) -> list[Rec
             print(f"recording {len(missing)} reference solutions in AppWorld, about a second each ...", file=sys.stderr)
         try:
             for task in missing:
-                steps = await _solved(play, task, actions[task.id])
+                steps = await solved(play, task, actions[task.id])
                 if not steps:
                     continue  # a slow machine may have been why: it is tried again by the next run
                 # Through JSON even now, so that the first run sees what later ones read.
@@ -190,8 +190,12 @@ async def record(world: World, play: Play, style: Style, path: Path) -> list[Rec
     return recordings
 
 
-async def _solved(play: Play, task: Task, actions: Sequence[str]) -> list[Step]:
-    """The engine's answers in an episode that solved the task; none if there was no such episode."""
+async def solved(play: Play, task: Task, actions: Sequence[str]) -> list[Step]:
+    """The engine's answers in an episode that solved the task; none if none of `TRIES` did.
+
+    Raises:
+        UserError: if the infrastructure breaks in every try.
+    """
     broken: WorldBrokenError | None = None
     for _ in range(TRIES):
         try:

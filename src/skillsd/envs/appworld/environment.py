@@ -192,13 +192,15 @@ class AppWorld(TaskSet):
         return None if turns is None else "\n".join(turn.code for turn in turns)
 
     def golden_skill(self, task: Task) -> Skill | None:
-        """What the rules write of the reference solution, which is played for that; None if it solves nothing."""
-        turns = self.data.solution(task.id)
-        if not turns:
-            return None
-        steps = asyncio.run(self.play(task, [prompt.turn_text(turn.thought, turn.code, self.style) for turn in turns]))
-        if not steps[-1].success:
-            return None
+        """What the rules write of the reference solution, which is played for that; None if it solves nothing.
+
+        Raises:
+            UserError: if the infrastructure breaks again and again.
+        """
+        from skillsd.envs.appworld.demonstrations import solved
+
+        actions = [prompt.turn_text(turn.thought, turn.code, self.style) for turn in self.data.solution(task.id) or ()]
+        steps = asyncio.run(solved(self.play, task, actions)) if actions else []
         return summarise.summarise_turns([step.info for step in steps], True, self.style)
 
     def scenario(self, task: Task) -> str:

@@ -30,8 +30,9 @@ ARGUMENTS = 64 << 10
 """Characters of a call's arguments, as JSON: the engine keeps them all in memory."""
 _NOT_FOR_AGENTS = {"client", "show", "track"}
 """Arguments of the engine's own `request` that are no argument of any API."""
-OUTPUT = 1 << 20
-"""Characters of a block's output; the session itself keeps fewer, but what comes may not be the session's."""
+OUTPUT = 300_000
+"""Characters of a block's output and error. The session keeps fewer, but what comes may not be the session's; and an
+answer that is too long for the trainer is a broken world to it, whose episode is played again."""
 
 
 class Episode:
@@ -76,7 +77,7 @@ class Episode:
                 self._jail.send(self._answer(message["call"], calls), deadline)
             output, error, lost = message.get("output"), message.get("error"), message.get("lost", 0)
             usable = isinstance(output, str) and isinstance(error, (str, type(None))) and isinstance(lost, int)
-            if not usable or len(output) > OUTPUT or message.get("turn") != self._turn:
+            if not usable or len(output) + len(error or "") > OUTPUT or message.get("turn") != self._turn:
                 raise JailBrokenError("the Python session sent something that is no message")
             if lost:
                 output += f"\n[{lost} more characters were not kept]"
