@@ -35,5 +35,5 @@ done
     --json "$runs/uplift.json"
 [ -f "$runs/speed.json" ] || .venv/bin/python benchmarks/appworld.py --json "$runs/speed.json"
 # A failed test is an attack that is open: told, not fatal.
-.venv/bin/python -m pytest tests/envs/test_appworld_engine.py -k attack -p no:cacheprovider --junitxml "$runs/attacks.xml" || [ $? = 1 ]
+.venv/bin/python -m pytest tests/envs/test_appworld_attacks.py -k test_attack -p no:cacheprovider --junitxml "$runs/attacks.xml" || [ $? = 1 ]
 .venv/bin/python studies/appworld/collect.py "$runs" docs/results/appworld.json

@@ -1,0 +1,22 @@
+"""What tests of several files play on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from skillsd.envs.appworld import AppWorld, paths
+from skillsd.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def task_set() -> Iterator[AppWorld]:
+    """Our tasks on AppWorld's real engine, where it is installed."""
+    try:
+        paths.python()
+        made = AppWorld(style="short", max_turns=8, max_observation_chars=1000, code_seconds=3)
+    except UserError as error:
+        pytest.skip(str(error))
+    yield made
+    made.host().stop()
