@@ -24,7 +24,7 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 2-layer Llama with a tokenizer that knows Sokoban's terse words."""
-    from skillsd.training.scratch import make_model
+    from skillsd.warm_start.new_model import make_model
 
     folder = tmp_path_factory.mktemp("tiny-model")
     cells = [f"r{row}c{column}" for row in range(6) for column in range(6)]

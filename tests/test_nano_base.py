@@ -11,7 +11,7 @@ from skillsd.config import CheckSection, SftConfig
 from skillsd.engines.torch.engine import TorchEngine
 from skillsd.engines.torch.models import SHIPPED
 from skillsd.envs import load
-from skillsd.training.warm_start import skill_following
+from skillsd.warm_start.check import skill_following
 
 MAX_BYTES = 8 << 20
 

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 
 from skillsd.config import SummariserSection
-from skillsd.endpoint import Endpoint
+from skillsd.engines.endpoint import Endpoint
 from skillsd.envs.sokoban import Sokoban
-from skillsd.rollouts.chat import ChatActor
+from skillsd.rollouts.endpoint_policy import EndpointPolicy
 from skillsd.rollouts.collect import collect
-from skillsd.rollouts.episode import Budget
+from skillsd.rollouts.policy import Budget
 from skillsd.skills.background import BackgroundSummaries
-from skillsd.skills.bank import SkillBank
-from skillsd.skills.endpoint import NAMES, EndpointSummariser
-from skillsd.skills.prompt import SummaryPrompt, load_prompt
+from skillsd.skills.bank import Bank
+from skillsd.skills.endpoint_summariser import NAMES, EndpointSummariser
+from skillsd.skills.summary_prompt import SummaryPrompt, load_prompt
 
 PYTHON = Path(__file__).parents[1] / "build" / "vllm" / "bin" / "python"
 """Where `make vllm-env` puts it."""
@@ -94,7 +94,7 @@ def test_it_plays_and_writes_skills(server: str, tmp_path: Path) -> None:
     budget = Budget(turns=3, turn_tokens=12, trajectory_tokens=2000)
 
     async def run() -> list[int]:
-        actor = ChatActor(Endpoint(options, counts, NAMES))
+        actor = EndpointPolicy(Endpoint(options, counts, NAMES))
         collected = await collect(actor, task_set, tasks, budget, group_size=2, seed=0)
         assert not collected.dropped
         played = [trajectory for group in collected.groups for trajectory in group.trajectories]
@@ -113,7 +113,7 @@ def test_it_plays_and_writes_skills(server: str, tmp_path: Path) -> None:
         await summaries.drain()
         return [summaries.collect()]
 
-    bank = SkillBank(tmp_path / "skills.sqlite")
+    bank = Bank(tmp_path / "skills.sqlite")
     begin = time.monotonic()
     written = asyncio.run(run())[0]
     print(f"{time.monotonic() - begin:.1f} s; {written} skills; {dict(counts)}")

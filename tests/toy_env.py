@@ -36,7 +36,7 @@ class ToyEnvironment(Environment):
 
     async def reset(self, task: Task, seed: int) -> tuple[Message, ...]:
         self.resets.append((task.id, seed))
-        self.task, self.turn, self.score = task, 0, 0.0
+        self.task, self.turn, self.reward = task, 0, 0.0
         self.random = random.Random(seed)
         await self.owner.fault("reset", self)
         return (Message("user", f"Sokoban: #{self._cell()} @{self._cell()}"),)
@@ -48,12 +48,12 @@ class ToyEnvironment(Environment):
         said = move_of(action)
         solved = said == self.task.payload["target"]
         if self.turn == 1 and said != "Down":
-            self.score = 0.5
+            self.reward = 0.5
         if solved:
-            self.score = 1.0
+            self.reward = 1.0
         lost = not solved and said == self.task.payload.get("loses")
         words = "Solved" if solved else "Over" if lost else f"@{self._cell()}"
-        return Step(words, solved or lost, self.score, solved, {"turn": self.turn})
+        return Step(words, solved or lost, self.reward, solved, {"turn": self.turn})
 
     async def close(self) -> None:
         self.closed += 1

@@ -104,7 +104,7 @@ class Collected:
         return ", ".join(f"{one['turns']} turns {one[kind]['rollout']:.1f} s" for one in result["rollouts"])
 
 
-def spread(rows: Sequence[dict[str, float]], name: str) -> dict[str, float]:
+def evenly_spaced(rows: Sequence[dict[str, float]], name: str) -> dict[str, float]:
     values = [row[name] for row in rows]
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
@@ -144,15 +144,15 @@ def figures(collected: Collected, turns: Sequence[int]) -> dict[str, Any]:
     for count in turns:
         alone, slow = (collected.slow.get(("ours-grpo", count, pace)) for pace in (0.0, STEP_SECONDS))
         if alone and slow:
-            longest = max(spread(alone, "wall")["median"], count * STEP_SECONDS)
-            waits[str(count)] = spread(slow, "wall")["median"] / longest
+            longest = max(evenly_spaced(alone, "wall")["median"], count * STEP_SECONDS)
+            waits[str(count)] = evenly_spaced(slow, "wall")["median"] / longest
     over, teacher = {}, {}
     for count, pairs in collected.pairs.items():
         over[str(count)] = statistics.median(p["skill-sd"] / p["grpo"] for p in pairs)
         extra = statistics.median(p["skill-sd"] - p["grpo"] for p in pairs)
         teacher[str(count)] = extra / statistics.median(p["teacher"] for p in pairs)
     grown = {
-        name: {t: spread(rows, "cpu")["median"] for (who, t), rows in collected.growth.items() if who == name}
+        name: {t: evenly_spaced(rows, "cpu")["median"] for (who, t), rows in collected.growth.items() if who == name}
         for name in ("ours-grpo", "floor")
     }
     return {
@@ -180,16 +180,16 @@ def details(collected: Collected) -> dict[str, Any]:
     """Median, smallest and largest of everything measured."""
     steps: dict[str, Any] = {}
     for (contestant, count), rows in collected.steps.items():
-        measured = {name: spread(rows, name) for name in rows[0]}
+        measured = {name: evenly_spaced(rows, name) for name in rows[0]}
         steps.setdefault(contestant, {})[str(count)] = {**measured, "samples": len(rows)}
     slow: dict[str, Any] = {}
     for (contestant, count, pace), rows in collected.slow.items():
-        slow.setdefault(contestant, {}).setdefault(str(count), {})[f"{pace:g} s a step"] = spread(rows, "wall")
+        slow.setdefault(contestant, {}).setdefault(str(count), {})[f"{pace:g} s a step"] = evenly_spaced(rows, "wall")
     growth: dict[str, Any] = {}
     for (contestant, count), rows in collected.growth.items():
-        growth.setdefault(contestant, {})[str(count)] = spread(rows, "cpu")
+        growth.setdefault(contestant, {})[str(count)] = evenly_spaced(rows, "cpu")
     pairs = {
-        str(count): {name: spread(rows, name) for name in rows[0]} | {"samples": len(rows)}
+        str(count): {name: evenly_spaced(rows, name) for name in rows[0]} | {"samples": len(rows)}
         for count, rows in collected.pairs.items()
     }
     return {"steps": steps, "slow_environment_wall": slow, "growth_cpu": growth, "pairs_cpu": pairs}

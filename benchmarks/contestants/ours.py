@@ -19,7 +19,7 @@ from skillsd.engines.torch.engine import TorchEngine
 from skillsd.envs.base import Environment, Step, TaskSet
 from skillsd.objective import Objective, group_advantages
 from skillsd.rollouts.collect import Collected, collect
-from skillsd.rollouts.episode import Budget
+from skillsd.rollouts.policy import Budget
 from skillsd.training import loop
 from skillsd.training.run import Run, build, make_engine
 from skillsd.types import Message, Skill, Task, Trajectory
@@ -68,7 +68,7 @@ class EchoTasks(TaskSet):
 
     def summariser(self) -> Any:
         def write(trajectory: Trajectory) -> Skill:
-            return Skill("", "", f"say {trajectory.score:.3f} and {trajectory.seed % 97}".ljust(90, "."))
+            return Skill("", "", f"say {trajectory.reward:.3f} and {trajectory.seed % 97}".ljust(90, "."))
 
         return write
 

@@ -1,3 +1,3 @@
-from skillsd.cli import main
+from skillsd.cli.app import main
 
 main()

@@ -1,4 +1,4 @@
-"""Errors that a user can cause, told in one line: what was given, what was expected, what to do."""
+"""Errors with a one-line message for the user: what was given, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """A mistake in what the user gave. The command line prints its message and no traceback."""
+
+
+class EngineFailedError(RuntimeError):
+    """What an engine runs on failed: a worker process, a server, a device. The command line prints its message."""
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> UserError:

@@ -1,6 +1,6 @@
-"""Every method is a row of one table (METHOD.md, "One objective, five switches"); none has its own trainer.
+"""Every method is a row of switches over one training loop (docs/method.md, "Methods are rows").
 
-A method whose switches the training loop can run is added by a row in `METHODS`, and by nothing else.
+A method whose switches the loop supports is added by a row in `METHODS`, and by nothing else.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Method:
         lambda_sdl: weight of the teacher's term, L_SDL; 0 is no teacher. A recipe may set another value.
         imitation_weight: weight of the likelihood of the task's best success so far; 0 is no self-imitation. A recipe
             may set another value.
-        context: what the teacher is told beside the task: a skill from the bank, or a reference solution.
-        teacher: whose weights the teacher has: the student's, copied every few iterations (``synchronised``)
-            or once at the start (``frozen``), or another model's (``external``).
-        student_prompt: what the student is told *in training*; at test time it is always ``plain``.
-        sampler: who acts in the training rollouts; a teacher acts under its own prompt, the skill in it, and the
-            student is trained on the actions under the student's.
+        context: the teacher's extra context: a skill from the bank, or a reference solution.
+        teacher: the teacher's weights: the student's, copied every few iterations (``synchronised``) or once at the
+            start (``frozen``), or another model's (``external``).
+        student_prompt: the student's prompt *in training*; at test time it is always ``plain``.
+        sampler: the policy of the training rollouts. A teacher acts under its own prompt, which holds the skill, and
+            the student trains on those actions under the student's prompt.
         description: one line for people.
 
     Raises:
@@ -51,18 +51,18 @@ class Method:
         if (self.teacher == "none") != (self.lambda_sdl == 0):
             raise ValueError(f"method {self.name!r}: lambda {self.lambda_sdl}, but teacher {self.teacher!r}")
         if self.teacher == "none" and (self.context != "none" or self.sampler == "teacher"):
-            raise ValueError(f"method {self.name!r}: no teacher, so it has no context and can't sample")
+            raise ValueError(f"method {self.name!r}: without a teacher there is no context, and it can't sample")
         if self.teacher == "synchronised" and self.context == "none" and self.student_prompt == "plain":
-            raise ValueError(f"method {self.name!r}: its teacher is the student and is told nothing more")
+            raise ValueError(f"method {self.name!r}: its teacher is the student without extra context")
 
     @property
     def uses_skills(self) -> bool:
-        """Whether anybody is told a skill in training."""
+        """Whether a skill is in any prompt in training."""
         return "skill" in (self.context, self.student_prompt)
 
     @property
-    def actor_is_told(self) -> bool:
-        """Whether who acts in training is told more than the task, so that it must be known before the rollouts."""
+    def sampler_sees_context(self) -> bool:
+        """Whether the sampling policy's prompt holds the context, so that it must be selected before the rollouts."""
         return self.student_prompt == "skill" or (self.sampler == "teacher" and self.context != "none")
 
 
@@ -83,21 +83,21 @@ _SKILL_SD = replace(
     lambda_sdl=0.001,  # the paper's, for its 4B model
     context="skill",
     teacher="synchronised",
-    description="GRPO, plus distillation from the student itself once it has read a skill.",
+    description="GRPO, plus distillation from the student itself with a skill in its prompt.",
 )
 _OPD = replace(
     _SKILL_SD,
     name="opd",
     reward_weight=0.0,
     lambda_sdl=1.0,
-    description="Distillation alone, from the teacher that has read a skill; no reward.",
+    description="Distillation alone, from a teacher with a skill in its prompt; no reward.",
 )
 _OPSD = replace(
     _OPD,
     name="opsd",
     context="oracle",
     teacher="frozen",
-    description="Distillation alone, from a frozen teacher that has read the reference solution.",
+    description="Distillation alone, from a frozen teacher with the reference solution in its prompt.",
 )
 _GRPO_OPSD = replace(
     _OPSD,
@@ -113,7 +113,7 @@ _ROWS = (
         _GRPO,
         name="skill-grpo",
         student_prompt="skill",
-        description="Skill-augmented GRPO: the skill stands in the student's own prompt in training, and not at test.",
+        description="Skill-augmented GRPO: the skill is in the student's own prompt in training, but not at test time.",
     ),
     _OPD,
     replace(
@@ -129,26 +129,26 @@ _ROWS = (
         _GRPO_OPSD,
         name="grpo-opsd-synchronised",
         teacher="synchronised",
-        description="GRPO and OPSD together, the teacher being the student that has read the reference solution.",
+        description="GRPO and OPSD together; the teacher is the student with the reference solution in its prompt.",
     ),
     replace(
         _SKILL_SD,
         name="skill-sd-frozen",
         teacher="frozen",
-        description="Skill-SD whose teacher keeps the base model's weights (an ablation of the paper's).",
+        description="Skill-SD with a teacher that keeps the base model's weights (an ablation in the paper).",
     ),
     replace(
         _SKILL_SD,
         name="teacher-rollouts",
         sampler="teacher",
-        description="Skill-SD on rollouts that the synchronised teacher acted (an ablation of the paper's).",
+        description="Skill-SD on rollouts by the synchronised teacher (an ablation in the paper).",
     ),
     replace(
         _SKILL_SD,
         name="teacher-rollouts-frozen",
         teacher="frozen",
         sampler="teacher",
-        description="Skill-SD on rollouts that the frozen teacher acted (an ablation of the paper's).",
+        description="Skill-SD on rollouts by the frozen teacher (an ablation in the paper).",
     ),
     replace(
         _GRPO,
@@ -174,7 +174,7 @@ def method(name: str) -> Method:
 
 def methods_table(methods: Iterable[Method] | None = None) -> str:
     """Names and switches as a Markdown table, aligned so that it reads well as plain text too."""
-    rows = [["method", "reward", "lambda", "imitation", "teacher told", "teacher", "student's prompt", "sampler"]]
+    rows = [["method", "reward", "lambda", "imitation", "teacher's context", "teacher", "student's prompt", "sampler"]]
     for m in METHODS.values() if methods is None else methods:
         weights = [f"{weight:g}" for weight in (m.reward_weight, m.lambda_sdl, m.imitation_weight)]
         rows.append([m.name, *weights, m.context, m.teacher, m.student_prompt, m.sampler])

@@ -1,15 +1,21 @@
-"""Figures of a micro-batch that can be added up over micro-batches and processes. No torch."""
+"""Metrics that merge exactly over micro-batches and processes. No torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+BINS_PER_DECADE = 32
+"""Resolution of a `Histogram`: neighbouring bin edges differ by 7.5 %."""
+
+ZERO_BIN = -(10**6)
+"""The bin that counts exact zeros."""
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over tokens, kept as a sum and a count, with the range that was seen."""
+    """A mean over tokens, kept as a sum and a count, with the smallest and largest value."""
 
     total: float
     count: float
@@ -26,17 +32,54 @@ class Mean:
 
     @property
     def value(self) -> float:
-        """The mean; nan where nothing was counted."""
+        """The mean; nan if nothing was counted."""
         return self.total / self.count if self.count else math.nan
 
 
-Metrics = dict[str, Mean]
+@dataclass(frozen=True)
+class Histogram:
+    """Non-negative values on a logarithmic grid, for quantiles without keeping the values.
+
+    Attributes:
+        counts: bin -> number of values. Bin b holds the values in ``[10^(b / n), 10^((b + 1) / n))`` with
+            n = `BINS_PER_DECADE`; exact zeros are in `ZERO_BIN`.
+        high: the largest value, exact. A nan counts as infinite.
+    """
+
+    counts: Mapping[int, int] = field(default_factory=dict)
+    high: float = 0.0
+
+    def __add__(self, other: Histogram) -> Histogram:
+        counts = dict(self.counts)
+        for bin_, count in other.counts.items():
+            counts[bin_] = counts.get(bin_, 0) + count
+        return Histogram(counts, max(self.high, other.high))
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts.values())
+
+    def quantile(self, q: float) -> float:
+        """The q-quantile, rounded up to its bin's edge and never above the largest value; nan for no values."""
+        if not self.counts:
+            return math.nan
+        rank = round(q * (self.count - 1))
+        seen = 0
+        for bin_ in sorted(self.counts):
+            seen += self.counts[bin_]
+            if seen > rank:
+                break
+        return 0.0 if bin_ == ZERO_BIN else min(self.high, 10 ** ((bin_ + 1) / BINS_PER_DECADE))
 
 
-def add_metrics(parts: Iterable[Mapping[str, Mean]]) -> Metrics:
-    """Metrics of micro-batches, added up. A metric is absent from a micro-batch that had no tokens for it."""
-    summed: Metrics = {}
+Metric = Mean | Histogram
+Metrics = dict[str, Metric]
+
+
+def add_metrics(parts: Iterable[Mapping[str, Metric]]) -> Metrics:
+    """The merged metrics of several micro-batches. A micro-batch without tokens for a metric leaves it out."""
+    merged: Metrics = {}
     for part in parts:
-        for name, mean in part.items():
-            summed[name] = summed[name] + mean if name in summed else mean
-    return summed
+        for name, metric in part.items():
+            merged[name] = merged[name] + metric if name in merged else metric  # type: ignore[operator]
+    return merged

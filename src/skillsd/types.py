@@ -1,6 +1,6 @@
-"""The nouns that every room of the house shares. Frozen dataclasses, plain Python, no torch.
+"""The types that every package shares: frozen dataclasses, plain Python, no torch.
 
-Token sequences are tuples of ints; what belongs to a token (its mask, its log-prob) is a tuple of the same length.
+Token sequences are tuples of ints; per-token data (masks, log-probs) are tuples of the same length.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Task:
     """One task x: what an episode is about.
 
     Attributes:
-        id: unique within the environment and stable for ever (Sokoban: the hash of the level's content).
+        id: unique within the environment, and the same in every version (Sokoban: the hash of the level's content).
         env: name of the environment that plays it.
         split: ``train``, or the name of an evaluation split (``tune``, ``test`` ...).
-        payload: what the environment needs to set the task up; JSON-able.
+        payload: what the environment needs to set the task up; JSON.
         difficulty: larger is harder; the curriculum sorts by it (Sokoban: length of the optimal solution in moves).
     """
 
@@ -44,7 +44,7 @@ class Task:
 
 
 class Outcome(StrEnum):
-    """How a trajectory ended. Only the first four carry a reward; the last two are the infrastructure's failures."""
+    """How a trajectory ended. The first four carry a reward; the last two are infrastructure failures."""
 
     SOLVED = "solved"
     FAILED = "failed"  # the environment ended the episode without success
@@ -60,13 +60,13 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of the student and the environment's answer.
+    """One action of the policy and the environment's observation.
 
     Attributes:
         action: the sampled ids ``tokens[start:end]``, decoded (for people and summarisers; never encoded again).
-        observation: what the environment answered; of the last turn too, though no model ever reads that one.
-        start, end: where the action's tokens stand in the trajectory's ``tokens``.
-        info: the environment's structured account of the turn, JSON-able (see the environment's docs).
+        observation: the environment's answer; present for the last turn too, though no model reads that one.
+        start, end: the action's span in the trajectory's ``tokens``.
+        info: structured facts about the turn, JSON (see the environment's docs).
     """
 
     action: str
@@ -78,22 +78,24 @@ class Turn:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A finished episode. It owns its token ids: they are never decoded and encoded again on the way to a loss.
+    """A finished episode. It keeps its token ids as sampled: they are never decoded and encoded again.
 
-    The episode of an actor that knows no token ids (a model behind an endpoint) has none.
+    An episode of a model behind an endpoint, whose token ids are unknown, has none.
 
     Attributes:
         task: the task that was played.
-        prompt: the messages that the student was shown first; rendered, they are ``tokens[:prompt_length]``.
+        prompt: the first messages under the plain prompt, without any added context.
         tokens: all ids in order: prompt, sampled, environment, sampled ...
-        action_mask: True where the student sampled the token.
+        action_mask: True where the policy sampled the token.
         logprobs: log pi_old of each sampled token under the sampling distribution; 0.0 elsewhere.
+        prompt_length: number of the first prompt's tokens.
         turns: the turns in order.
         outcome: how it ended.
-        score: completion in [0, 1], the share of sub-goals reached. This is the reward R_i.
+        reward: R_i, the completion in [0, 1]: share of sub-goals reached.
         success: full success (accuracy counts these).
-        seed: seed of the episode; with the weights, it determines the episode.
+        seed: of the episode; with the weights, it determines the episode.
         error: what went wrong, for ``env_error`` and ``timeout``.
+        versions: of the student's weights, the oldest and the newest that sampled it; None without samples.
     """
 
     task: Task
@@ -104,10 +106,11 @@ class Trajectory:
     prompt_length: int
     turns: tuple[Turn, ...]
     outcome: Outcome
-    score: float
+    reward: float
     success: bool
     seed: int
     error: str = ""
+    versions: tuple[int, int] | None = None
 
     @property
     def action_tokens(self) -> int:
@@ -117,19 +120,19 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Group:
-    """G trajectories of one task, sampled by the same policy: what GRPO compares."""
+    """G trajectories of one task, sampled by the same policy. GRPO compares their rewards."""
 
     task: Task
     trajectories: tuple[Trajectory, ...]
 
     @property
     def rewards(self) -> list[float]:
-        return [trajectory.score for trajectory in self.trajectories]
+        return [trajectory.reward for trajectory in self.trajectories]
 
 
 @dataclass(frozen=True)
 class Skill:
-    """A trajectory's lesson in natural language, e = Analyze(trajectory, x). Never the trajectory itself.
+    """A trajectory summarised in natural language, e = Analyze(trajectory, x). Never the trajectory itself.
 
     Attributes:
         success_analysis: what worked, and which actions were right.
@@ -148,7 +151,7 @@ class Skill:
 
 @dataclass(frozen=True)
 class DemonstrationTurn:
-    """One turn of a demonstration. ``learn`` is False where the action is noise, shown but not imitated."""
+    """One turn of a demonstration. ``learn`` is False if the action is noise: in the context, but not imitated."""
 
     action: str
     observation: str
@@ -157,7 +160,7 @@ class DemonstrationTurn:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """An episode to imitate in the warm start, with the skill that its actor followed, if any."""
+    """An episode to imitate in the warm start, with the skill that it follows, if any."""
 
     task: Task
     prompt: tuple[Message, ...]

@@ -35,8 +35,8 @@ from skillsd.config import RunConfig
 from skillsd.report import manifest
 from skillsd.report.writer import read, write_whole
 from skillsd.training import checkpoint
-from skillsd.training.evaluate import student
-from skillsd.training.session import CONFIG
+from skillsd.evaluation.evaluate import student
+from skillsd.runs.lifecycle import CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
 VLLM = ROOT / "build" / "vllm" / "bin" / "python"
@@ -250,18 +250,19 @@ def _sampled_and_scored(engine: Any) -> tuple[list[Any], dict[str, Any]]:
     """Episodes of Sokoban, all at once, each a session that its turns extend; and their gap."""
     import torch
 
-    from skillsd.envs.base import spread
+    from skillsd.envs.base import evenly_spaced
     from skillsd.envs.sokoban import Sokoban
     from skillsd.rollouts.collect import collect
-    from skillsd.rollouts.episode import Actor, Budget
-    from skillsd.rollouts.tokens import ChatRenderer
+    from skillsd.rollouts.engine_policy import EnginePolicy
+from skillsd.rollouts.policy import Budget
+    from skillsd.prompting.renderer import ChatRenderer
 
     task_set = Sokoban(preset="nano")
-    actor = Actor(engine, ChatRenderer(engine.tokenizer, engine.stop_tokens))
+    actor = EnginePolicy(engine, ChatRenderer(engine.tokenizer, engine.stop_tokens))
     budget = Budget(turns=TURNS, turn_tokens=TURN_TOKENS, trajectory_tokens=1024)
     begin = time.perf_counter()
     collected = asyncio.run(
-        collect(actor, task_set, spread(task_set.tasks("train"), EPISODES), budget, group_size=1, seed=0)
+        collect(actor, task_set, evenly_spaced(task_set.tasks("train"), EPISODES), budget, group_size=1, seed=0)
     )
     seconds = time.perf_counter() - begin
     episodes = [trajectory for group in collected.groups for trajectory in group.trajectories]
@@ -439,7 +440,7 @@ import json, re, sys, time
 from pathlib import Path
 import torch
 from skillsd.config import RunConfig, load
-from skillsd.training.session import run_training
+from skillsd.runs.lifecycle import run_training
 
 def memory(name):  # not getrusage: its peak begins with that of the process which started this one
     return 1024 * int(re.search(name + r":\\s*(\\d+)", Path("/proc/self/status").read_text())[1])

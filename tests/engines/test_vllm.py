@@ -29,7 +29,7 @@ from skillsd.engines.base import SampleRequest, TokenSequence
 from skillsd.engines.torch.engine import TorchEngine
 from skillsd.engines.torch.models import LoraOptions
 from skillsd.engines.vllm import engine as module
-from skillsd.engines.vllm.client import WorkerClient, WorkerError
+from skillsd.engines.vllm.client import WorkerClient, EngineFailedError
 from skillsd.engines.vllm.engine import VllmEngine, VllmOptions, export_weights
 from skillsd.engines.vllm.worker import Worker
 from skillsd.errors import UserError
@@ -146,12 +146,12 @@ def test_limit_of_what_is_sampled_is_none_of_what_is_scored(echo: VllmEngine) ->
 
 
 def test_what_goes_wrong_over_there_is_told(echo: VllmEngine) -> None:
-    with pytest.raises(WorkerError, match="refused a request: too long"):
+    with pytest.raises(EngineFailedError, match="refused a request: too long"):
         sample(echo, 97)
     assert sample(echo, 40).tokens == (7,)  # of that request alone
-    with pytest.raises(WorkerError, match=r"exit code 1.*\n.*(\n.*)*something broke"):
+    with pytest.raises(EngineFailedError, match=r"exit code 1.*\n.*(\n.*)*something broke"):
         sample(echo, 99)
-    with pytest.raises(WorkerError, match="something broke"):  # and whoever comes later hears the same
+    with pytest.raises(EngineFailedError, match="something broke"):  # and whoever comes later hears the same
         sample(echo, 40)
 
 
@@ -167,7 +167,7 @@ def test_worker_that_is_killed_is_an_error_for_all_who_wait(echo: VllmEngine) ->
 
 def test_silence_is_an_error(echo: VllmEngine) -> None:
     echo.options = VllmOptions(timeout_seconds=0.3)
-    with pytest.raises(WorkerError, match=r"0\.3 s"):
+    with pytest.raises(EngineFailedError, match=r"0\.3 s"):
         sample(echo, 98)
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from skillsd.engines.base import Sample, SampleRequest
 from skillsd.engines.torch.sampler import choose
-from skillsd.training.scratch import make_tokenizer
+from skillsd.warm_start.new_model import make_tokenizer
 
 STOPS = tuple(range(10, 26))
 """Enough of them that a random model ends a turn now and then."""

@@ -298,4 +298,4 @@ def test_attack_deleting_what_the_tests_look_at(task_set: AppWorld, tmp_path: Pa
         end = play(made, task, solution(task_set, task))[-1]
     finally:
         made.host().stop()
-    assert (end.done, end.success, end.score) == (True, False, 0.0)
+    assert (end.done, end.success, end.reward) == (True, False, 0.0)

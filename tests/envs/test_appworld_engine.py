@@ -27,9 +27,9 @@ from skillsd.envs.appworld.data import SolutionTurn
 from skillsd.envs.conformance import assert_conforms
 from skillsd.errors import UserError
 from skillsd.rollouts.collect import collect
-from skillsd.rollouts.episode import Budget, Part
-from skillsd.skills.endpoint import EndpointSummariser
-from skillsd.skills.prompt import SummaryPrompt, load_prompt
+from skillsd.rollouts.policy import Budget, EpisodeState
+from skillsd.skills.endpoint_summariser import EndpointSummariser
+from skillsd.skills.summary_prompt import SummaryPrompt, load_prompt
 from skillsd.training.run import build
 from skillsd.types import Message, Outcome, Skill
 
@@ -52,11 +52,11 @@ def test_reference_solutions_solve_and_others_do_not(task_set: AppWorld) -> None
     question, payment = task_of(task_set, "songcount"), task_of(task_set, "sendmoney")
     for task in (question, payment):
         solved = play(task_set, task, solution(task_set, task))[-1]
-        assert (solved.score, solved.success, solved.done) == (1.0, True, True)
+        assert (solved.reward, solved.success, solved.done) == (1.0, True, True)
         idle = play(task_set, task, ["apis.supervisor.complete_task()"])[-1]
-        assert (idle.score, idle.success, idle.done) == (0.0, False, True)
+        assert (idle.reward, idle.success, idle.done) == (0.0, False, True)
     wrong = play(task_set, question, ["apis.supervisor.complete_task(answer=-1)"])[-1]
-    assert wrong.score < 1
+    assert wrong.reward < 1
     assert not wrong.success
     *steps, end = solution(task_set, question)
     harm = (
@@ -64,7 +64,7 @@ def test_reference_solutions_solve_and_others_do_not(task_set: AppWorld) -> None
         "    apis.spotify.remove_song_from_library(access_token=token, song_id=song['song_id'])"
     )
     harmful = play(task_set, question, [*steps, harm, end])[-1]  # what was asked for, and damage besides
-    assert 0 < harmful.score < 1
+    assert 0 < harmful.reward < 1
     assert not harmful.success
 
 
@@ -85,7 +85,7 @@ def test_the_score_grows_with_what_is_done_and_no_turn_is_lost(task_set: AppWorl
     task = task_of(task_set, "sendmoney")
     steps = solution(task_set, task)
     answers = play(task_set, task, ["no code at all, sorry", *steps])
-    scores = [step.score for step in answers]
+    scores = [step.reward for step in answers]
     assert scores == sorted(scores)
     assert scores[0] == 0
     assert scores[-1] == 1
@@ -218,17 +218,17 @@ def test_the_official_data_are_played() -> None:
 
 
 class Script:
-    """A `Player` that says the lines of a reference solution."""
+    """A `Policy` that says the lines of a reference solution."""
 
     temperature = 1.0
 
     def __init__(self, lines: Callable[[tuple[Message, ...]], list[str]]) -> None:
         self._lines = lines
 
-    def begin(self, prompt: tuple[Message, ...], budget: Budget, *, seed: int, session: str, context: str = "") -> Part:
+    def begin(self, prompt: tuple[Message, ...], budget: Budget, *, seed: int, session: str, context: str = "") -> EpisodeState:
         lines = self._lines(prompt)
 
-        class Reader(Part):
+        class Reader(EpisodeState):
             async def act(self, number: int) -> str | None:
                 return lines[number] if number < len(lines) else None
 

@@ -117,7 +117,7 @@ BROKEN: list[tuple[str, type[Good]]] = [
     ("episode", stepping(lambda action, step: 1 / 0)),
     ("step", stepping(lambda action, step: step.observation)),
     ("observation", stepping(lambda action, step: replace(step, observation=" "))),
-    ("score", stepping(lambda action, step: replace(step, score=2.0))),
+    ("reward", stepping(lambda action, step: replace(step, reward=2.0))),
     ("success", stepping(lambda action, step: replace(step, success=True))),
     ("info", stepping(lambda action, step: replace(step, info={"x": {1}}))),
     ("close", type("Broken", (Good,), {"environment": type("E", (Counting,), {"close": close_once})})),

@@ -36,7 +36,7 @@ def test_terse_episode() -> None:
     }
     assert episode.step("fly").observation == "Invalid $r1c3 @r1c2"
     step = episode.step("<action>right</action>")
-    assert (step.observation, step.done, step.score, step.success) == ("Solved", True, 1.0, True)
+    assert (step.observation, step.done, step.reward, step.success) == ("Solved", True, 1.0, True)
     assert episode.steps == 3
 
 
@@ -50,14 +50,14 @@ def test_the_budget_counts_blocked_and_invalid_moves() -> None:
     assert not episode.step("Up").done
     assert not episode.step("").done
     step = episode.step("Up")
-    assert (step.observation, step.done, step.success, step.score) == ("Over", True, False, 0.0)
+    assert (step.observation, step.done, step.success, step.reward) == ("Over", True, False, 0.0)
     assert episode.step("Down").info["moves"] == []  # nothing moves after the end
 
 
 def test_partial_score_and_deadlock() -> None:
     episode = game(TWO, preset="paper")
     step = episode.step("<action>Right</action>")
-    assert (step.score, step.success, step.done) == (0.5, False, False)
+    assert (step.reward, step.success, step.done) == (0.5, False, False)
     assert "Boxes on targets: 1/2. Moves left: 39." in step.observation
     stuck = game(["#####", "#@  #", "# $ #", "#.  #", "#####"])
     for move in ("Right", "Down"):

@@ -29,7 +29,7 @@ def trajectory(rows: list[str], actions: str, outcome: Outcome | None = None, **
     assert step is not None
     ended = outcome or (Outcome.SOLVED if step.success else Outcome.TRUNCATED_TURNS)
     task = Task("t", "sokoban", "train", {"level": "\n".join(rows)})
-    return Trajectory(task, (), (), (), (), 0, tuple(turns), ended, step.score, step.success, 0)
+    return Trajectory(task, (), (), (), (), 0, tuple(turns), ended, step.reward, step.success, 0)
 
 
 def skill(rows: list[str], actions: str, **options: object) -> Skill | None:

@@ -15,8 +15,10 @@ from transformers import AutoTokenizer
 from skillsd.engines.base import Engine, Sample, SampleRequest
 from skillsd.envs.base import Step
 from skillsd.rollouts.collect import Collected, collect
-from skillsd.rollouts.episode import Actor, Budget, run_episode
-from skillsd.rollouts.tokens import ChatRenderer
+from skillsd.rollouts.engine_policy import EnginePolicy
+from skillsd.rollouts.episode import run_episode
+from skillsd.rollouts.policy import Budget
+from skillsd.prompting.renderer import ChatRenderer
 from skillsd.types import Outcome, Task, Trajectory
 
 BUDGET = Budget(turns=3, turn_tokens=2, trajectory_tokens=40, step_seconds=5.0)
@@ -64,8 +66,8 @@ def engine(tokenizer: Any) -> ScriptedEngine:
     return ScriptedEngine(tokenizer, lambda request: "Right")
 
 
-def actor(engine: ScriptedEngine) -> Actor:
-    return Actor(engine, ChatRenderer(engine.tokenizer, engine.stop_tokens))
+def actor(engine: ScriptedEngine) -> EnginePolicy:
+    return EnginePolicy(engine, ChatRenderer(engine.tokenizer, engine.stop_tokens))
 
 
 def play(
@@ -89,15 +91,15 @@ def fail_at(call: str, error: Callable[[], BaseException]) -> Callable[[str, Toy
 
 def test_solved_and_failed(engine: ScriptedEngine) -> None:
     solved = play(engine, Toy(), target="Right")
-    assert (solved.outcome, solved.score, solved.success, len(solved.turns)) == (Outcome.SOLVED, 1.0, True, 1)
+    assert (solved.outcome, solved.reward, solved.success, len(solved.turns)) == (Outcome.SOLVED, 1.0, True, 1)
     failed = play(engine, Toy(), loses="Right")
-    assert (failed.outcome, failed.score, failed.success, len(failed.turns)) == (Outcome.FAILED, 0.5, False, 1)
+    assert (failed.outcome, failed.reward, failed.success, len(failed.turns)) == (Outcome.FAILED, 0.5, False, 1)
 
 
 def test_out_of_turns(engine: ScriptedEngine) -> None:
     trajectory = play(engine, Toy())
     assert trajectory.outcome is Outcome.TRUNCATED_TURNS
-    assert (len(trajectory.turns), trajectory.score) == (3, 0.5)
+    assert (len(trajectory.turns), trajectory.reward) == (3, 0.5)
     assert trajectory.outcome.has_reward
 
 
@@ -373,7 +375,7 @@ def test_a_real_model_gives_the_same_tokens_whatever_the_concurrency(tiny_model:
         budget = dataclasses.replace(BUDGET, turns=4, turn_tokens=3)
         return asyncio.run(
             collect(
-                Actor(engine, ChatRenderer(engine.tokenizer, engine.stop_tokens)),
+                EnginePolicy(engine, ChatRenderer(engine.tokenizer, engine.stop_tokens)),
                 toy,
                 toy.tasks("train")[:3],
                 budget,

@@ -29,7 +29,7 @@ def make_trajectory(**changes: Any) -> Trajectory:
         prompt_length=2,
         turns=turns,
         outcome=Outcome.SOLVED,
-        score=1.0,
+        reward=1.0,
         success=True,
         seed=7,
     )

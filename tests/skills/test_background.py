@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from skillsd.records import trajectory_to_json
+from skillsd.rollouts.records import trajectory_to_json
 from skillsd.skills.background import BackgroundSummaries
-from skillsd.skills.bank import HeldOutTaskError, SkillBank
+from skillsd.skills.bank import HeldOutTaskError, Bank
 from skillsd.skills.summarise import RuleSummariser, Summariser
 from skillsd.types import Outcome, Skill, Trajectory
 
@@ -28,24 +28,24 @@ def by_seed(trajectory: Trajectory) -> Skill:
     return Skill("", "", f"lesson {trajectory.seed}")
 
 
-def background(bank: SkillBank, summariser: Summariser, **options: Any) -> BackgroundSummaries:
+def background(bank: Bank, summariser: Summariser, **options: Any) -> BackgroundSummaries:
     return BackgroundSummaries(summariser, bank, **{"max_chars": 1000, "concurrency": 4, "timeout": 5.0, **options})
 
 
 @pytest.fixture
-def bank() -> Iterator[SkillBank]:
-    with SkillBank(":memory:") as bank:
+def bank() -> Iterator[Bank]:
+    with Bank(":memory:") as bank:
         yield bank
 
 
-def lessons(bank: SkillBank) -> list[str]:
+def lessons(bank: Bank) -> list[str]:
     return [stored.skill.golden_workflow for stored in bank.skills()]
 
 
-def test_from_trajectory_to_bank(bank: SkillBank, trajectory_with: Make) -> None:
+def test_from_trajectory_to_bank(bank: Bank, trajectory_with: Make) -> None:
     async def main() -> None:
         work = background(bank, RuleSummariser(by_seed))
-        failed = trajectory_with(seed=1, outcome=Outcome.FAILED, score=0.25, success=False)
+        failed = trajectory_with(seed=1, outcome=Outcome.FAILED, reward=0.25, success=False)
         work.submit(failed, source="iteration-4/level-1/0", iteration=4)
         assert work.stats() == {"submitted": 1, "pending": 1}
         assert await work.drain()
@@ -60,7 +60,7 @@ def test_from_trajectory_to_bank(bank: SkillBank, trajectory_with: Make) -> None
     assert stored.skill == Skill("", "", "lesson 1")
 
 
-def test_the_bank_is_written_in_the_order_of_submission(bank: SkillBank, trajectory_with: Make) -> None:
+def test_the_bank_is_written_in_the_order_of_submission(bank: Bank, trajectory_with: Make) -> None:
     async def slowest_first(trajectory: Trajectory) -> Skill:
         await asyncio.sleep(0.02 * (5 - trajectory.seed))
         return by_seed(trajectory)
@@ -76,7 +76,7 @@ def test_the_bank_is_written_in_the_order_of_submission(bank: SkillBank, traject
     assert lessons(bank) == [f"lesson {seed}" for seed in range(5)]
 
 
-def test_submit_and_collect_do_not_wait(bank: SkillBank, trajectory_with: Make) -> None:
+def test_submit_and_collect_do_not_wait(bank: Bank, trajectory_with: Make) -> None:
     async def main() -> None:
         gate = asyncio.Event()
 
@@ -98,7 +98,7 @@ def test_submit_and_collect_do_not_wait(bank: SkillBank, trajectory_with: Make) 
     assert lessons(bank) == ["lesson 1", "lesson 2", "lesson 0"]
 
 
-def test_no_more_at_once_than_asked(bank: SkillBank, trajectory_with: Make) -> None:
+def test_no_more_at_once_than_asked(bank: Bank, trajectory_with: Make) -> None:
     now = most = 0
 
     async def counted(trajectory: Trajectory) -> Skill:
@@ -187,7 +187,7 @@ def raises_at_once(trajectory: Trajectory) -> Skill:
     ],
 )
 def test_a_fault_is_counted_and_stops_nothing(
-    bank: SkillBank, trajectory_with: Make, fault: Any, counted_as: str, caplog: pytest.LogCaptureFixture
+    bank: Bank, trajectory_with: Make, fault: Any, counted_as: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def one_fault(trajectory: Trajectory) -> Any:
         return by_seed(trajectory) if trajectory.seed else await fault(trajectory)
@@ -211,7 +211,7 @@ def test_a_fault_is_counted_and_stops_nothing(
     assert "never retrieved" not in caplog.text
 
 
-def test_a_duplicate_is_not_new(bank: SkillBank, trajectory: Trajectory) -> None:
+def test_a_duplicate_is_not_new(bank: Bank, trajectory: Trajectory) -> None:
     async def main() -> None:
         work = background(bank, RuleSummariser(by_seed))
         for _ in range(3):
@@ -223,7 +223,7 @@ def test_a_duplicate_is_not_new(bank: SkillBank, trajectory: Trajectory) -> None
     asyncio.run(main())
 
 
-def test_a_held_out_task_is_never_summarised(bank: SkillBank, trajectory_with: Make) -> None:
+def test_a_held_out_task_is_never_summarised(bank: Bank, trajectory_with: Make) -> None:
     seen: list[Trajectory] = []
 
     async def main() -> None:
@@ -244,7 +244,7 @@ def test_a_held_out_task_is_never_summarised(bank: SkillBank, trajectory_with: M
 
 
 def test_a_bank_that_cannot_be_written_loses_nothing(
-    bank: SkillBank, trajectory_with: Make, monkeypatch: pytest.MonkeyPatch
+    bank: Bank, trajectory_with: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
         work = background(bank, RuleSummariser(by_seed))
@@ -279,14 +279,14 @@ def test_a_killed_run_takes_up_what_was_pending(trajectory_with: Make) -> None:
                 await asyncio.Event().wait()
             return by_seed(trajectory)
 
-        with SkillBank(":memory:") as bank:
+        with Bank(":memory:") as bank:
             work = background(bank, Async(second_hangs))
             for seed in range(3):
                 work.submit(trajectory_with(seed=seed), source=f"s{seed}", iteration=seed)
             await work.drain(timeout=0.05)
             return json.dumps(work.pending())
 
-    async def second_run(records: str, bank: SkillBank) -> None:
+    async def second_run(records: str, bank: Bank) -> None:
         async def counted(trajectory: Trajectory) -> Skill:
             calls.append(trajectory.seed)
             return by_seed(trajectory)
@@ -298,7 +298,7 @@ def test_a_killed_run_takes_up_what_was_pending(trajectory_with: Make) -> None:
         assert work.collect() == 3
 
     records = asyncio.run(first_run())
-    with SkillBank(":memory:") as bank:
+    with Bank(":memory:") as bank:
         asyncio.run(second_run(records, bank))
         assert lessons(bank) == ["lesson 0", "lesson 1", "lesson 2"]
         assert [(stored.source, stored.iteration) for stored in bank.skills()] == [
@@ -310,7 +310,7 @@ def test_a_killed_run_takes_up_what_was_pending(trajectory_with: Make) -> None:
 
 
 @pytest.mark.parametrize("record", [{}, {"trajectory": 3}, {"trajectory": {"format": 1}}])
-def test_a_record_of_something_else_is_refused(bank: SkillBank, record: dict[str, Any]) -> None:
+def test_a_record_of_something_else_is_refused(bank: Bank, record: dict[str, Any]) -> None:
     async def main() -> None:
         with pytest.raises(ValueError, match="not a"):
             background(bank, RuleSummariser(by_seed)).resume([record])
@@ -319,6 +319,6 @@ def test_a_record_of_something_else_is_refused(bank: SkillBank, record: dict[str
 
 
 @pytest.mark.parametrize("option", [{"concurrency": 0}, {"max_chars": 0}, {"timeout": 0}])
-def test_settings_that_cannot_work_are_refused(bank: SkillBank, option: dict[str, int]) -> None:
+def test_settings_that_cannot_work_are_refused(bank: Bank, option: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected"):
         background(bank, RuleSummariser(by_seed), **option)

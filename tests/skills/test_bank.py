@@ -16,17 +16,17 @@ import pytest
 
 from skillsd.errors import UserError
 from skillsd.skills import ucb
-from skillsd.skills.bank import HeldOutTaskError, SkillBank, StoredSkill
+from skillsd.skills.bank import HeldOutTaskError, Bank, StoredSkill
 from skillsd.types import Outcome, Skill, Task
 
 
 @pytest.fixture
-def bank() -> Iterator[SkillBank]:
-    with SkillBank(":memory:") as bank:
+def bank() -> Iterator[Bank]:
+    with Bank(":memory:") as bank:
         yield bank
 
 
-def put(bank: SkillBank, task: Task, text: str = "a", reward: float = 1.0) -> int:
+def put(bank: Bank, task: Task, text: str = "a", reward: float = 1.0) -> int:
     return bank.add(
         task,
         Skill("", "", text),
@@ -37,7 +37,7 @@ def put(bank: SkillBank, task: Task, text: str = "a", reward: float = 1.0) -> in
     )
 
 
-def pick(bank: SkillBank, task: Task, c: float = 1.0) -> StoredSkill | None:
+def pick(bank: Bank, task: Task, c: float = 1.0) -> StoredSkill | None:
     """As training does it: choose, and have it counted."""
     chosen = bank.peek(task, c=c)
     if chosen is None:
@@ -46,7 +46,7 @@ def pick(bank: SkillBank, task: Task, c: float = 1.0) -> StoredSkill | None:
     return next(skill for skill in bank.skills() if skill.id == chosen.id)
 
 
-def test_what_is_stored_comes_back(bank: SkillBank, task: Task) -> None:
+def test_what_is_stored_comes_back(bank: Bank, task: Task) -> None:
     skill = Skill("müde\n\tΩ", 'it\'s "quoted" \x00 {x}', "'; DROP TABLE skills; --")
     id = bank.add(task, skill, source="iteration-3/t/1", iteration=3, reward=0.5, outcome=Outcome.FAILED)
     (stored,) = bank.skills(task.id)
@@ -58,12 +58,12 @@ def test_what_is_stored_comes_back(bank: SkillBank, task: Task) -> None:
     assert bank.skills("another") == []
 
 
-def test_the_first_visit_has_no_skill(bank: SkillBank, task: Task) -> None:
+def test_the_first_visit_has_no_skill(bank: Bank, task: Task) -> None:
     assert pick(bank, task) is None
     assert bank.counts() == {"tasks": 0, "skills": 0, "picked": 0, "picks": 0, "credited": 0}
 
 
-def test_a_pick_is_recorded_and_a_peek_is_not(bank: SkillBank, task: Task) -> None:
+def test_a_pick_is_recorded_and_a_peek_is_not(bank: Bank, task: Task) -> None:
     put(bank, task)
     assert bank.peek(task, c=1.0) == bank.skills()[0]
     picked = pick(bank, task)
@@ -72,7 +72,7 @@ def test_a_pick_is_recorded_and_a_peek_is_not(bank: SkillBank, task: Task) -> No
     assert bank.skills() == [picked]
 
 
-def test_ucb_over_a_bank_by_hand(bank: SkillBank, task: Task) -> None:
+def test_ucb_over_a_bank_by_hand(bank: Bank, task: Task) -> None:
     poor, good = put(bank, task, "poor"), put(bank, task, "good")
 
     def visit(rewards: list[float]) -> int:
@@ -96,7 +96,7 @@ def test_ucb_over_a_bank_by_hand(bank: SkillBank, task: Task) -> None:
     assert bonus[0] > bonus[1]
 
 
-def test_the_mean_is_over_credited_rollouts(bank: SkillBank, task: Task) -> None:
+def test_the_mean_is_over_credited_rollouts(bank: Bank, task: Task) -> None:
     id = put(bank, task, reward=1.0)
     assert bank.skills()[0].mean_reward == 1.0  # nothing credited yet: the source's reward
     bank.credit(id, [0.0, 0.5])
@@ -106,7 +106,7 @@ def test_the_mean_is_over_credited_rollouts(bank: SkillBank, task: Task) -> None
     assert (stored.mean_reward, stored.credited) == (0.25, 3)
 
 
-def test_tasks_have_banks_of_their_own(bank: SkillBank, task: Task) -> None:
+def test_tasks_have_banks_of_their_own(bank: Bank, task: Task) -> None:
     other = dataclasses.replace(task, id="level-2")
     namesake = dataclasses.replace(task, env="sokoban")
     ids = {put(bank, t) for t in (task, other, namesake)}
@@ -118,7 +118,7 @@ def test_tasks_have_banks_of_their_own(bank: SkillBank, task: Task) -> None:
     assert bank.counts()["tasks"] == 3
 
 
-def test_a_text_is_stored_once_a_task(bank: SkillBank, task: Task) -> None:
+def test_a_text_is_stored_once_a_task(bank: Bank, task: Task) -> None:
     id = put(bank, task, reward=1.0)
     pick(bank, task)
     assert put(bank, task, reward=0.0) == id
@@ -127,7 +127,7 @@ def test_a_text_is_stored_once_a_task(bank: SkillBank, task: Task) -> None:
 
 
 @pytest.mark.parametrize("reward", [math.nan, math.inf])
-def test_what_would_poison_a_mean_is_refused(bank: SkillBank, task: Task, reward: float) -> None:
+def test_what_would_poison_a_mean_is_refused(bank: Bank, task: Task, reward: float) -> None:
     with pytest.raises(ValueError, match="finite"):
         put(bank, task, reward=reward)
     id = put(bank, task)
@@ -138,19 +138,19 @@ def test_what_would_poison_a_mean_is_refused(bank: SkillBank, task: Task, reward
         pick(bank, task, reward)
 
 
-def test_an_empty_skill_is_refused(bank: SkillBank, task: Task) -> None:
+def test_an_empty_skill_is_refused(bank: Bank, task: Task) -> None:
     with pytest.raises(ValueError, match="empty skill"):
         put(bank, task, "")
 
 
-def test_credit_to_nobody(bank: SkillBank) -> None:
+def test_credit_to_nobody(bank: Bank) -> None:
     with pytest.raises(KeyError, match="no skill has had the id 1"):
         bank.credit(1, [1.0])
 
 
 class TestSplitGuard:
     @pytest.mark.parametrize("split", ["test", "tune", "Train", ""])
-    def test_only_training_tasks_touch_the_bank(self, bank: SkillBank, task: Task, split: str) -> None:
+    def test_only_training_tasks_touch_the_bank(self, bank: Bank, task: Task, split: str) -> None:
         put(bank, task)
         before = bank.skills()
         held_out = dataclasses.replace(task, split=split)
@@ -160,13 +160,13 @@ class TestSplitGuard:
         assert bank.skills() == before
 
     def test_a_forbidden_task_is_refused_whatever_it_claims(self, task: Task) -> None:
-        with SkillBank(":memory:", forbidden=[task.id]) as bank:
+        with Bank(":memory:", held_out=[task.id]) as bank:
             for touch in (put, pick):
                 with pytest.raises(HeldOutTaskError, match="splits overlap"):
                     touch(bank, task)
             assert len(bank) == 0
 
-    def test_credit_is_guarded_too(self, bank: SkillBank, task: Task) -> None:
+    def test_credit_is_guarded_too(self, bank: Bank, task: Task) -> None:
         id = put(bank, task)
         bank._forbidden = frozenset([task.id])  # no public way leads here: opening such a bank is refused
         with pytest.raises(HeldOutTaskError):
@@ -174,11 +174,11 @@ class TestSplitGuard:
         assert bank.skills()[0].credited == 0
 
     def test_a_bank_made_from_evaluation_tasks_is_not_taken_up(self, tmp_path: Path, task: Task) -> None:
-        with SkillBank(tmp_path / "skills.sqlite") as bank:
+        with Bank(tmp_path / "skills.sqlite") as bank:
             put(bank, task)
         with pytest.raises(UserError, match=r"evaluation tasks, e\.g\. 'level-1'"):
-            SkillBank(tmp_path / "skills.sqlite", forbidden=[task.id])
-        with SkillBank(":memory:", forbidden=[task.id]) as bank:
+            Bank(tmp_path / "skills.sqlite", held_out=[task.id])
+        with Bank(":memory:", held_out=[task.id]) as bank:
             with pytest.raises(UserError, match="evaluation tasks"):
                 bank.restore(tmp_path / "skills.sqlite")
             assert len(bank) == 0
@@ -186,7 +186,7 @@ class TestSplitGuard:
 
 class TestCap:
     def test_the_worst_of_the_tried_makes_room(self, task: Task) -> None:
-        with SkillBank(":memory:", max_per_task=2) as bank:
+        with Bank(":memory:", max_per_task=2) as bank:
             a, b = put(bank, task, "a"), put(bank, task, "b")
             for id, reward in ((b, 0.1), (a, 0.9)):
                 picked = pick(bank, task)
@@ -200,7 +200,7 @@ class TestCap:
             assert bank.created == 4
 
     def test_an_untried_skill_never_does(self, task: Task) -> None:
-        with SkillBank(":memory:", max_per_task=1) as bank:
+        with Bank(":memory:", max_per_task=1) as bank:
             for text in "abc":
                 put(bank, task, text)
             assert len(bank) == 3
@@ -209,7 +209,7 @@ class TestCap:
             assert [stored.skill.golden_workflow for stored in bank.skills()] == ["a", "b", "d"]
 
     def test_other_tasks_are_left_alone(self, task: Task) -> None:
-        with SkillBank(":memory:", max_per_task=1) as bank:
+        with Bank(":memory:", max_per_task=1) as bank:
             put(bank, task)
             pick(bank, task)
             put(bank, dataclasses.replace(task, id="level-2"))
@@ -217,34 +217,34 @@ class TestCap:
 
     def test_a_cap_of_none_at_all_is_a_mistake(self) -> None:
         with pytest.raises(UserError, match="max_per_task is 0"):
-            SkillBank(":memory:", max_per_task=0)
+            Bank(":memory:", max_per_task=0)
 
 
 def test_a_policy_decides(task: Task) -> None:
-    with SkillBank(":memory:", policy=ucb.policy("last")) as bank:
+    with Bank(":memory:", rule=ucb.picking_rule("last")) as bank:
         put(bank, task, "a")
         last = put(bank, task, "b")
         for _ in range(3):
             picked = pick(bank, task)
             assert picked is not None
             assert picked.id == last
-    with SkillBank(":memory:", policy=lambda arms, c: None) as bank:
+    with Bank(":memory:", rule=lambda arms, c: None) as bank:
         put(bank, task)
         assert pick(bank, task) is None
         assert bank.counts()["picks"] == 0
 
 
 def test_random_picks_go_on_after_a_restore_as_without(tmp_path: Path, task: Task) -> None:
-    def picks(bank: SkillBank, times: int) -> list[int]:
+    def picks(bank: Bank, times: int) -> list[int]:
         return [picked.id for _ in range(times) if (picked := pick(bank, task))]
 
-    with SkillBank(":memory:", policy=ucb.policy("random", seed=5)) as bank:
+    with Bank(":memory:", rule=ucb.picking_rule("random", seed=5)) as bank:
         for text in "abcdef":
             put(bank, task, text)
         picks(bank, 7)
         bank.snapshot(tmp_path / "snapshot")
         expected = picks(bank, 20)
-    with SkillBank(":memory:", policy=ucb.policy("random", seed=5)) as bank:
+    with Bank(":memory:", rule=ucb.picking_rule("random", seed=5)) as bank:
         bank.restore(tmp_path / "snapshot")
         assert picks(bank, 20) == expected
 
@@ -252,23 +252,23 @@ def test_random_picks_go_on_after_a_restore_as_without(tmp_path: Path, task: Tas
 class TestFile:
     def test_a_bank_is_one_file_and_opens_again(self, tmp_path: Path, task: Task) -> None:
         path = tmp_path / "skills.sqlite"
-        with SkillBank(path) as bank:
+        with Bank(path) as bank:
             put(bank, task)
             pick(bank, task)
             expected = bank.skills()
         assert os.listdir(tmp_path) == ["skills.sqlite"]
-        with SkillBank(path) as bank:
+        with Bank(path) as bank:
             assert bank.skills() == expected
 
     def test_a_viewer_may_look_on(self, tmp_path: Path, task: Task) -> None:
         path = tmp_path / "skills.sqlite"
-        with SkillBank(path) as bank, SkillBank(path) as viewer:
+        with Bank(path) as bank, Bank(path) as viewer:
             put(bank, task)
             assert len(viewer) == 1
 
     def test_two_writers_are_told(self, tmp_path: Path, task: Task) -> None:
         path = tmp_path / "skills.sqlite"
-        with SkillBank(path) as bank, SkillBank(path) as other:
+        with Bank(path) as bank, Bank(path) as other:
             other._db.execute("PRAGMA busy_timeout = 10")
             with bank.batch():
                 with pytest.raises(UserError, match="other process"):
@@ -276,7 +276,7 @@ class TestFile:
                 put(bank, task)
             put(other, task)
 
-    def test_a_batch_is_kept_whole_or_not_at_all(self, bank: SkillBank, task: Task) -> None:
+    def test_a_batch_is_kept_whole_or_not_at_all(self, bank: Bank, task: Task) -> None:
         def half_way() -> None:
             with bank.batch():
                 put(bank, task, "a")
@@ -295,7 +295,7 @@ class TestFile:
         path = tmp_path / "notes.txt"
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"notes\.txt.*not a database"):
-            SkillBank(path)
+            Bank(path)
         assert path.read_bytes() == content
 
     def test_another_database_is_refused(self, tmp_path: Path) -> None:
@@ -305,37 +305,37 @@ class TestFile:
         db.commit()
         db.close()
         with pytest.raises(UserError, match="not a skill bank"):
-            SkillBank(path)
+            Bank(path)
 
     def test_another_version_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "skills.sqlite"
-        SkillBank(path).close()
+        Bank(path).close()
         db = sqlite3.connect(path)
         db.execute("PRAGMA user_version = 99")
         db.close()
         with pytest.raises(UserError, match="schema version 99, this skillsd reads 1"):
-            SkillBank(path)
+            Bank(path)
 
     def test_a_damaged_file_is_refused(self, tmp_path: Path, task: Task) -> None:
         path = tmp_path / "skills.sqlite"
-        with SkillBank(path) as bank, bank.batch():
+        with Bank(path) as bank, bank.batch():
             for i in range(300):
                 put(bank, task, f"{i} " * 30)
         content = bytearray(path.read_bytes())
         content[4096 * 3 : 4096 * 6] = os.urandom(4096 * 3)
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"damaged|malformed"):
-            SkillBank(path)
+            Bank(path)
 
     def test_a_folder_is_no_bank(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot open the skill bank"):
-            SkillBank(tmp_path)
+            Bank(tmp_path)
 
     def test_no_folder(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="Does its folder exist"):
-            SkillBank(tmp_path / "nowhere" / "skills.sqlite")
+            Bank(tmp_path / "nowhere" / "skills.sqlite")
 
-    def test_another_thread_is_refused(self, bank: SkillBank) -> None:
+    def test_another_thread_is_refused(self, bank: Bank) -> None:
         caught: list[Exception] = []
 
         def use() -> None:
@@ -352,7 +352,7 @@ class TestFile:
 
 class TestSnapshot:
     def test_restore_brings_everything_back(self, tmp_path: Path, task: Task) -> None:
-        with SkillBank(tmp_path / "live.sqlite", max_per_task=1) as bank:
+        with Bank(tmp_path / "live.sqlite", max_per_task=1) as bank:
             put(bank, task, "a")
             pick(bank, task)
             put(bank, task, "b")
@@ -366,17 +366,17 @@ class TestSnapshot:
             assert put(bank, task, "d") == 3  # the sequence is part of it
         assert sorted(os.listdir(tmp_path)) == ["live.sqlite", "snapshot.sqlite"]
 
-    def test_a_snapshot_replaces_an_older_one(self, tmp_path: Path, bank: SkillBank, task: Task) -> None:
+    def test_a_snapshot_replaces_an_older_one(self, tmp_path: Path, bank: Bank, task: Task) -> None:
         path = tmp_path / "100% näive #1?.sqlite"
         (tmp_path / (path.name + ".partial")).write_text("left by a killed process")
         bank.snapshot(path)
         put(bank, task)
         bank.snapshot(path)
-        with SkillBank(":memory:") as other:
+        with Bank(":memory:") as other:
             other.restore(path)
             assert other.skills() == bank.skills()
 
-    def test_what_is_no_snapshot_changes_nothing(self, tmp_path: Path, bank: SkillBank, task: Task) -> None:
+    def test_what_is_no_snapshot_changes_nothing(self, tmp_path: Path, bank: Bank, task: Task) -> None:
         put(bank, task)
         (tmp_path / "rubbish").write_text("rubbish" * 100)
         (tmp_path / "empty").touch()
@@ -390,7 +390,7 @@ class TestSnapshot:
         assert len(bank) == 1
         assert not (tmp_path / "none").exists()
 
-    def test_not_inside_a_batch(self, tmp_path: Path, bank: SkillBank) -> None:
+    def test_not_inside_a_batch(self, tmp_path: Path, bank: Bank) -> None:
         with bank.batch():
             with pytest.raises(RuntimeError, match="end it before"):
                 bank.snapshot(tmp_path / "s")
@@ -400,12 +400,12 @@ class TestSnapshot:
 
 WRITER = """
 import os, signal, sys
-from skillsd.skills.bank import SkillBank
+from skillsd.skills.bank import Bank
 from skillsd.types import Outcome, Skill, Task
 task = Task("t", "maze", "train")
 def add(bank, text):
     bank.add(task, Skill("", "", text), source="s", iteration=0, reward=1.0, outcome=Outcome.SOLVED)
-with SkillBank(sys.argv[1]) as bank:
+with Bank(sys.argv[1]) as bank:
     for i in range(int(sys.argv[2])):
         with bank.batch():  # a unit: three skills, one pick and its credit
             for j in range(3):
@@ -427,7 +427,7 @@ def written_by(path: Path, units: int) -> subprocess.Popen[str]:
 
 
 def check_whole_units(path: Path, reported: list[int], task: Task) -> None:
-    with SkillBank(path) as bank:
+    with Bank(path) as bank:
         counts = bank.counts()
         assert counts["skills"] == 3 * counts["picks"] == 3 * counts["credited"]
         assert counts["picks"] >= reported[-1] + 1  # what was reported is there
@@ -455,5 +455,5 @@ def test_a_writer_killed_inside_a_batch_leaves_nothing_of_it(tmp_path: Path, tas
     assert path.stat().st_size > 1_000_000  # the fault is there: the lost skills had reached the file
     assert (tmp_path / "skills.sqlite-journal").exists()
     check_whole_units(path, reported, task)
-    with SkillBank(path) as bank:
+    with Bank(path) as bank:
         assert not any("lost" in stored.skill.golden_workflow for stored in bank.skills())

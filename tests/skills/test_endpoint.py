@@ -20,9 +20,9 @@ from skillsd import endpoint
 from skillsd.config import SummariserSection
 from skillsd.errors import UserError
 from skillsd.skills.background import BackgroundSummaries
-from skillsd.skills.bank import SkillBank
-from skillsd.skills.endpoint import NAMES, EndpointSummariser
-from skillsd.skills.prompt import SummaryPrompt, load_prompt
+from skillsd.skills.bank import Bank
+from skillsd.skills.endpoint_summariser import NAMES, EndpointSummariser
+from skillsd.skills.summary_prompt import SummaryPrompt, load_prompt
 from skillsd.skills.summarise import SummaryError
 from skillsd.types import Message, Skill, Trajectory
 
@@ -228,7 +228,7 @@ def test_a_spent_budget_ends_the_calls(
     serve: Serve, trajectory: Trajectory, budget: dict[str, int], calls: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = serve(GOOD)
-    with SkillBank(":memory:") as bank:
+    with Bank(":memory:") as bank:
 
         async def main(before: dict[str, int]) -> dict[str, int]:
             counts: Counter[str] = Counter()
@@ -268,7 +268,7 @@ def test_tokens_that_are_not_told_are_guessed(serve: Serve, trajectory: Trajecto
 
 def test_a_clear_message_once(serve: Serve, trajectory: Trajectory, caplog: pytest.LogCaptureFixture) -> None:
     server = serve(refusal(401, "Incorrect API key provided"))
-    with SkillBank(":memory:") as bank:
+    with Bank(":memory:") as bank:
 
         async def main() -> dict[str, int]:
             work = BackgroundSummaries(summariser(server), bank, max_chars=1000, concurrency=4, timeout=5)

@@ -87,15 +87,15 @@ def test_the_choice_has_the_highest_score(arms: list[Arm], c: float) -> None:
 
 @given(banks, st.integers())
 def test_random_depends_on_its_seed_and_the_arms_alone(arms: list[Arm], seed: int) -> None:
-    first = ucb.policy("random", seed=seed)(arms, 1.0)
-    assert first == ucb.policy("random", seed=seed)(arms, 1.0)
+    first = ucb.picking_rule("random", seed=seed)(arms, 1.0)
+    assert first == ucb.picking_rule("random", seed=seed)(arms, 1.0)
     assert first is not None
     assert 0 <= first < len(arms)
 
 
 def test_random_tries_everything_and_seeds_differ() -> None:
     def draws(seed: int) -> list[int | None]:
-        return [ucb.policy("random", seed=seed)(arms_of((n, 0.0), (0, 1.0), (0, 0.5)), 1.0) for n in range(60)]
+        return [ucb.picking_rule("random", seed=seed)(arms_of((n, 0.0), (0, 1.0), (0, 0.5)), 1.0) for n in range(60)]
 
     assert set(draws(0)) == {0, 1, 2}
     assert min(draws(0).count(i) for i in range(3)) >= 10
@@ -103,9 +103,9 @@ def test_random_tries_everything_and_seeds_differ() -> None:
 
 
 def test_last_takes_the_newest() -> None:
-    assert ucb.policy("last")(arms_of((0, 1.0), (5, 0.0)), 1.0) == 1
+    assert ucb.picking_rule("last")(arms_of((0, 1.0), (5, 0.0)), 1.0) == 1
 
 
 def test_an_unknown_policy_is_told_the_nearest() -> None:
     with pytest.raises(UserError, match=r"'ubc'.*Did you mean 'ucb'"):
-        ucb.policy("ubc")
+        ucb.picking_rule("ubc")

@@ -12,7 +12,7 @@ from skillsd.config import ArchitectureSection, RunConfig, load
 from skillsd.engines.vllm.engine import VllmEngine
 from skillsd.errors import UserError
 from skillsd.training.run import build, check_config, comparable, sampled_length
-from skillsd.training.scratch import make_model
+from skillsd.warm_start.new_model import make_model
 
 PYTHON = Path(__file__).parents[2] / "build" / "vllm" / "bin" / "python"
 """Where `make vllm-env` puts it."""

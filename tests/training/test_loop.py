@@ -19,7 +19,7 @@ from skillsd.engines.base import SampleRequest, TokenSequence
 from skillsd.errors import UserError
 from skillsd.objective import Objective
 from skillsd.skills.bank import StoredSkill
-from skillsd.skills.context import render_skill
+from skillsd.prompting.templates import render_skill
 from skillsd.training import checkpoint
 from skillsd.training.loop import measure, train
 from skillsd.training.run import Run
@@ -238,7 +238,7 @@ def test_skills_are_the_lessons_of_training_trajectories_with_their_origin(make_
         groups = listener.groups[3 * (skill.iteration - 1) : 3 * skill.iteration]
         [origin] = [g.trajectories[int(member)] for g in groups if g.task.id == task == skill.task_id]
         assert toy.write(origin) == skill.skill
-        assert (origin.score, origin.outcome) == (skill.source_reward, skill.source_outcome)
+        assert (origin.reward, origin.outcome) == (skill.source_reward, skill.source_outcome)
 
 
 def test_the_teacher_reads_the_tasks_own_skill_and_the_student_none(

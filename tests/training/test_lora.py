@@ -15,9 +15,9 @@ from skillsd.engines.base import TokenSequence
 from skillsd.engines.torch.engine import TorchEngine
 from skillsd.engines.torch.models import LoraOptions
 from skillsd.errors import UserError
-from skillsd.training.export import export
+from skillsd.runs.export import export
 from skillsd.training.run import make_engine
-from skillsd.training.session import run_training
+from skillsd.runs.lifecycle import run_training
 
 SEQUENCES = [TokenSequence(tuple(range(30, 50)), (False,) * 8 + (True,) * 12)]
 LORA: dict[str, Any] = {"lora": {"rank": 2, "alpha": 8}}
@@ -41,7 +41,7 @@ def scores(engine: Any) -> torch.Tensor:
 def test_out_merged_and_in_again(run: Path, tiny_model: Path, tmp_path: Path) -> None:
     export(str(run / "run"), tmp_path / "adapter")
     export(str(run / "run"), tmp_path / "merged", merge=True)
-    from skillsd.training.scoring import load_trained
+    from skillsd.runs.subjects import load_trained
 
     trained = scores(load_trained(str(run / "run"))[0])
     base = scores(TorchEngine(str(tiny_model), device="cpu"))

@@ -14,7 +14,7 @@ from toy_run import MakeRun, go
 from skillsd.errors import UserError
 from skillsd.methods import METHODS
 from skillsd.training import loop
-from skillsd.training.evaluate import evaluate
+from skillsd.evaluation.evaluate import evaluate
 from skillsd.types import Task
 
 

@@ -20,10 +20,10 @@ from skillsd.engines.base import Sample, SampleRequest
 from skillsd.errors import UserError
 from skillsd.report.progress import summaries_note
 from skillsd.report.writer import METRICS, read
-from skillsd.skills.bank import SkillBank
+from skillsd.skills.bank import Bank
 from skillsd.training import checkpoint
 from skillsd.training.loop import train
-from skillsd.training.session import run_training
+from skillsd.runs.lifecycle import run_training
 from skillsd.types import Task
 
 KEY = "sk-very-secret-0123456789"
@@ -147,7 +147,7 @@ def test_pending_summaries_survive_a_restart_at_another_address(
     assert b"MY_KEY" in everything
     assert KEY.encode() not in everything
     assert KEY not in caplog.text
-    with SkillBank(folder / "skills.sqlite") as bank:
+    with Bank(folder / "skills.sqlite") as bank:
         assert {skill.source for skill in bank.skills()} & set(waiting)
 
 

@@ -1,22 +1,25 @@
-"""The engine: six calls that a training loop needs of a model, wherever the model lives.
+"""What a training loop asks of a model, wherever the model lives: a `Learner` that scores and trains, a `Sampler` that
+decodes, and an `Engine`, a pair of them.
 
-`sample`, `score`, `forward_backward`, `step`, `sync_teacher`, `save`/`load`. One conformance suite
-(`tests/engines/conformance.py`) runs against every engine.
+One object may play both roles, as the embedded engine does. The methods are async so that a remote engine can be
+awaited; a local engine that never yields is a plain call, and keeps its determinism. `skillsd.engines.conformance`
+checks that an implementation keeps the promises written here.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
-    from skillsd.metrics import Mean
-    from skillsd.objective import TokenLogprobs
+from skillsd.engines.options import Capabilities
+from skillsd.errors import UserError
+from skillsd.metrics import Metrics
+from skillsd.objective.logprobs import CHOSEN, TokenLogprobs, Want
 
 Weights = Literal["student", "teacher"]
 
@@ -27,11 +30,12 @@ class SampleRequest:
 
     Attributes:
         max_tokens: at least 1.
-        seed: determines what is sampled, together with the weights and the tokens; nothing else that is being
-            decoded at the same time plays a part (but for rounding, which in bfloat16 can tip a close choice).
+        seed: with the weights and the tokens it determines what is sampled; other requests that are decoded at the same
+            time have no influence (but for rounding, which in bfloat16 can tip a close choice).
         temperature: of the sampling distribution; 0 takes the most likely token.
-        session: name of the episode. An engine may keep its KV cache between the requests of one session;
-            each request's tokens must then extend the last one's tokens and sample.
+        session: name of the episode. A sampler may keep its KV cache between the requests of one session; each
+            request's tokens must then extend the last one's tokens and sample.
+        weights: whose weights sample.
     """
 
     tokens: tuple[int, ...]
@@ -44,16 +48,23 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class Sample:
-    """The sampled ids, the stop token included, with the log-prob of each under the *sampling* distribution."""
+    """A sampled continuation.
+
+    Attributes:
+        tokens: the sampled ids, the stop token included.
+        logprobs: of each token under the *sampling* distribution.
+        version: of the student's weights that were loaded when it was sampled.
+    """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     stop_reason: Literal["stop", "length"]
+    version: int = 0
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Ids with the tokens marked whose log-probs are wanted. The first token has no history and can't be marked."""
+    """Token ids, with marks on those whose log-probs are wanted. The first token has no history and can't be marked."""
 
     tokens: tuple[int, ...]
     mask: tuple[bool, ...]
@@ -66,6 +77,7 @@ class TokenSequence:
 
     @property
     def marked(self) -> int:
+        """Number of marked tokens."""
         return sum(self.mask)
 
 
@@ -76,47 +88,67 @@ class TrainItem:
     Attributes:
         sequence: marked where the loss applies.
         signals: what the loss needs beside the student's log-probs, a tensor ``[marked]`` or ``[marked, ...]`` each,
-            of the same names in every item of a batch. The engine itself reads one name, ``candidates``: see
-            `Engine.forward_backward`.
+            of the same names in every item of a batch. The engine itself reads one of them, ``candidates``: see
+            `Learner.forward_backward`.
     """
 
     sequence: TokenSequence
     signals: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class TopK:
-    """The most likely tokens at each marked place of a sequence, and how much mass is left for all others.
+class Loss(Protocol):
+    """A loss that can run where the model is: pure, and picklable for learners in other processes.
 
-    Attributes:
-        chosen: log-probs of the marked tokens themselves, as `Engine.score` gives them, ``[marked]``.
-        ids: the k most likely tokens, the most likely first, int64 ``[marked, k]``.
-        logprobs: theirs and, last, the log of the mass of all other tokens together, ``[marked, k + 1]``.
+    `skillsd.objective.Loss` is one. A plain function works with learners in this process; without an attribute ``want``
+    it gets the chosen tokens' log-probs.
     """
 
-    chosen: Tensor
-    ids: Tensor
-    logprobs: Tensor
+    def __call__(self, student: TokenLogprobs, signals: Mapping[str, Tensor], /) -> tuple[Tensor, Metrics]:
+        """Log-probs of a micro-batch's marked tokens and their signals -> (summed loss, metrics)."""
+        ...
 
 
-LossFunction = Callable[["TokenLogprobs", Mapping[str, "Tensor"]], "tuple[Tensor, dict[str, Mean]]"]
-"""Log-probs ``[tokens]`` of the marked tokens of a micro-batch and their signals -> (summed loss, metrics)."""
+def wanted_by(loss: Loss) -> Want:
+    """Which log-probs of the student a loss needs: its attribute ``want``, or those of the chosen tokens alone."""
+    want: Want = getattr(loss, "want", CHOSEN)
+    return want
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What an optimiser step did. Where ``applied`` is False something was not finite and nothing was updated."""
+    """What an optimiser step did.
+
+    Attributes:
+        applied: False if a loss or gradient was not finite, so that nothing was updated.
+        grad_norm: before clipping; None where the engine does not report it.
+        version: of the student's weights from now on.
+    """
 
     applied: bool
-    grad_norm: float
+    grad_norm: float | None
+    version: int = 0
+
+
+@dataclass(frozen=True)
+class WeightsHandle:
+    """A published version of the student's weights, on its way from a learner to a sampler.
+
+    Attributes:
+        version: counts the learner's updates.
+        location: a folder in the format of ``transformers`` (adapters merged, an output head of its own), or a remote
+            path; None if the sampler shares the learner's memory.
+    """
+
+    version: int
+    location: str | None = None
 
 
 class StaleTeacherError(RuntimeError):
-    """The teacher was to follow the student without a copy of its own, and the student has moved since."""
+    """The teacher follows the student without a copy of its own, and the student has moved since the last sync."""
 
 
-class Engine(ABC):
-    """A causal language model that samples, scores and learns."""
+class Learner(ABC):
+    """Scores and trains: the student's weights, the teacher's, and the optimiser."""
 
     tokenizer: Any
     """The tokenizer of ``transformers`` that belongs to the weights, with its chat template."""
@@ -127,94 +159,58 @@ class Engine(ABC):
     max_length: int
     """The most tokens a sequence may have."""
 
-    @abstractmethod
-    async def sample(self, request: SampleRequest) -> Sample:
-        """Sample a continuation. Many requests may be under way at once, one of each session.
+    version: int
+    """Of the student's weights: the number of updates so far."""
 
-        Raises:
-            ValueError: if the request is longer than `max_length`, asks for or continues nothing, or does not extend
-                its session.
-            RuntimeError: if decoding failed or the session was ended meanwhile.
-        """
+    @property
+    def published_bytes(self) -> int:
+        """The most bytes that `publish` writes into a folder; 0 if unknown."""
+        return 0
 
     @abstractmethod
-    def end_session(self, session: str) -> None:
-        """The episode is over: free what was kept for it. Unknown sessions are ignored."""
-
-    @abstractmethod
-    def score(
+    async def logprobs(
         self,
         sequences: Sequence[TokenSequence],
         weights: Weights = "student",
         *,
         temperature: float = 1.0,
-        distribution: bool = False,
-    ) -> list[Tensor]:
-        """Log-probs of the marked tokens, in float32, on the CPU, one tensor per sequence.
+        want: Want = CHOSEN,
+    ) -> list[TokenLogprobs]:
+        """Log-probs at the marked places, in float32, on the CPU, without gradient; one per sequence.
 
-        Returns:
-            ``[marked]`` tensors; with `distribution` the whole ``[marked, vocabulary]``.
-
-        Raises:
-            ValueError: if a sequence is longer than `max_length`.
-            StaleTeacherError: for the teacher, where it keeps no copy and the student moved since the last sync.
-        """
-
-    def score_top_k(
-        self,
-        sequences: Sequence[TokenSequence],
-        k: int,
-        weights: Weights = "student",
-        *,
-        temperature: float = 1.0,
-    ) -> list[TopK]:
-        """What `score` says of the whole vocabulary in ``[marked, k + 1]`` numbers, one `TopK` per sequence.
-
-        In float32, on the CPU. This one is made from whole distributions, a sequence at a time; an engine that holds
-        them elsewhere should not bring them here.
+        ``chosen`` is ``[marked]``; ``distribution`` is ``[marked, vocab]`` if the whole vocabulary is wanted, or
+        ``[marked, k + 1]`` with ``candidates`` ``[marked, k]``, the k most likely tokens, most likely first.
 
         Raises:
-            ValueError: as `score`, or if `k` is not at least 1 and less than the vocabulary.
-        """
-        from skillsd.engines.candidates import whole_to_top_k
-
-        return [
-            whole_to_top_k(sequence, self.score([sequence], weights, temperature=temperature, distribution=True)[0], k)
-            for sequence in sequences
-        ]
-
-    @abstractmethod
-    def forward_backward(
-        self,
-        batch: Sequence[TrainItem],
-        loss: LossFunction,
-        *,
-        temperature: float = 1.0,
-        distribution: bool = False,
-    ) -> dict[str, Mean]:
-        """Accumulate the gradient of `loss`, summed over micro-batches. The caller normalises by global counts.
-
-        The loss gets the log-probs of the marked tokens and, with `distribution`, of all ``[tokens, vocabulary]``. With
-        `distribution` and a signal ``candidates`` (int64 ids ``[marked, k]``, distinct in each row) those are the
-        candidates' and, last, the log of the mass of all other tokens, ``[tokens, k + 1]``. With a teacher's `TopK.ids`
-        as candidates that is aligned with its `TopK.logprobs`. The loss gets ``candidates`` like any other signal.
-
-        Raises:
-            ValueError: if a sequence is longer than `max_length`, or `candidates` are of another shape or type, as many
-                as the vocabulary, or beyond it.
+            ValueError: if a sequence is longer than `max_length`, or k is not at least 1 and less than the vocabulary.
+            StaleTeacherError: for a teacher without a copy of its own, if the student moved since the last sync.
         """
 
     @abstractmethod
-    def step(self, learning_rate: float) -> StepReport:
-        """Clip the gradient, update, forget the gradient and all KV caches.
+    async def forward_backward(self, batch: Sequence[TrainItem], loss: Loss, *, temperature: float = 1.0) -> Metrics:
+        """Accumulate the gradient of `loss`, summed over micro-batches; returns its metrics, merged.
 
-        If the gradient, or a loss that it came from, is not finite, nothing is updated (`StepReport.applied` is False)
-        and the gradient is forgotten.
+        The caller normalises by counts over the whole minibatch, so the gradient does not depend on how it is cut. The
+        loss gets the log-probs it wants (`wanted_by`). If it wants ``top_k``, the candidates are the signal
+        ``candidates`` (int64 ids ``[marked, k]``, distinct in each row), such as a teacher's; the loss gets that signal
+        like any other.
+
+        Raises:
+            ValueError: if a sequence is longer than `max_length`, or `candidates` have another shape or type, are as
+                many as the vocabulary, or beyond it.
         """
 
     @abstractmethod
-    def sync_teacher(self, rate: float = 1.0) -> None:
-        """The teacher's weights become ``(1 - rate) * teacher + rate * student``, the student's as of this moment.
+    async def step(self, learning_rate: float) -> StepReport:
+        """Clip the gradient, update the student, and forget the gradient.
+
+        If the gradient, or a loss it came from, is not finite, nothing is updated (`StepReport.applied` is False) and
+        the gradient is forgotten.
+        """
+
+    @abstractmethod
+    async def sync_teacher(self, rate: float = 1.0) -> None:
+        """Set the teacher's weights to ``(1 - rate) * teacher + rate * student``, with the student's current weights.
 
         With 1 the teacher is the student; smaller rates, call by call, make it an exponential moving average. A teacher
         that is another model stays as it is.
@@ -224,12 +220,125 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write weights (safetensors, with tokenizer), optimiser, teacher and RNG state into an existing folder."""
+    async def publish(self, folder: Path | None = None) -> WeightsHandle:
+        """Make the student's current weights available to a sampler.
+
+        Args:
+            folder: write them there, as `WeightsHandle.location` describes; None hands them over in memory, or as the
+                learner's own remote path.
+        """
 
     @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Take up what `save` wrote: training then goes on bit for bit."""
+    async def save_state(self, folder: Path) -> None:
+        """Write everything that training needs to go on into an existing folder: weights (in ``model/``, in the format
+        of ``transformers``), optimiser, teacher, random state, version."""
 
-    def close(self) -> None:  # noqa: B027  most engines have nothing to end
-        """Nothing is asked of this engine any more: end whatever runs outside of this process for it."""
+    @abstractmethod
+    async def load_state(self, folder: Path) -> None:
+        """Restore what `save_state` wrote. With the capability ``exact_resume`` training goes on bit for bit.
+
+        Raises:
+            UserError: if the folder holds no such state, it is damaged, or it is of another model or teacher.
+        """
+
+    async def export(self, folder: Path, *, merge: bool = False) -> None:
+        """Write the student as a model folder that ``transformers`` loads; under LoRA the adapter, unless merged.
+
+        Args:
+            merge: add the adapter to the base model's weights.
+
+        Raises:
+            UserError: if the engine can't, or there is no adapter to merge.
+        """
+        raise UserError(f"{type(self).__name__} does not export its weights")
+
+    def close(self) -> None:  # noqa: B027 (most engines have nothing to end)
+        """No more calls will come: end what runs outside of this process. Closing twice is harmless."""
+
+
+class Sampler(ABC):
+    """Decodes many episodes at once with published weights."""
+
+    max_length: int
+    """The most tokens a sequence may have, its continuation included."""
+
+    inbox: Path | None = None
+    """Folder that weights must be published into; None if they are handed over in memory or by a remote path."""
+
+    samples_teacher: bool = False
+    """Whether requests with the teacher's weights can be answered."""
+
+    @abstractmethod
+    async def sample(self, request: SampleRequest) -> Sample:
+        """Sample a continuation. Many requests may be under way at once, one per session.
+
+        Raises:
+            ValueError: if the request is longer than `max_length`, is empty, asks for no tokens, or does not extend its
+                session.
+            RuntimeError: if decoding failed or the session was ended meanwhile.
+        """
+
+    @abstractmethod
+    def end_session(self, session: str) -> None:
+        """The episode is over: free what was kept for it. Unknown sessions are ignored."""
+
+    @abstractmethod
+    async def load(self, weights: WeightsHandle) -> None:
+        """Sample from these weights from now on. No KV cache of earlier weights outlives this call."""
+
+    def close(self) -> None:  # noqa: B027
+        """No more calls will come: end what runs outside of this process. Closing twice is harmless."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A learner and the sampler of its rollouts; both may be one object.
+
+    Attributes:
+        name: as recipes call it.
+        capabilities: what the pair can do.
+    """
+
+    learner: Learner
+    sampler: Sampler
+    name: str
+    capabilities: Capabilities
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.learner.tokenizer
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        return self.learner.stop_tokens
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a sequence that is scored or trained on."""
+        return self.learner.max_length
+
+    def sampler_of(self, weights: Weights) -> Sampler:
+        """Who samples with these weights: the sampler, or for a teacher that it does not hold, the learner itself.
+
+        Raises:
+            UserError: if nobody can sample from the teacher.
+        """
+        if weights == "student" or self.sampler.samples_teacher:
+            return self.sampler
+        if isinstance(self.learner, Sampler) and self.learner.samples_teacher:
+            return self.learner
+        raise UserError(f"engine {self.name!r} can't sample from the teacher's weights")
+
+    async def publish(self) -> None:
+        """Hand the student's current weights to the sampler."""
+        await self.sampler.load(await self.learner.publish(self.sampler.inbox))
+
+    async def load_state(self, folder: Path) -> None:
+        """Restore a checkpoint, the sampler's weights included."""
+        await self.learner.load_state(folder)
+        await self.publish()
+
+    def close(self) -> None:
+        self.sampler.close()
+        if self.learner is not self.sampler:
+            self.learner.close()

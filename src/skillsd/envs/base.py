@@ -25,14 +25,15 @@ class Step:
     Attributes:
         observation: what the agent is shown next, in words. An invalid action is answered here, never by an exception.
         done: the episode is over.
-        score: completion so far, in [0, 1].
-        success: every sub-goal is reached (then ``score`` is 1 and ``done`` is True).
+        reward: completion so far, in [0, 1]: a running value, not an increment. The last step's is the trajectory's
+            reward R_i.
+        success: every sub-goal is reached (then ``reward`` is 1 and ``done`` is True).
         info: structured account of the step for summarisers and viewers; JSON-able.
     """
 
     observation: str
     done: bool
-    score: float
+    reward: float
     success: bool
     info: Mapping[str, Any] = field(default_factory=dict)
 
@@ -52,8 +53,8 @@ class Environment(ABC):
         """Free what the episode holds. Closing twice is harmless."""
 
 
-def spread(items: Sequence[T], count: int | None) -> Sequence[T]:
-    """`count` of `items`, evenly spread, in their order; all of them for None or where there are no more.
+def evenly_spaced(items: Sequence[T], count: int | None) -> Sequence[T]:
+    """`count` of `items`, evenly spaced, in their order; all of them for None or if there are fewer.
 
     Panels go from easy to hard, so the first `count` would be the easiest.
     """

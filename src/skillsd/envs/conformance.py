@@ -173,9 +173,9 @@ class _Checker:
             return
         words = isinstance(step.observation, str) and bool(step.observation.strip())
         self._expect(words, "observation", "an observation in words", repr(step.observation))
-        self._expect(0 <= step.score <= 1, "score", "a score in [0, 1]", step.score)
+        self._expect(0 <= step.reward <= 1, "reward", "a reward in [0, 1]", step.reward)
         if step.success:
-            self._expect(step.done and step.score == 1, "success", "done and score 1 with success", step)
+            self._expect(step.done and step.reward == 1, "success", "done and reward 1 with success", step)
         self._expect(_is_json(step.info), "info", "a JSON-able info", repr(step.info))
 
 

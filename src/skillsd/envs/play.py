@@ -14,10 +14,10 @@ from skillsd.types import Message, Task
 
 @dataclass(frozen=True)
 class Played:
-    """How a game ended: turns taken, the last score, and whether it was a full success."""
+    """How a game ended: turns taken, the last reward, and whether it was a full success."""
 
     turns: int
-    score: float
+    reward: float
     success: bool
 
 
@@ -93,11 +93,11 @@ async def _play(
                 await _start(environment.reset(task, seed), show)
                 continue
             step = await environment.step(line)
-            result = Played(result.turns + 1, step.score, step.success)
+            result = Played(result.turns + 1, step.reward, step.success)
             _show_step(step, show)
             if step.done:
                 how = "Solved" if step.success else "Not solved"
-                show(f"{how} in {result.turns} turns, score {step.score:.2f}.")
+                show(f"{how} in {result.turns} turns, reward {step.reward:.2f}.")
                 return result
     except (EOFError, KeyboardInterrupt):
         show("\nBye.")

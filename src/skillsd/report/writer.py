@@ -11,7 +11,7 @@ from typing import Any
 
 from skillsd.config import LogSection
 from skillsd.errors import UserError
-from skillsd.records import trajectory_to_json
+from skillsd.rollouts.records import trajectory_to_json
 from skillsd.types import Group
 
 METRICS = "metrics.jsonl"

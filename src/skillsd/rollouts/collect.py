@@ -1,4 +1,4 @@
-"""Many episodes at once: groups of G per task, with fresh tries for what the infrastructure broke."""
+"""Many episodes at once: groups of G per task, with new attempts at what the infrastructure broke."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from skillsd.envs.base import TaskSet
-from skillsd.rollouts.episode import Budget, Player, run_episode
+from skillsd.rollouts.episode import run_episode
+from skillsd.rollouts.policy import Budget, Policy
 from skillsd.seeds import derive_seed
 from skillsd.types import Group, Outcome, Task, Trajectory
 
 
 @dataclass
 class Collected:
-    """What a collection brought.
+    """The result of a collection.
 
     Attributes:
         groups: complete groups only, in the order of the tasks.
-        broken: episodes that the infrastructure ended, the retried ones too, by outcome.
-        reason: what the last of them said.
-        dropped: tasks whose whole group was given up because one of its episodes failed every time.
+        infra_failures: episodes that the infrastructure ended, retried ones included, by outcome.
+        reason: the error message of the last of them.
+        dropped: tasks whose group was given up because one of its episodes failed in every attempt.
     """
 
     groups: list[Group] = field(default_factory=list)
-    broken: dict[str, int] = field(default_factory=dict)
+    infra_failures: dict[str, int] = field(default_factory=dict)
     reason: str = ""
     dropped: list[Task] = field(default_factory=list)
 
 
 async def collect(
-    actor: Player,
+    policy: Policy,
     task_set: TaskSet,
     tasks: Sequence[Task],
     budget: Budget,
@@ -40,45 +41,45 @@ async def collect(
     retries: int = 2,
     concurrency: int = 256,
     contexts: Sequence[str] | None = None,
-    kept: Mapping[int, Trajectory] | None = None,
+    finished: Mapping[int, Trajectory] | None = None,
     on_episode: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> Collected:
     """Play every task `group_size` times.
 
-    An episode with the outcome ``env_error`` or ``timeout`` is played again, in a fresh environment, up to `retries`
+    An episode with the outcome ``env_error`` or ``timeout`` is played again, in a new environment, up to `retries`
     times. If it still has no reward, its whole group is dropped: an infrastructure failure never counts as reward 0,
-    and a group of fewer episodes would have other statistics.
+    and a smaller group would have other statistics.
 
     Args:
-        seed: all episodes' seeds are derived from it by name, so that they do not depend on who runs when.
+        seed: all episodes' seeds are derived from it by name, so they do not depend on the order of execution.
         concurrency: the most episodes under way at once.
-        contexts: text added to the actor's first prompt, one for each task; none if not given.
-        kept: episodes of an earlier try of this very collection, by their seeds; they are not played again.
-        on_episode: called for each other episode that carries a reward, in the order in which they end.
+        contexts: text added to the policy's first prompt, one per task; none if not given.
+        finished: episodes of an earlier attempt at this same collection, by their seeds; they are not played again.
+        on_episode: called for each new episode that carries a reward, in the order in which they end.
     """
     collected = Collected()
     slots = asyncio.Semaphore(concurrency)
 
-    def broken(outcome: Outcome, reason: str) -> None:
-        collected.broken[outcome] = collected.broken.get(outcome, 0) + 1
+    def failed(outcome: Outcome, reason: str) -> None:
+        collected.infra_failures[outcome] = collected.infra_failures.get(outcome, 0) + 1
         collected.reason = reason
 
     async def play(task: Task, place: int, member: int) -> Trajectory | None:
-        # `place` tells two visits of one task in the same collection apart.
+        # `place` distinguishes two visits to one task in the same collection.
         seeds = [derive_seed(seed, place, task.id, member, attempt) for attempt in range(retries + 1)]
         for episode_seed in seeds:
-            if kept and episode_seed in kept:
-                return kept[episode_seed]
+            if finished and episode_seed in finished:
+                return finished[episode_seed]
         for attempt, episode_seed in enumerate(seeds):
             name = f"{seed}/{place}/{task.id}/{member}/{attempt}"
             async with slots:
                 try:
                     environment = task_set.make()
-                except Exception as error:  # one that can't even be made is as broken as one that fails later
-                    broken(Outcome.ENV_ERROR, f"make: {type(error).__name__}: {error}")
+                except Exception as error:  # as much an infrastructure failure as a later one
+                    failed(Outcome.ENV_ERROR, f"make: {type(error).__name__}: {error}")
                     continue
                 trajectory = await run_episode(
-                    actor,
+                    policy,
                     environment,
                     task,
                     budget,
@@ -91,7 +92,7 @@ async def collect(
             if trajectory.outcome.has_reward:
                 on_episode(trajectory)
                 return trajectory
-            broken(trajectory.outcome, trajectory.error)
+            failed(trajectory.outcome, trajectory.error)
         return None
 
     try:
@@ -101,7 +102,7 @@ async def collect(
                 for place, task in enumerate(tasks)
             ]
     except ExceptionGroup as failures:
-        # The engine failed, for all episodes alike (environments can't raise out of an episode): one of them tells it.
+        # The engine failed, for all episodes alike (environments can't raise out of an episode): one error is enough.
         raise failures.exceptions[0] from None
     for task, members in zip(tasks, plays, strict=True):
         trajectories = [member.result() for member in members]

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from skillsd.records import trajectory_from_json, trajectory_to_json
-from skillsd.skills.bank import SkillBank
+from skillsd.rollouts.records import trajectory_from_json, trajectory_to_json
+from skillsd.skills.bank import Bank
 from skillsd.skills.summarise import Summariser, SummaryError, check_skill
 from skillsd.types import Skill, Task, Trajectory
 
@@ -46,7 +46,7 @@ class BackgroundSummaries:
     def __init__(
         self,
         summariser: Summariser,
-        bank: SkillBank,
+        bank: Bank,
         *,
         max_chars: int,
         concurrency: int,
@@ -102,7 +102,7 @@ class BackgroundSummaries:
                     job.skill,
                     source=job.source,
                     iteration=job.iteration,
-                    reward=job.trajectory.score,
+                    reward=job.trajectory.reward,
                     outcome=job.trajectory.outcome,
                 )
         for number in finished:

@@ -3,7 +3,7 @@
 One SQLite file, and every call is one transaction: a process that is killed leaves the bank as it was before
 the call or after it, never between. The file keeps SQLite's rollback journal rather than WAL: it then stays a
 single file that may be copied, and works on network file systems. A commit costs about 1 ms on a local disk;
-`SkillBank.batch` makes one commit of many calls.
+`Bank.batch` makes one commit of many calls.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class StoredSkill:
 
     @property
     def mean_reward(self) -> float:
-        """Mean reward of the rollouts trained under this skill (METHOD.md, step 3).
+        """Mean reward of the rollouts trained under this skill.
 
         The paper is silent on a skill without any. Never picked, its source trajectory's reward stands in; picked but
         never credited (it did not fit the teacher's budget, say) it counts 0, or it would be picked for ever.
@@ -90,33 +90,33 @@ class StoredSkill:
         return 0.0 if self.picks else self.source_reward
 
 
-class SkillBank:
+class Bank:
     """The skills of all training tasks of a run. To be used from one thread.
 
     Args:
         path: the database file, made if there is none; ``":memory:"`` for a bank that lives in memory only.
-        policy: how `peek` chooses, see `skillsd.skills.ucb.policy`; UCB unless given.
-        forbidden: ids of the tasks of the evaluation splits. They are refused whatever split a task claims.
+        rule: how `peek` chooses, see `skillsd.skills.ucb.picking_rule`; UCB unless given.
+        held_out: ids of the tasks of the evaluation splits. They are refused whatever split a task claims.
         max_per_task: where a new skill would exceed it, the task's skill with the lowest mean reward goes.
             Skills that were never picked are not thrown away untried, so a bank may exceed it by those.
 
     Raises:
-        UserError: if the file is not a skill bank of this version, or holds a forbidden task's skills.
+        UserError: if the file is not a skill bank of this version, or holds a held-out task's skills.
     """
 
     def __init__(
         self,
         path: str | Path,
         *,
-        policy: ucb.Policy = ucb.pick,
-        forbidden: Iterable[str] = (),
+        rule: ucb.PickingRule = ucb.pick,
+        held_out: Iterable[str] = (),
         max_per_task: int | None = None,
     ) -> None:
         if max_per_task is not None and max_per_task < 1:
             raise UserError(f"max_per_task is {max_per_task}; expected 1 or more, or none for no limit")
         self.path = str(path)
-        self._policy = policy
-        self._forbidden = frozenset(forbidden)
+        self._rule = rule
+        self._held_out = frozenset(held_out)
         self._max_per_task = max_per_task
         self._in_batch = False
         if self.path != ":memory:":
@@ -170,7 +170,7 @@ class SkillBank:
         if not (math.isfinite(c) and c >= 0):
             raise ValueError(f"UCB's c is {c}; expected a finite number >= 0")
         arms = self._of(task)
-        index = self._policy(arms, c) if arms else None
+        index = self._rule(arms, c) if arms else None
         return None if index is None else arms[index]
 
     def record_pick(self, skill_id: int) -> None:
@@ -184,7 +184,7 @@ class SkillBank:
         Returns False if the skill has made room for a newer one since its pick: there is nobody to credit.
 
         Raises:
-            HeldOutTaskError: if the skill is a forbidden task's.
+            HeldOutTaskError: if the skill is a held-out task's.
             KeyError: for an id that was never given.
             ValueError: for rewards that are not finite; nothing is recorded then.
         """
@@ -231,7 +231,7 @@ class SkillBank:
                 f"task {task.id!r} of {task.env!r} is of split {task.split!r}; the skill bank takes "
                 f"{TRAIN_SPLIT!r} tasks only. Evaluation must run without the bank."
             )
-        if task.id in self._forbidden:
+        if task.id in self._held_out:
             raise HeldOutTaskError(
                 f"task {task.id!r} of {task.env!r} says split {TRAIN_SPLIT!r} but is in an evaluation split: "
                 "the splits overlap. Remove it from one of them."
@@ -278,7 +278,7 @@ class SkillBank:
         """Replace the bank's whole content by that of a snapshot; on an error the bank stays as it was.
 
         Raises:
-            UserError: if `path` is not a snapshot of a bank of this version, or holds a forbidden task's
+            UserError: if `path` is not a snapshot of a bank of this version, or holds a held-out task's
             skills.
         """
         if self._in_batch:
@@ -294,7 +294,7 @@ class SkillBank:
         """Close the file. Closing twice is harmless."""
         self._db.close()
 
-    def __enter__(self) -> SkillBank:
+    def __enter__(self) -> Bank:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -322,7 +322,7 @@ class SkillBank:
 
     def _check_held_out(self, db: sqlite3.Connection, path: str) -> None:
         stored = {task for (task,) in db.execute("SELECT DISTINCT task FROM skills")}
-        if leaked := sorted(stored & self._forbidden):
+        if leaked := sorted(stored & self._held_out):
             raise UserError(
                 f"the skill bank {path} holds skills of {len(leaked)} evaluation tasks, e.g. {leaked[0]!r}. "
                 "What trains on it cannot be evaluated honestly: give a bank made from these training tasks."

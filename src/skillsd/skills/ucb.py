@@ -1,7 +1,7 @@
-"""Which skill of a task's bank the teacher gets: UCB (METHOD.md, step 3), or a simpler one to compare.
+"""Which skill of a task's bank the teacher gets: UCB, the paper's, or a simpler rule for comparison.
 
-Pure functions of the skills' statistics. The paper gives neither UCB's c nor the order among skills that were
-never picked; both choices are ours and are said where they are made.
+Pure functions of the skills' statistics. The paper gives neither UCB's c nor the order among skills that were never
+picked; both choices are ours and are marked where they are made.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from skillsd.errors import unknown_name
+from skillsd import plugins
+from skillsd.errors import UserError
 from skillsd.seeds import derive_seed
 
 
@@ -26,7 +27,7 @@ class Arm(Protocol):
     def mean_reward(self) -> float: ...
 
 
-Policy = Callable[[Sequence[Arm], float], int | None]
+PickingRule = Callable[[Sequence[Arm], float], int | None]
 """(a task's skills, oldest first; UCB's c) -> index of the one to use, or None for no skill this time."""
 
 
@@ -69,7 +70,7 @@ def last(arms: Sequence[Arm], c: float) -> int:
     return len(arms) - 1
 
 
-def random_policy(seed: int) -> Policy:
+def random_rule(seed: int) -> PickingRule:
     """A skill at random. The draw depends on `seed` and the arms alone, so a resumed run draws the same."""
 
     def choose(arms: Sequence[Arm], c: float) -> int:
@@ -80,13 +81,18 @@ def random_policy(seed: int) -> Policy:
     return choose
 
 
-def policy(name: str, *, seed: int = 0) -> Policy:
-    """The policy called `name`: ``ucb``, ``random`` (which alone uses `seed`), ``last`` or ``best``.
+def picking_rule(name: str, *, seed: int = 0) -> PickingRule:
+    """The rule called `name`: ``ucb``, ``random`` (which alone uses `seed`), ``last``, ``best``, or ``module:Class``
+    (made without arguments) or ``module:function`` of a user's own.
 
     Raises:
-        UserError: for a name that does not exist.
+        UserError: if there is no such rule.
     """
-    policies: dict[str, Policy] = {"ucb": pick, "random": random_policy(seed), "last": last, "best": best}
-    if name not in policies:
-        raise unknown_name("skill policy", name, policies)
-    return policies[name]
+    rules: dict[str, PickingRule] = {"ucb": pick, "random": random_rule(seed), "last": last, "best": best}
+    if name in rules:
+        return rules[name]
+    found = plugins.find("picking rule", name, rules)
+    rule: PickingRule = found() if isinstance(found, type) else found
+    if not callable(rule):
+        raise UserError(f"picking rule {name!r} is {type(rule).__name__}, expected a function (skills, c) -> index")
+    return rule

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder that is there whole or not at all. Written aside, fsynced, renamed."""
+"""Checkpoints: folders that exist complete or not at all. Written aside, fsynced, renamed."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from skillsd.training.run import Run
 _NAME = re.compile(r"step-(\d+)")
 
 
-def save(run: Run) -> Path:
+async def save(run: Run) -> Path:
     """Write ``checkpoints/step-N``: weights, optimiser, RNG, curriculum, bank and UCB counts, pending
     summaries, successes to imitate."""
     parent = run.folder / "checkpoints"
     parent.mkdir(exist_ok=True)
     target = parent / f"step-{run.iteration}"
     aside = parent / f".step-{run.iteration}.partial"
-    for left in parent.glob(".step-*.partial"):  # by a process that was killed while it wrote
+    for left in parent.glob(".step-*.partial"):  # by a process that was killed while writing
         shutil.rmtree(left)
     aside.mkdir()
-    run.engine.save(aside)
+    await run.learner.save_state(aside)
     run.bank.snapshot(aside / "skills.sqlite")
     state = {
         "iteration": run.iteration,
         "totals": run.totals,
-        "curriculum": run.curriculum.state(),
+        "visits": run.visits,
         "pending_summaries": run.summaries.pending() if run.summaries else [],
         "summary_stats": run.summaries.stats() if run.summaries else {},
         "best_successes": run.best.state() if run.best else {},
     }
     (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
     _sync(aside)
-    if target.exists():  # the same step again, after a resume: what is there is as good
+    if target.exists():  # the same step again, after a resume: the old one is as good
         shutil.rmtree(aside)
         return target
     aside.rename(target)
     _sync_folder(parent)
     for old in _all(run.folder)[: -run.config.checkpoint.keep]:
         going = parent / f".{old.name}.partial"
-        old.rename(going)  # gone at once: killed halfway, it would still look whole
+        old.rename(going)  # renamed first: deleted halfway, it would still look complete
         shutil.rmtree(going)
     return target
 
@@ -81,21 +81,19 @@ def find(folder: Path, iteration: int | None = None) -> Path:
     return folder / "checkpoints" / f"step-{known[-1] if iteration is None else iteration}"
 
 
-def load(run: Run, path: Path) -> None:
-    """Take up a checkpoint: training then goes on bit for bit.
-
-    Must be called within the event loop, as pending summaries are started again.
+async def load(run: Run, path: Path) -> None:
+    """Restore a checkpoint: training then goes on bit for bit. Pending summaries are started again.
 
     Raises:
-        UserError: if it is none, or is damaged.
+        UserError: if it is not a checkpoint, or is damaged.
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{str(path)!r} is not a checkpoint of a run: {error}") from error
-    run.engine.load(path)
+    await run.engine.load_state(path)
     run.bank.restore(path / "skills.sqlite")
-    run.curriculum.restore(state["curriculum"])
+    run.visits = state["visits"]
     if run.summaries:
         run.summaries.restore_stats(state["summary_stats"])
         run.summaries.resume(state["pending_summaries"])
@@ -106,13 +104,13 @@ def load(run: Run, path: Path) -> None:
 
 
 def _all(folder: Path) -> list[Path]:
-    """A run's checkpoints, oldest first. What a user put beside them (``step-10-backup``) is not ours."""
+    """A run's checkpoints, oldest first. Other folders beside them (``step-10-backup``) are ignored."""
     found = {path: _NAME.fullmatch(path.name) for path in (folder / "checkpoints").glob("step-*")}
     return [path for _, path in sorted((int(match.group(1)), path) for path, match in found.items() if match)]
 
 
 def _sync(folder: Path) -> None:
-    """Have everything in `folder` on the disk before its name says that it is complete."""
+    """Flush everything in `folder` to the disk, before its name says that it is complete."""
     for root, _, files in os.walk(folder):
         for name in files:
             with open(os.path.join(root, name), "rb") as file:

@@ -1,4 +1,4 @@
-"""Which tasks an iteration trains on: the least visited first, and, if asked for, the easy ones before the hard."""
+"""Which tasks an iteration trains on: the least visited first, and optionally easy ones before hard ones."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from skillsd.errors import UserError
 from skillsd.seeds import derive_seed
 from skillsd.types import TRAIN_SPLIT, Task
 
+Visits = Mapping[str, int]
+"""Task id -> number of iterations that picked it."""
+
 
 class Curriculum:
     """Picks tasks without replacement within an iteration; every task is visited before any is visited again.
 
-    With ``easy_first`` (the paper's Sokoban set-up; how it lets harder levels in is not given, so this is ours) only
-    the easiest tasks are in at the start, and the share of tasks that are in grows linearly until ``full_at`` of the
-    training. A task that comes in has the visits of the least visited one, so newcomers are not drilled to catch up.
+    With ``easy_first`` (the paper's Sokoban; how it adds harder levels is not given, so this is ours) only the easiest
+    tasks are in at the start, and the share of tasks that are in grows linearly until ``full_at`` of the training. A
+    task that joins starts with as many visits as the least visited one, so newcomers are not drilled to catch up.
     """
 
     def __init__(
@@ -33,21 +36,25 @@ class Curriculum:
         # Stable: tasks of equal difficulty keep the environment's order.
         self._tasks = sorted(tasks, key=lambda task: task.difficulty)
         self._options, self._per_iteration, self._iterations, self._seed = options, per_iteration, iterations, seed
-        self._visits: dict[str, int] = {}
 
-    def pick(self, iteration: int) -> list[Task]:
-        """The tasks of an iteration, visits recorded."""
+    def pick(self, iteration: int, visits: Visits) -> tuple[list[Task], dict[str, int]]:
+        """The tasks of an iteration, and the visits after it. Depends on the arguments alone.
+
+        Args:
+            visits: after the iterations before this one.
+        """
         pool = self._tasks[: self._pool_size(iteration)]
-        least = min(self._visits.get(task.id, 0) for task in pool if task.id in self._visits) if self._visits else 0
+        after = dict(visits)
+        least = min(after.get(task.id, 0) for task in pool if task.id in after) if after else 0
         for task in pool:
-            self._visits.setdefault(task.id, least)
+            after.setdefault(task.id, least)
         order = random.Random(derive_seed(self._seed, "curriculum", iteration))
-        # random() alone is promised to give the same numbers in every Python version; shuffle is not.
-        keyed = [(self._visits[task.id], order.random(), place) for place, task in enumerate(pool)]
+        # random() alone is guaranteed to give the same numbers in every Python version; shuffle is not.
+        keyed = [(after[task.id], order.random(), place) for place, task in enumerate(pool)]
         chosen = [pool[place] for _, _, place in sorted(keyed)[: self._per_iteration]]
         for task in chosen:
-            self._visits[task.id] += 1
-        return chosen
+            after[task.id] += 1
+        return chosen, after
 
     def _pool_size(self, iteration: int) -> int:
         if not self._options.easy_first:
@@ -55,10 +62,3 @@ class Curriculum:
         share = min(1.0, iteration / max(1.0, self._options.full_at * self._iterations))
         grown = self._per_iteration + share * (len(self._tasks) - self._per_iteration)
         return max(self._per_iteration, math.ceil(grown))
-
-    def state(self) -> dict[str, int]:
-        """For the checkpoint."""
-        return dict(self._visits)
-
-    def restore(self, state: Mapping[str, int]) -> None:
-        self._visits = dict(state)

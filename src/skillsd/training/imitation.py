@@ -1,6 +1,6 @@
-"""Self-imitation (Oh et al., arXiv 1806.05635): the student's own best success on each task, to be said again.
+"""Self-imitation (Oh et al., arXiv 1806.05635): the student's own best success on each task, to be imitated.
 
-The control that a claim for skills needs: what a success brings when it is replayed, without a skill or a teacher.
+The control that a claim about skills needs: the gain from replaying a success, without a skill or a teacher.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from skillsd.records import trajectory_from_json, trajectory_to_json
+from skillsd.rollouts.records import trajectory_from_json, trajectory_to_json
 from skillsd.skills.bank import HeldOutTaskError
 from skillsd.types import TRAIN_SPLIT, Group, Trajectory
 
@@ -20,7 +20,7 @@ class BestSuccesses:
         self._best: dict[str, Trajectory] = {}
 
     def update(self, groups: Iterable[Group]) -> None:
-        """Look through new trajectories.
+        """Take in new trajectories.
 
         Raises:
             HeldOutTaskError: for a task that is not a training task.
@@ -28,7 +28,7 @@ class BestSuccesses:
         for group in groups:
             if group.task.split != TRAIN_SPLIT:
                 raise HeldOutTaskError(
-                    f"task {group.task.id!r} is of split {group.task.split!r}: nothing of it is imitated"
+                    f"task {group.task.id!r} is of split {group.task.split!r}: only training tasks are imitated"
                 )
             for trajectory in group.trajectories:
                 best = self._best.get(group.task.id)

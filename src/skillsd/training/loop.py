@@ -1,34 +1,34 @@
-"""One training iteration on one page, in the order of the paper's Algorithm 1. No backend, environment or method is
-named here: `Run` brings them.
+"""The training loop: an iteration is a rollout phase and a learn phase, its steps numbered as in docs/method.md, after
+the paper's Algorithm 1. No backend, environment or method is named here: `Run` brings them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from skillsd.errors import UserError
-from skillsd.rollouts.collect import collect
+from skillsd.evaluation.evaluate import evaluate
+from skillsd.evaluation.uplift import measure_uplift
+from skillsd.rollouts.collect import Collected, collect
 from skillsd.seeds import derive_seed
 from skillsd.training import checkpoint
-from skillsd.training import lessons as lessons_of
-from skillsd.training.batches import build_batch
-from skillsd.training.evaluate import evaluate
-from skillsd.training.figures import describe_batch, describe_rollouts, describe_skills, describe_system
-from skillsd.training.lessons import Lesson, told
-from skillsd.training.optimise import optimise
-from skillsd.training.run import Run, actor_at
-from skillsd.training.uplift import measure_uplift
+from skillsd.training.batch import build_batch
+from skillsd.training.contexts import TeacherContext, commit_contexts, contexts_for, select_contexts
+from skillsd.training.metrics import describe_batch, describe_rollouts, describe_skills, describe_system
+from skillsd.training.run import Run
+from skillsd.training.update import update
 from skillsd.types import Group
 
 Record = dict[str, Any]
 
 
 class Reporter(Protocol):
-    """Who is told how training goes."""
+    """Receives what training reports."""
 
     def iteration(self, record: Record) -> None: ...
 
@@ -40,45 +40,68 @@ class Reporter(Protocol):
 
 
 async def train(run: Run, reporter: Reporter, should_stop: Callable[[], bool] = lambda: False) -> bool:
-    """Train from wherever `run` is to its last iteration; True if it got there, False if it was asked to stop.
+    """Train from where `run` is to its last iteration; True if it got there, False if it was asked to stop.
 
     Either way the last finished iteration is in a checkpoint when this returns.
     """
     config = run.config
     last = config.training.iterations
     saved = run.iteration if checkpoint.latest(run.folder) else None
+    await run.engine.publish()
+    await _check_engine(run)
     if run.iteration == 0 and saved is None:  # a run that was stopped before its first iteration has it already
         reporter.evaluation(await measure(run))
     while run.iteration < last and not should_stop():
-        record = await iterate(run, reporter)
-        reporter.iteration(record)
+        rollouts = await rollout_phase(run, run.iteration, reporter)
+        reporter.iteration(await learn_phase(run, rollouts, reporter))
         if run.iteration == last or _due(config.evaluation.every, run.iteration):
             reporter.evaluation(await measure(run))
         if run.iteration == last or _due(config.checkpoint.every, run.iteration):
-            checkpoint.save(run)
+            await checkpoint.save(run)
             saved = run.iteration
     if saved != run.iteration:
-        checkpoint.save(run)
+        await checkpoint.save(run)
     return run.iteration >= last
 
 
-async def iterate(run: Run, reporter: Reporter) -> Record:
-    """One iteration of Algorithm 1."""
-    config, number, clock = run.config, run.iteration, Stopwatch()
-    hindsight = run.summaries is not None and config.skills.hindsight
+@dataclass(frozen=True)
+class Rollouts:
+    """What a rollout phase hands to the learn phase.
 
+    Attributes:
+        iteration: its number, from 0.
+        contexts: task id -> context, if it was selected before the rollouts because the sampling policy sees it.
+    """
+
+    iteration: int
+    collected: Collected
+    contexts: Mapping[str, TeacherContext]
+    seconds: float
+
+    @property
+    def groups(self) -> list[Group]:
+        return self.collected.groups
+
+
+async def rollout_phase(run: Run, number: int, reporter: Reporter) -> Rollouts:
+    """Steps 1 to 3: sample G trajectories of each task."""
+    config, clock = run.config, Stopwatch()
+
+    # 1. Synchronise the teacher with the student.
     if run.method.teacher == "synchronised" and number % config.teacher.sync_every == 0:
-        run.engine.sync_teacher(1 - (config.teacher.ema or 0))
-    tasks = run.curriculum.pick(number)
-    if run.summaries:
-        run.summaries.collect()  # what became ready meanwhile
-    # Whoever acts and is told a lesson must be told beforehand.
-    lessons = lessons_of.choose(run, tasks) if run.method.actor_is_told else {}
+        await run.learner.sync_teacher(1 - (config.teacher.ema or 0))
 
-    # The student acts, under the plain prompt. (In some of the paper's comparisons it does not: see `Method`.)
+    # 2. Pick the tasks.
+    tasks, run.visits = run.curriculum.pick(number, run.visits)
+    if run.summaries:
+        run.summaries.collect()  # those that were finished meanwhile
+    # If the sampling policy sees the context, choose it before the rollout.
+    contexts = select_contexts(run, tasks) if run.method.sampler_sees_context else {}
+
+    # 3. The student samples, under the plain prompt. (In some of the paper's ablations it does not: see `Method`.)
     with clock("rollout"):
         collected = await collect(
-            run.actor,
+            run.policy,
             run.task_set,
             tasks,
             run.budget,
@@ -86,74 +109,81 @@ async def iterate(run: Run, reporter: Reporter) -> Record:
             seed=derive_seed(config.seed, "rollout", number),
             retries=config.rollout.retries,
             concurrency=config.rollout.concurrency,
-            contexts=[told(run, lessons[task.id]).actor for task in tasks] if lessons else None,
+            contexts=[contexts_for(run, contexts[task.id]).sampler for task in tasks] if contexts else None,
         )
-    groups = collected.groups
     if collected.dropped:
         reporter.note(f"{len(collected.dropped)} of {len(tasks)} groups dropped; the environment: {collected.reason}")
-    _check_groups(run, groups, collected.reason)
+    _check_groups(run, collected)
+    return Rollouts(number, collected, contexts, clock.total)
 
-    # The teacher is told more (a skill of each task's own bank), and re-scores what the student said.
-    written = 0
+
+async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Record:
+    """Steps 4 to 8: distil and reinforce, then turn the trajectories into skills. Returns the iteration's metrics."""
+    config, groups, clock = run.config, rollouts.groups, Stopwatch()
+    lag = _policy_lag(run, groups)  # before the update
+    hindsight = run.summaries is not None and config.skills.hindsight
+    added = 0
     if hindsight:
         with clock("summarise"):
-            written = await _summarise(run, groups)
-    used, words = lessons_of.settle(run, groups, lessons or lessons_of.choose(run, [group.task for group in groups]))
+            added = await _summarise(run, groups)
+
+    # 4. Pick each task's skill S(x) by UCB.
+    available = rollouts.contexts or select_contexts(run, [group.task for group in groups])
+    used, contexts = commit_contexts(run, groups, available)
     if run.best:
         run.best.update(groups)
     objective = run.objective()
+
+    # 5. Group advantages, and the teacher re-scores the student's own tokens under x + S(x).
     with clock("teacher"):
-        batch = await _compute(
-            run,
-            lambda: build_batch(
-                groups,
-                words,
-                run.engine,
-                run.renderer,
-                temperature=config.rollout.temperature,
-                scale_by_std=config.objective.scale_by_std,
-                distribution=objective.needs_distribution,
-                top_k=objective.top_k,
-                best=run.best,
-                rescore=run.method.sampler if objective.importance_cap else None,
-            ),
+        batch = await build_batch(
+            groups,
+            contexts,
+            run.learner,
+            run.renderer,
+            temperature=config.rollout.temperature,
+            scale_by_std=config.objective.scale_by_std,
+            want=objective.want,
+            best=run.best,
+            rescore=run.method.sampler if objective.importance_cap else None,
         )
+    with clock("uplift"):  # of the policy that the skill taught, so before the update
+        credits = await _credits(run, groups, used)
 
-    # A skill's uplift is that of the policy which it taught, so it is measured before the update.
-    with clock("uplift"):
-        worth = await _worth(run, groups, used)
-
-    # L = L_GRPO + lambda * L_SDL
+    # 6. L = L_GRPO + lambda * L_SDL, and the optimiser's steps.
     with clock("update"):
-        updated = await _compute(run, lambda: optimise(run, batch, objective, reporter.note))
+        updated = await update(run, batch, objective, reporter.note)
+        await run.engine.publish()
 
-    # A skill is credited for what was trained while it was used: not if it did not fit, nor if nothing was updated.
+    # 7. Credit each skill with the rewards it taught under: not if it did not fit, nor if nothing was updated.
     with run.bank.batch():
-        for lesson, taught, values in zip(used, batch.taught, worth, strict=True):
-            heard = taught or (run.method.student_prompt == "skill" and lesson.text)
-            if lesson.skill and heard and updated["step/applied"] and config.skills.content == "own":
-                run.bank.credit(lesson.skill.id, values)
+        for context, taught, values in zip(used, batch.taught, credits, strict=True):
+            seen = taught or (run.method.student_prompt == "skill" and context.text)
+            if context.skill and seen and updated["step/applied"] and config.skills.content == "own":
+                run.bank.credit(context.skill.id, values)
 
-    # Finished trajectories become skills, for later iterations.
+    # 8. Summarise the finished trajectories into skills for later iterations.
     if not hindsight:
         with clock("summarise"):
-            written = await _summarise(run, groups)
+            added = await _summarise(run, groups)
 
+    seconds = {"rollout": rollouts.seconds, **clock.seconds}
     run.iteration += 1
     run.totals["episodes"] += sum(len(group.trajectories) for group in groups)
     run.totals["sampled_tokens"] += sum(t.action_tokens for group in groups for t in group.trajectories)
-    run.totals["seconds"] += clock.total
+    run.totals["seconds"] += sum(seconds.values())
     reporter.trajectories(run.iteration, groups)
     return {
         "iteration": run.iteration,
         **run.totals,
-        **describe_rollouts(collected, clock.seconds["rollout"]),
+        **describe_rollouts(rollouts.collected, rollouts.seconds),
+        "rollout/policy_lag": lag,
         **describe_batch(batch, used),
         **updated,
-        **describe_skills(run, written),
-        **describe_system(run.engine),
-        **{f"time/{phase}": seconds for phase, seconds in clock.seconds.items()},
-        "time/iteration": clock.total,
+        **describe_skills(run, added),
+        **describe_system(run.learner),
+        **{f"time/{phase}": spent for phase, spent in seconds.items()},
+        "time/iteration": sum(seconds.values()),
     }
 
 
@@ -166,7 +196,7 @@ async def measure(run: Run) -> Record:
         kinds.append(("eval_greedy", 0.0, 1))
     for name, temperature, samples in kinds:
         figures = await evaluate(
-            actor_at(run, temperature),
+            run.student_at(temperature),
             run.task_set,
             options.split,
             run.budget,
@@ -180,48 +210,64 @@ async def measure(run: Run) -> Record:
     return record
 
 
-def _check_groups(run: Run, groups: list[Group], reason: str) -> None:
-    """A run that never gets anything to train on is told why, instead of ending with nothing learnt.
+async def _check_engine(run: Run) -> None:
+    """Refuse at the start what only the loaded model can tell."""
+    want = run.objective().want
+    try:
+        await run.learner.logprobs([], want=want)
+    except ValueError as error:
+        raise UserError(f"objective.top_k is {want.k}: {error}") from error
+
+
+def _check_groups(run: Run, collected: Collected) -> None:
+    """Stop a run that never gets anything to train on, with the reason.
 
     Once it had something, a lost iteration is an outage: it changes nothing, is noted, and training goes on.
     """
+    groups = collected.groups
     if not groups and not run.totals["episodes"]:
         raise UserError(
             f"every episode of iteration {run.iteration + 1} failed in the environment "
-            f"{run.config.environment.name!r}, fresh tries included: {reason}"
+            f"{run.config.environment.name!r}, retries included: {collected.reason}"
         )
     if groups and not any(trajectory.turns for group in groups for trajectory in group.trajectories):
         raise UserError(
             f"rollout.trajectory_tokens is {run.config.rollout.trajectory_tokens}, but the prompts alone have "
-            f"{groups[0].trajectories[0].prompt_length} tokens: nobody could say anything"
+            f"{groups[0].trajectories[0].prompt_length} tokens: there is no room for a single action"
         )
 
 
-async def _worth(run: Run, groups: list[Group], lessons: list[Lesson]) -> list[Sequence[float]]:
-    """What each lesson's skill is to be credited with."""
+def _policy_lag(run: Run, groups: Sequence[Group]) -> float:
+    """Updates between the oldest weights that sampled and those about to be trained, mean over trajectories."""
+    versions = [t.versions for group in groups for t in group.trajectories if t.versions is not None]
+    return sum(run.learner.version - oldest for oldest, _ in versions) / len(versions) if versions else 0.0
+
+
+async def _credits(run: Run, groups: list[Group], used: list[TeacherContext]) -> list[Sequence[float]]:
+    """The values that each context's skill is to be credited with."""
     if run.config.skills.credit == "source":
-        return [[lesson.skill.source_reward] if lesson.skill else [] for lesson in lessons]
+        return [[context.skill.source_reward] if context.skill else [] for context in used]
     if run.config.skills.credit == "reward":
         return [group.rewards for group in groups]
-    asked = [(group, lesson.text) for group, lesson in zip(groups, lessons, strict=True) if lesson.text]
+    measured_groups = [(group, context.text) for group, context in zip(groups, used, strict=True) if context.text]
     measured = await measure_uplift(
         run.student,
         run.task_set,
-        [(group.task, text) for group, text in asked],
+        [(group.task, text) for group, text in measured_groups],
         run.budget,
         episodes=run.config.skills.uplift_episodes,
         seed=derive_seed(run.config.seed, "uplift", run.iteration),
         concurrency=run.config.rollout.concurrency,
         retries=run.config.rollout.retries,
-        plain={group.task.id: sum(group.rewards) / len(group.rewards) for group, _ in asked},
+        plain={group.task.id: sum(group.rewards) / len(group.rewards) for group, _ in measured_groups},
     )
     run.totals["episodes"] += sum(uplift.episodes for uplift in measured)
-    by_task = {uplift.task_id: uplift.score for uplift in measured}
+    by_task = {uplift.task_id: uplift.reward for uplift in measured}
     return [[by_task[group.task.id]] if group.task.id in by_task else [] for group in groups]
 
 
 async def _summarise(run: Run, groups: list[Group]) -> int:
-    """Hand all trajectories to the summariser; put what is ready into the bank. Returns how many skills are new."""
+    """Submit all trajectories to the summariser and put finished skills into the bank. Returns how many are new."""
     if run.summaries is None:
         return 0
     number = run.iteration + 1  # as metrics.jsonl and the trajectories' files count it
@@ -235,15 +281,8 @@ async def _summarise(run: Run, groups: list[Group]) -> int:
     if run.config.skills.deterministic:
         await run.summaries.drain()
     else:
-        await asyncio.sleep(0)  # let them begin
+        await asyncio.sleep(0)  # let them start
     return run.summaries.collect()
-
-
-async def _compute(run: Run, work: Callable[[], Any]) -> Any:
-    """Do blocking work; in a thread where summaries are being written meanwhile, so that theirs goes on."""
-    if run.summaries is None or run.config.skills.deterministic:
-        return work()
-    return await asyncio.to_thread(work)
 
 
 def _due(every: int, iteration: int) -> bool:

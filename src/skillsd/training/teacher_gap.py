@@ -1,4 +1,4 @@
-"""Where the teacher, told a skill, differs from the student: turn by turn, on the student's own training episodes."""
+"""Where the teacher, with a skill in its prompt, differs from the student: by turn, on the student's own episodes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
-from skillsd.engines.base import Engine, TokenSequence, Weights
-from skillsd.objective import ESTIMATORS, TokenLogprobs
+from skillsd.engines.base import Learner, TokenSequence, Weights
+from skillsd.objective import ESTIMATORS, WHOLE
 from skillsd.rollouts.collect import collect
 from skillsd.seeds import derive_seed
-from skillsd.training import lessons
-from skillsd.training.batches import view
+from skillsd.training.batch import teacher_sequence
+from skillsd.training.contexts import select_contexts
 from skillsd.training.run import Run
 from skillsd.types import TRAIN_SPLIT, Outcome, Trajectory
 
@@ -23,7 +21,7 @@ BUCKETS = ((1, 2), (3, 5), (6, 10), (11, 20), (21, 10**9))
 
 @dataclass(frozen=True)
 class TurnGap:
-    """One turn of one episode; sums over its tokens.
+    """One turn of one episode; the values are sums over its tokens.
 
     Attributes:
         number: which turn, from 1.
@@ -31,7 +29,7 @@ class TurnGap:
         from_success: the teacher's skill was written from a solved trajectory.
         log_ratio: of l_t, student minus teacher log-prob of the sampled token.
         kl: of KL(student || teacher) over the vocabulary.
-        moved: tokens where the teacher's most likely one is not the student's.
+        moved: tokens at which the teacher's most likely token differs from the student's.
     """
 
     number: int
@@ -46,17 +44,17 @@ class TurnGap:
 
 @dataclass
 class Gap:
-    """What was compared.
+    """The compared turns.
 
     Attributes:
-        untold: tasks without a skill, or whose skill is too long for the teacher.
+        without_teacher: tasks without a skill, or whose skill is too long for the teacher.
         dropped: tasks whose episodes the infrastructure broke.
     """
 
     turns: list[TurnGap] = field(default_factory=list)
     tasks: int = 0
     episodes: int = 0
-    untold: int = 0
+    without_teacher: int = 0
     dropped: int = 0
 
 
@@ -66,25 +64,25 @@ async def measure_gap(
     episodes: int,
     seed: int,
     tasks: int | None = None,
-    teacher: tuple[Engine, Weights] | None = None,
+    teacher: tuple[Learner, Weights] | None = None,
     on_episode: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> Gap:
-    """Play training tasks as training does, and have the teacher re-score them, told what it would be told now.
+    """Play training tasks as training does, and have the teacher re-score them with the context it would get now.
 
     Args:
-        tasks: only so many, drawn by the seed; None takes all.
-        teacher: another engine or weights than the run's teacher.
+        tasks: only this many, drawn by the seed; None takes all.
+        teacher: another learner or weights than the run's teacher.
     """
     chosen = list(run.task_set.tasks(TRAIN_SPLIT))
     if tasks is not None and tasks < len(chosen):
         chosen = random.Random(derive_seed(seed, "gap tasks")).sample(chosen, tasks)
-    found = lessons.choose(run, chosen)
-    told = [task for task in chosen if found[task.id].skill and found[task.id].text is not None]
+    found = select_contexts(run, chosen)
+    taught = [task for task in chosen if found[task.id].skill and found[task.id].text is not None]
     options = run.config.rollout
     played = await collect(
         run.student,
         run.task_set,
-        told,
+        taught,
         run.budget,
         group_size=episodes,
         seed=derive_seed(seed, "gap"),
@@ -92,43 +90,49 @@ async def measure_gap(
         concurrency=options.concurrency,
         on_episode=on_episode,
     )
-    gap = Gap(untold=len(chosen) - len(told), dropped=len(played.dropped))
+    gap = Gap(without_teacher=len(chosen) - len(taught), dropped=len(played.dropped))
     for group in played.groups:
         skill, text = found[group.task.id].skill, found[group.task.id].text
         assert skill is not None
         assert text is not None
-        seen = [view(trajectory, text, run.renderer) for trajectory in group.trajectories]
+        seen = [teacher_sequence(trajectory, text, run.renderer) for trajectory in group.trajectories]
         if max(len(sequence.tokens) for sequence in seen) > run.engine.max_length:
-            gap.untold += 1
+            gap.without_teacher += 1
             continue
         gap.tasks, gap.episodes = gap.tasks + 1, gap.episodes + len(group.trajectories)
         for trajectory, sequence in zip(group.trajectories, seen, strict=True):
             from_success = skill.source_outcome is Outcome.SOLVED
-            gap.turns += turn_gaps(
-                trajectory, sequence, run.engine, teacher or (run.engine, "teacher"), options.temperature, from_success
+            gap.turns += await turn_gaps(
+                trajectory,
+                sequence,
+                run.learner,
+                teacher or (run.learner, "teacher"),
+                options.temperature,
+                from_success,
             )
     return gap
 
 
-def turn_gaps(
+async def turn_gaps(
     trajectory: Trajectory,
     seen: TokenSequence,
-    student: Engine,
-    teacher: tuple[Engine, Weights],
+    student: Learner,
+    teacher: tuple[Learner, Weights],
     temperature: float,
     from_success: bool = True,
 ) -> list[TurnGap]:
-    """The turns of one trajectory, which the teacher sees as `seen`. One trajectory at a time is scored, as
-    ``[tokens, vocabulary]`` is much."""
+    """The turns of one trajectory, whose teacher sequence is `seen`. One trajectory is scored at a time, as
+    ``[tokens, vocab]`` is large."""
     if not trajectory.turns:
         return []
     own_sequence = TokenSequence(trajectory.tokens, trajectory.action_mask)
-    own = student.score([own_sequence], temperature=temperature, distribution=True)[0]
-    told = teacher[0].score([seen], teacher[1], temperature=temperature, distribution=True)[0]
-    sampled = [token for token, marked in zip(trajectory.tokens, trajectory.action_mask, strict=True) if marked]
-    pi, q = (TokenLogprobs(x.gather(1, torch.tensor([sampled]).T).squeeze(1), x) for x in (own, told))
-    terms = ESTIMATORS["reverse_kl"].terms(pi, q, pi.chosen)  # on-policy; pi_old plays no part in the exact one
-    moved = own.argmax(1) != told.argmax(1)
+    [pi] = await student.logprobs([own_sequence], temperature=temperature, want=WHOLE)
+    [q] = await teacher[0].logprobs([seen], teacher[1], temperature=temperature, want=WHOLE)
+    assert pi.distribution is not None
+    assert q.distribution is not None
+    log_ratio = pi.chosen - q.chosen
+    kl = ESTIMATORS["reverse_kl"].terms(pi, q, pi.chosen).value  # pi_old plays no part in the exact one
+    moved = pi.distribution.argmax(1) != q.distribution.argmax(1)
     gaps: list[TurnGap] = []
     start = 0
     for number, turn in enumerate(trajectory.turns, 1):
@@ -140,9 +144,9 @@ def turn_gaps(
                 solved=trajectory.success,
                 from_success=from_success,
                 tokens=turn.end - turn.start,
-                log_ratio=float(terms.log_ratio[here].sum()),
-                abs_log_ratio=float(terms.log_ratio[here].abs().sum()),
-                kl=float(terms.value[here].sum()),
+                log_ratio=float(log_ratio[here].sum()),
+                abs_log_ratio=float(log_ratio[here].abs().sum()),
+                kl=float(kl[here].sum()),
                 moved=int(moved[here].sum()),
             )
         )

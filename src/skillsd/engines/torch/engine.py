@@ -1,33 +1,40 @@
-"""The six calls over a `transformers` causal LM in this process."""
+"""The embedded engine: a learner and a sampler over a causal LM of `transformers`, in this process."""
 
 from __future__ import annotations
 
-import pickle
+import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from skillsd.engines.base import (
-    Engine,
-    LossFunction,
+    Learner,
+    Loss,
     Sample,
+    Sampler,
     SampleRequest,
     StaleTeacherError,
     StepReport,
     TokenSequence,
-    TopK,
     TrainItem,
     Weights,
+    WeightsHandle,
+    wanted_by,
 )
-from skillsd.engines.candidates import check_candidates, check_k, coarse_grain, nothing, top_k
+from skillsd.engines.options import LoraOptions
+from skillsd.engines.top_k import check_candidates, check_k, coarse_grain, nothing, select
+from skillsd.engines.torch import state
 from skillsd.engines.torch.attention import CachedPlan, PackedPlan
-from skillsd.engines.torch.halves import Halves, in_chunks
+from skillsd.engines.torch.decode import Decoder
+from skillsd.engines.torch.export import bytes_written, write_merged
+from skillsd.engines.torch.lm_head import TrunkAndHead, in_chunks
+from skillsd.engines.torch.micro_batches import micro_batches
 from skillsd.engines.torch.models import (
-    LoraOptions,
     add_lora,
     load_model,
     load_teacher,
@@ -37,33 +44,38 @@ from skillsd.engines.torch.models import (
     vocabulary,
 )
 from skillsd.engines.torch.optimiser import MasterAdamW
-from skillsd.engines.torch.sampler import Sampler
 from skillsd.errors import UserError
-from skillsd.metrics import Mean, add_metrics
-from skillsd.objective import TokenLogprobs
+from skillsd.metrics import Metrics, add_metrics
+from skillsd.objective.logprobs import CHOSEN, TokenLogprobs, Want
 
-Wanted = Callable[..., tuple[Tensor, ...]]
-"""(log-probs ``[tokens, vocabulary]``, the tokens' ids ``[tokens]``, ...) -> tensors with a row a token."""
+T = TypeVar("T")
+
+Read = Callable[..., tuple[Tensor, ...]]
+"""(log-probs ``[tokens, vocab]``, the tokens' ids ``[tokens]``, ...) -> tensors with one row per token."""
 
 
-class TorchEngine(Engine):
+class TorchEngine(Learner, Sampler):
     """One process, one device.
 
     Args:
         model: a shipped model's name, a local folder or a hub name.
-        dtype: ``float32`` or ``bfloat16`` (then with float32 master weights in the optimiser).
+        dtype: ``float32``, or ``bfloat16`` with float32 master weights in the optimiser.
         device: ``auto``, ``cpu``, ``cuda`` ...
         lora: train adapters instead of all weights.
         teacher_follows: the teacher has no weights of its own: it is the student, as long as the student has not moved
-            since the last `sync_teacher`. Right (and free) where every iteration begins with a sync. If False, a
-            snapshot of the trainable weights is kept, in their dtype. A moving average of bfloat16 weights
-            (`sync_teacher` with a rate below 1) is kept in float32 besides: rounded each time, it would never move.
-        teacher_model: the teacher is this other model (named as `model`; a checkpoint's folder ``model`` is one), with
-            the student's tokenizer and no adapters. It has nothing to sync, is never stale, is in no checkpoint, and
-            `teacher_follows` plays no part. Sequences are limited to what both models take.
+            since the last `sync_teacher`. Right (and free) if every iteration begins with a sync. If False, a snapshot
+            of the trainable weights is kept, in their dtype. A moving average of bfloat16 weights (`sync_teacher` with
+            a rate below 1) is also kept in float32: rounded at every sync, it would never move.
+        teacher_model: the teacher is this other model (named like `model`; a checkpoint's folder ``model`` is one),
+            with the student's tokenizer and without adapters. It has nothing to sync, is never stale and is in no
+            checkpoint; `teacher_follows` is ignored. Sequences are limited to what both models take.
         micro_batch_tokens: the most tokens in one forward pass of scoring or training (a longer sequence goes alone).
         max_sessions: the most episodes whose keys and values are kept at once.
+        in_thread: score and train in a thread, so that the event loop's other work goes on meanwhile. Decoding always
+            runs in the event loop.
     """
+
+    samples_teacher = True
 
     def __init__(
         self,
@@ -80,39 +92,42 @@ class TorchEngine(Engine):
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         gradient_checkpointing: bool = False,
+        in_thread: bool = False,
     ) -> None:
+        self.version = 0
         self.device = pick_device(device)
         loaded, self.tokenizer = load_model(model, dtype=dtype, device=self.device)
         self.stop_tokens = stop_tokens(loaded, self.tokenizer)
         self.max_length = longest_sequence(loaded.config)
-        self._vocabulary = vocabulary(loaded.config)
-        self._external: nn.Module | None = None  # the teacher, where it is another model
+        self.vocabulary = vocabulary(loaded.config)
+        self._external: nn.Module | None = None  # the teacher, if it is another model
         if teacher_model is not None:
             self._external = load_teacher(teacher_model, loaded, self.tokenizer, dtype=dtype, device=self.device)
             self.max_length = min(self.max_length, longest_sequence(self._external.config))
         self.lora = lora is not None
         self.model: nn.Module = add_lora(loaded, lora) if lora else loaded
-        self._halves = Halves(self.model)
-        self._external_halves = Halves(self._external) if self._external is not None else None
+        self._split = TrunkAndHead(self.model)
+        self._external_split = TrunkAndHead(self._external) if self._external is not None else None
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             if lora:
                 self.model.enable_input_require_grads()  # type: ignore[operator]
         self._checkpointing = gradient_checkpointing
-        self._trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self._optimiser = MasterAdamW(self._trainable.values(), betas=betas, weight_decay=weight_decay)
+        self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimiser = MasterAdamW(self.trainable.values(), betas=betas, weight_decay=weight_decay)
         self._max_grad_norm = max_grad_norm
         self._micro_batch_tokens = micro_batch_tokens
+        self._in_thread = in_thread
         self._teacher_follows = teacher_follows
-        self._teacher: dict[str, Tensor] | None = None  # the snapshot; None where the teacher follows or is another
-        self._averages: dict[str, Tensor] = {}  # in float32, of those weights of an averaged snapshot that are not
-        self._student_moved = False  # since the last sync
+        self.teacher: dict[str, Tensor] | None = None  # the snapshot; None if the teacher follows or is another model
+        self.teacher_averages: dict[str, Tensor] = {}  # float32 copies of an averaged snapshot's bfloat16 weights
+        self.student_moved = False  # since the last sync
         self._loss_is_finite = True  # of everything accumulated since the last step
-        self.samplers = {
-            "student": Sampler(self._decoder("student"), self.stop_tokens, self.device, max_sessions),
-            "teacher": Sampler(self._decoder("teacher"), self.stop_tokens, self.device, max_sessions),
+        self.decoders = {
+            "student": Decoder(self._forward_with("student"), self.stop_tokens, self.device, max_sessions),
+            "teacher": Decoder(self._forward_with("teacher"), self.stop_tokens, self.device, max_sessions),
         }
-        self.sync_teacher()
+        self._sync_teacher(1.0)
 
     # -- sampling -----------------------------------------------------------------------------------------------
 
@@ -120,119 +135,121 @@ class TorchEngine(Engine):
         needed = len(request.tokens) + request.max_tokens
         if needed > self.max_length:
             raise ValueError(f"{needed} tokens are asked of a model that takes {self.max_length}")
-        if request.weights == "teacher":
+        weights = request.weights
+        if weights == "teacher":
             self._check_teacher()
             if self._teacher_is_student:  # share its decode batch
-                return await self.samplers["student"].sample(request)
-        return await self.samplers[request.weights].sample(request)
+                weights = "student"
+        tokens, logprobs, stopped = await self.decoders[weights].sample(request)
+        return Sample(tokens, logprobs, "stop" if stopped else "length", self.version)
 
     def end_session(self, session: str) -> None:
-        for sampler in self.samplers.values():
-            sampler.end_session(session)
+        for decoder in self.decoders.values():
+            decoder.end_session(session)
 
-    def _decoder(self, weights: Weights) -> Any:
+    async def load(self, weights: WeightsHandle) -> None:
+        """Nothing to do: it samples from the very weights that it trains, and `step` clears the KV caches."""
+        if weights.location is not None or weights.version != self.version:
+            raise ValueError(
+                f"the embedded engine samples from its own weights (version {self.version}); it can't load {weights}"
+            )
+
+    def _forward_with(self, weights: Weights) -> Any:
         def forward(ids: Tensor, plan: CachedPlan, places: Tensor) -> Tensor:
-            return self._decode(ids, plan, places, weights)
+            """Logits ``[places, vocab]`` of packed ids ``[tokens]`` at the given places."""
+            run, _ = self._runner(weights)
+            inputs = {"input_ids": ids.unsqueeze(0), "position_ids": plan.positions, "logits_to_keep": places}
+            logits: Tensor = run(**inputs, use_cache=False, plan=plan).logits[0, :, : self.vocabulary]
+            return logits
 
         return forward
 
     # -- scoring and training -----------------------------------------------------------------------------------
 
-    def score(
+    async def logprobs(
         self,
         sequences: Sequence[TokenSequence],
         weights: Weights = "student",
         *,
         temperature: float = 1.0,
-        distribution: bool = False,
-    ) -> list[Tensor]:
-        wanted = self._score(sequences, weights, temperature, (lambda full, ids: (full,)) if distribution else _chosen)
-        return [found[0] if found else torch.empty(0) for found in wanted]
+        want: Want = CHOSEN,
+    ) -> list[TokenLogprobs]:
+        return await self._compute(lambda: self._logprobs(sequences, weights, temperature, want))
 
-    def score_top_k(
-        self,
-        sequences: Sequence[TokenSequence],
-        k: int,
-        weights: Weights = "student",
-        *,
-        temperature: float = 1.0,
-    ) -> list[TopK]:
-        check_k(k, self._vocabulary)
-        wanted = self._score(sequences, weights, temperature, lambda full, ids: (*_chosen(full, ids), *top_k(full, k)))
-        return [TopK(*found) if found else nothing(k) for found in wanted]
+    async def forward_backward(self, batch: Sequence[TrainItem], loss: Loss, *, temperature: float = 1.0) -> Metrics:
+        return await self._compute(lambda: self._forward_backward(batch, loss, temperature))
 
-    def _score(
-        self,
-        sequences: Sequence[TokenSequence],
-        weights: Weights,
-        temperature: float,
-        wanted: Wanted,
-    ) -> list[list[Tensor]]:
-        """What is wanted of each sequence's marked tokens, on the CPU; nothing where none is marked."""
+    async def step(self, learning_rate: float) -> StepReport:
+        return await self._compute(lambda: self._step(learning_rate))
+
+    async def _compute(self, work: Callable[[], T]) -> T:
+        return await asyncio.to_thread(work) if self._in_thread else work()
+
+    def _logprobs(
+        self, sequences: Sequence[TokenSequence], weights: Weights, temperature: float, want: Want
+    ) -> list[TokenLogprobs]:
+        if want.kind == "top_k":
+            check_k(want.k, self.vocabulary)
         if weights == "teacher":
             self._check_teacher()
         self._check_lengths(sequences)
         self._release()
-        results: list[list[Tensor]] = [[] for _ in sequences]
-        with torch.inference_mode():
-            for part, shared in self._micro_batches(sequences):
-                counts = [sequences[i].marked for i in part]
-                for found in self._read([sequences[i] for i in part], shared, weights, temperature, wanted):
-                    for i, piece in zip(part, found.cpu().split(counts), strict=True):
-                        results[i].append(piece.clone())
-        return results
 
-    def forward_backward(
-        self,
-        batch: Sequence[TrainItem],
-        loss: LossFunction,
-        *,
-        temperature: float = 1.0,
-        distribution: bool = False,
-    ) -> dict[str, Mean]:
+        def read(full: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+            found = select(full, ids, want)
+            return tuple(x for x in (found.chosen, found.distribution, found.candidates) if x is not None)
+
+        pieces: list[list[Tensor]] = [[] for _ in sequences]
+        with torch.inference_mode():
+            for part, shared in micro_batches(sequences, self._micro_batch_tokens):
+                counts = [sequences[i].marked for i in part]
+                for found in self._forward([sequences[i] for i in part], shared, weights, temperature, read):
+                    for i, piece in zip(part, found.cpu().split(counts), strict=True):
+                        pieces[i].append(piece.clone())
+        return [TokenLogprobs(*found) if found else nothing(want, self.vocabulary) for found in pieces]
+
+    def _forward_backward(self, batch: Sequence[TrainItem], loss: Loss, temperature: float) -> Metrics:
         self._check_lengths([item.sequence for item in batch])
-        coarse = distribution and any("candidates" in item.signals for item in batch)
-        if coarse:
-            check_candidates(batch, self._vocabulary)
+        want = wanted_by(loss)
+        if want.kind == "top_k":
+            check_candidates(batch, self.vocabulary)
         self._release()
-        parts: list[dict[str, Mean]] = []
-        wanted: Wanted = _chosen
-        if coarse:
-            wanted = lambda full, ids, candidates: (*_chosen(full, ids), coarse_grain(full, candidates))  # noqa: E731
-        elif distribution:
-            wanted = lambda full, ids: (*_chosen(full, ids), full)  # noqa: E731
-        for part, shared in self._micro_batches([item.sequence for item in batch]):
+        parts: list[Metrics] = []
+        for part, shared in micro_batches([item.sequence for item in batch], self._micro_batch_tokens):
             items = [batch[i] for i in part]
             with self._checkpoints():
                 names = items[0].signals.keys()
                 signals = {name: torch.cat([item.signals[name] for item in items]).to(self.device) for name in names}
-                more = [signals["candidates"]] if coarse else []
+                candidates = signals["candidates"] if want.kind == "top_k" else None
+                more = [] if candidates is None else [candidates]
                 sequences = [item.sequence for item in items]
-                value, metrics = loss(
-                    TokenLogprobs(*self._read(sequences, shared, "student", temperature, wanted, *more)), signals
-                )
-                # A loss can be infinite while its gradient is not: `step` has to refuse that too.
+                found = self._forward(sequences, shared, "student", temperature, _READ[want.kind], *more)
+                value, metrics = loss(TokenLogprobs(*found, *more), signals)
+                # A loss can be infinite while its gradient is finite: `step` has to refuse that too.
                 self._loss_is_finite &= bool(torch.isfinite(value.detach()))
                 value.backward()
             parts.append(metrics)
         return add_metrics(parts)
 
-    def step(self, learning_rate: float) -> StepReport:
-        norm = torch.nn.utils.clip_grad_norm_(self._optimiser.masters, self._max_grad_norm)
+    def _step(self, learning_rate: float) -> StepReport:
+        norm = torch.nn.utils.clip_grad_norm_(self.optimiser.masters, self._max_grad_norm)
         # One non-finite entry makes the norm non-finite, so this one number answers for every gradient.
         finite = self._loss_is_finite and bool(torch.isfinite(norm))
         self._loss_is_finite = True
         if finite:
-            for sampler in self.samplers.values():
-                sampler.clear()
-            self._optimiser.step(learning_rate)
-            self._student_moved = True
-        self._optimiser.zero_grad()
-        return StepReport(applied=finite, grad_norm=norm.item())
+            self.forget_caches()
+            self.optimiser.step(learning_rate)
+            self.student_moved = True
+            self.version += 1
+        self.optimiser.zero_grad()
+        return StepReport(applied=finite, grad_norm=norm.item(), version=self.version)
 
     # -- the teacher --------------------------------------------------------------------------------------------
 
-    def sync_teacher(self, rate: float = 1.0) -> None:
+    async def sync_teacher(self, rate: float = 1.0) -> None:
+        self._sync_teacher(rate)
+
+    def _sync_teacher(self, rate: float) -> None:
         if not 0 < rate <= 1:
             raise ValueError(f"the rate of a teacher's sync is {rate}; it must be above 0 and at most 1")
         if self._external is not None:
@@ -243,29 +260,29 @@ class TorchEngine(Engine):
                 "or make the engine with teacher_follows=False"
             )
         if not self._teacher_follows:
-            self.samplers["teacher"].clear()
-            if self._teacher is None or rate == 1:
-                self._teacher = {name: p.detach().clone() for name, p in self._trainable.items()}
-                self._averages = {}
+            self.decoders["teacher"].clear()
+            if self.teacher is None or rate == 1:
+                self.teacher = {name: p.detach().clone() for name, p in self.trainable.items()}
+                self.teacher_averages = {}
             else:
-                self._average_into(self._teacher, rate)
-        self._student_moved = False
+                self._average_into(self.teacher, rate)
+        self.student_moved = False
 
     def _average_into(self, teacher: Mapping[str, Tensor], rate: float) -> None:
-        for (name, weight), master in zip(teacher.items(), self._optimiser.masters, strict=True):
+        for (name, weight), master in zip(teacher.items(), self.optimiser.masters, strict=True):
             if weight.dtype == torch.float32:
                 weight.lerp_(master.detach(), rate)
                 continue
-            if name not in self._averages:
-                self._averages[name] = weight.float()
-            weight.copy_(self._averages[name].lerp_(master.detach(), rate))
+            if name not in self.teacher_averages:
+                self.teacher_averages[name] = weight.float()
+            weight.copy_(self.teacher_averages[name].lerp_(master.detach(), rate))
 
     @property
     def _teacher_is_student(self) -> bool:
-        return self._teacher is None and self._external is None
+        return self.teacher is None and self._external is None
 
     def _check_teacher(self) -> None:
-        if self._teacher_is_student and self._student_moved:
+        if self._teacher_is_student and self.student_moved:
             raise StaleTeacherError(
                 "the teacher follows the student and keeps no weights of its own; the student has been updated since "
                 "the last sync_teacher(). Sync first, or make the engine with teacher_follows=False"
@@ -273,38 +290,15 @@ class TorchEngine(Engine):
 
     # -- forward passes -----------------------------------------------------------------------------------------
 
-    def _micro_batches(self, sequences: Sequence[TokenSequence]) -> Iterator[tuple[list[int], list[int]]]:
-        """Indices of sequences that go together, and how many first tokens each has in common with the one before it.
-
-        Those tokens are computed once. Sequences of one prompt stand together, prompts in the order of their longest
-        sequence. The budget is of tokens that are computed; what is shared and padding count too, half.
-        """
-        prompts: dict[tuple[int, ...], list[int]] = {}
-        for i, sequence in enumerate(sequences):
-            if sequence.marked:
-                prompts.setdefault(sequence.tokens[: sequence.mask.index(True)], []).append(i)
-        groups = sorted(prompts.values(), key=lambda group: max(len(sequences[i].tokens) for i in group))
-        part: list[int] = []
-        shared: list[int] = []
-        size = longest = 0
-        for i in [i for group in groups for i in sorted(group, key=lambda i: sequences[i].tokens)]:
-            tokens = sequences[i].tokens
-            common = _common_prefix(sequences[part[-1]].tokens, tokens) if part else 0
-            longest = max(longest, len(tokens))
-            tokens_too_many = size + len(tokens) - common > self._micro_batch_tokens
-            if part and (tokens_too_many or longest * (len(part) + 1) > 2 * self._micro_batch_tokens):
-                yield part, shared
-                part, shared, size, longest, common = [], [], 0, len(tokens), 0
-            part.append(i)
-            shared.append(common)
-            size += len(tokens) - common
-        if part:
-            yield part, shared
+    def forget_caches(self) -> None:
+        """Drop all keys and values: the weights change."""
+        for decoder in self.decoders.values():
+            decoder.clear()
 
     def _release(self) -> None:
-        """Give the memory of keys and values back: scoring and training need it."""
-        for sampler in self.samplers.values():
-            sampler.release()
+        """Free the memory of keys and values: scoring and training need it."""
+        for decoder in self.decoders.values():
+            decoder.release()
 
     def _check_lengths(self, sequences: Sequence[TokenSequence]) -> None:
         longest = max((len(s.tokens) for s in sequences), default=0)
@@ -313,7 +307,7 @@ class TorchEngine(Engine):
 
     @contextmanager
     def _checkpoints(self) -> Iterator[None]:
-        """Let layers forget their activations, if so configured, without the dropout of training mode."""
+        """Have layers recompute their activations, if so configured, without the dropout of training mode."""
         # `transformers` checkpoints a layer whose own training flag is set; its dropouts have flags of their own.
         modules = self.model.modules() if self._checkpointing else ()
         layers = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
@@ -325,20 +319,20 @@ class TorchEngine(Engine):
             for layer in layers:
                 layer.training = False
 
-    def _read(
+    def _forward(
         self,
         sequences: Sequence[TokenSequence],
         shared: Sequence[int],
         weights: Weights,
         temperature: float,
-        wanted: Wanted,
+        read: Read,
         *more: Tensor,
     ) -> tuple[Tensor, ...]:
-        """One forward pass: what is `wanted` of the marked tokens of all sequences, a row each.
+        """One forward pass; what `read` makes of the log-probs at the marked places, one row per place.
 
         Args:
-            shared: of each sequence, how many first tokens are those of the one before it.
-            more: tensors ``[marked, ...]`` that `wanted` gets beside the log-probs.
+            shared: for each sequence, how many first tokens it shares with the one before it.
+            more: tensors ``[marked, ...]`` that `read` gets beside the log-probs.
         """
         plan = PackedPlan([len(s.tokens) for s in sequences], self.device, shared)
         ids = torch.tensor([t for s, taken in zip(sequences, shared, strict=True) for t in s.tokens[taken:]])
@@ -348,117 +342,82 @@ class TorchEngine(Engine):
         targets = torch.tensor(
             [t for s in sequences for t, is_marked in zip(s.tokens, s.mask, strict=True) if is_marked]
         )
-        run, halves = self._runner(weights)
+        run, split = self._runner(weights)
         inputs = {"input_ids": ids.to(self.device).unsqueeze(0), "position_ids": plan.positions}
-        hidden = halves.hidden(run, **inputs, use_cache=False, plan=plan).index_select(0, places.to(self.device))
+        hidden = split.hidden(run, **inputs, use_cache=False, plan=plan).index_select(0, places.to(self.device))
 
         def compute(hidden: Tensor, targets: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-            logits = halves.logits(run, hidden)[:, : self._vocabulary].float()
+            logits = split.logits(run, hidden)[:, : self.vocabulary].float()
             if temperature != 1:
                 logits = logits / temperature
-            return wanted(torch.log_softmax(logits, dim=-1), targets, *more)
+            return read(torch.log_softmax(logits, dim=-1), targets, *more)
 
-        return in_chunks(hidden, targets.to(self.device), self._vocabulary, compute, *more)
+        return in_chunks(hidden, targets.to(self.device), self.vocabulary, compute, *more)
 
-    def _decode(self, ids: Tensor, plan: CachedPlan, places: Tensor, weights: Weights) -> Tensor:
-        """Logits ``[places, vocabulary]`` of packed ids ``[tokens]`` at the given places."""
-        run, _ = self._runner(weights)
-        inputs = {"input_ids": ids.unsqueeze(0), "position_ids": plan.positions, "logits_to_keep": places}
-        logits: Tensor = run(**inputs, use_cache=False, plan=plan).logits[0, :, : self._vocabulary]
-        return logits
-
-    def _runner(self, weights: Weights) -> tuple[Callable[..., Any], Halves]:
-        """The forward pass under these weights, and the halves of the model that it runs."""
+    def _runner(self, weights: Weights) -> tuple[Callable[..., Any], TrunkAndHead]:
+        """The forward pass under these weights, and the split of the model that it runs."""
         if weights == "teacher" and self._external is not None:
-            assert self._external_halves is not None
-            return self._external, self._external_halves
-        if weights == "teacher" and self._teacher is not None:
-            teacher = self._teacher
-            return lambda **inputs: torch.func.functional_call(self.model, teacher, (), inputs), self._halves
-        return self.model, self._halves
+            assert self._external_split is not None
+            return self._external, self._external_split
+        if weights == "teacher" and self.teacher is not None:
+            teacher = self.teacher
+            return lambda **inputs: torch.func.functional_call(self.model, teacher, (), inputs), self._split
+        return self.model, self._split
 
-    # -- saving -------------------------------------------------------------------------------------------------
+    # -- weights out and in -------------------------------------------------------------------------------------
+
+    async def publish(self, folder: Path | None = None) -> WeightsHandle:
+        if folder is None:
+            return WeightsHandle(self.version)
+        try:
+            write_merged(self.model, folder, untie=True)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"can't write the weights for the sampler ({self.published_bytes / 2**30:.2f} GiB) into "
+                f"{str(folder)!r}: {error}. Make room there, or set TMPDIR to a folder that has it"
+            ) from error
+        return WeightsHandle(self.version, str(folder))
+
+    @property
+    def published_bytes(self) -> int:
+        return bytes_written(self.model)
+
+    async def export(self, folder: Path, *, merge: bool = False) -> None:
+        if merge and not self.lora:
+            raise UserError("all weights were trained, so there is no adapter to merge: leave --merge out")
+        if merge:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_merged(self.model, folder, untie=False)
+            self.tokenizer.save_pretrained(folder)
+        else:
+            self.save_weights(folder)
 
     def save_weights(self, folder: Path) -> None:
-        """The student's weights and tokenizer in the ecosystem's format (under LoRA: the adapter)."""
+        """The student's weights (under LoRA the adapter) and tokenizer, in the format of ``transformers``."""
         self.model.save_pretrained(folder)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
 
-    def save(self, folder: Path) -> None:
+    async def save_state(self, folder: Path) -> None:
         self.save_weights(folder / "model")
-        rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        torch.save(
-            {
-                # Exact training weights beside the exported ones: an export may retie or rename.
-                "weights": {name: p.detach() for name, p in self._trainable.items()},
-                "optimiser": self._optimiser.state_dict(),
-                "teacher": self._teacher,
-                "teacher_averages": self._averages,
-                "student_moved": self._student_moved,
-                "rng": rng,
-            },
-            folder / "engine.pt",
-        )
+        state.save(self, folder / state.FILE)
 
-    def load(self, folder: Path) -> None:
-        path = folder / "engine.pt"
-        if not path.is_file():
-            raise UserError(f"no engine state in {str(folder)!r}: expected the file engine.pt of a checkpoint")
-        try:
-            state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"{str(path)!r} is damaged ({str(error).splitlines()[0]}): remove its folder to go on from the one "
-                "before it"
-            ) from error
-        if _forms(state["weights"]) != _forms(self._trainable):
-            raise UserError(
-                f"the checkpoint {str(folder)!r} holds other weights than the recipe's model has: names, shapes or "
-                "dtype differ"
-            )
-        if self._teacher is not None and state["teacher"] is None and state["student_moved"]:
-            raise UserError(
-                f"the checkpoint {str(folder)!r} has no teacher: it was written by an engine whose teacher follows the "
-                "student, or is another model. Load it with the same settings of the teacher"
-            )
-        with torch.no_grad():
-            for name, parameter in self._trainable.items():
-                parameter.copy_(state["weights"][name])
-        if self._teacher is not None:
-            self._teacher = _copies(state["teacher"] or state["weights"], self.device)
-            self._averages = _copies(state["teacher_averages"], self.device)
-        self._student_moved = state["student_moved"]
-        self._optimiser.load_state_dict(state["optimiser"])
-        self._optimiser.zero_grad()
+    async def load_state(self, folder: Path) -> None:
+        state.load(self, folder / state.FILE)
         self._loss_is_finite = True
-        torch.set_rng_state(state["rng"]["cpu"].cpu())
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
-        for sampler in self.samplers.values():
-            sampler.clear()
+        self.forget_caches()
 
 
 def _chosen(full: Tensor, ids: Tensor) -> tuple[Tensor]:
     return (full.gather(1, ids.unsqueeze(1)).squeeze(1),)
 
 
-def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """How many first tokens two sequences have in common."""
-    same, differs = 0, min(len(a), len(b)) + 1  # a[:same] == b[:same], and not so for `differs`
-    while differs - same > 1:
-        middle = (same + differs) // 2
-        if a[same:middle] == b[same:middle]:
-            same = middle
-        else:
-            differs = middle
-    return same
+def _whole(full: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    return (*_chosen(full, ids), full)
 
 
-def _copies(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device, copy=True) for name, tensor in weights.items()}
+def _coarse(full: Tensor, ids: Tensor, candidates: Tensor) -> tuple[Tensor, ...]:
+    return (*_chosen(full, ids), coarse_grain(full, candidates))
 
 
-def _forms(weights: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
+_READ: Mapping[str, Read] = {"chosen": _chosen, "whole": _whole, "top_k": _coarse}
+"""What training reads of the log-probs, by what is wanted."""

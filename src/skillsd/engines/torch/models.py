@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
+from skillsd.engines.options import LoraOptions
 from skillsd.engines.torch import attention, pretrained
 from skillsd.errors import UserError
 
@@ -23,17 +23,6 @@ MADE_HERE = "models/"
 """Where warm starts leave their models: what is named so is nobody's on a hub."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """Low-rank adapters (Hu et al., 2021) instead of full weights."""
-
-    rank: int = 16
-    alpha: int = 32
-    target_modules: str | list[str] = "all-linear"
-    adapter: str | None = None
-    """A folder that peft wrote (a checkpoint's ``model``, say): train that one on; what is above is its own then."""
 
 
 def pick_device(name: str) -> torch.device:

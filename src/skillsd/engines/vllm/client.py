@@ -13,13 +13,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any
 
-from skillsd.errors import UserError
+from skillsd.errors import EngineFailedError, UserError
 
 WORKER = Path(__file__).with_name("worker.py")
-
-
-class WorkerError(RuntimeError):
-    """The process that runs vLLM failed or is gone."""
 
 
 class WorkerClient:
@@ -64,11 +60,11 @@ class WorkerClient:
             self._write(dict(options))
 
     def ask(self, message: Mapping[str, Any]) -> tuple[int, Future[dict[str, Any]]]:
-        """Send a request; its number and the answer to come, a `WorkerError` where there will be none."""
+        """Send a request; its number and the answer to come, a `EngineFailedError` where there will be none."""
         future: Future[dict[str, Any]] = Future()
         with self._lock:
             if self._ended is not None:
-                raise WorkerError(self._ended)
+                raise EngineFailedError(self._ended)
             self._number += 1
             number = self._number
             self._due[number] = future
@@ -122,7 +118,7 @@ class WorkerClient:
             if future is None or not future.set_running_or_notify_cancel():
                 continue
             if "error" in answer:
-                future.set_exception(WorkerError(f"vLLM refused a request: {answer['error']}"))
+                future.set_exception(EngineFailedError(f"vLLM refused a request: {answer['error']}"))
             else:
                 future.set_result(answer)
         code = self._process.wait()
@@ -132,7 +128,7 @@ class WorkerClient:
         everyone: list[Future[Any]] = [*due.values(), self.ready]
         for waiting in everyone:
             if not waiting.done() and waiting.set_running_or_notify_cancel():
-                waiting.set_exception(WorkerError(self._ended))
+                waiting.set_exception(EngineFailedError(self._ended))
 
     def _explain(self, code: int, fatal: str | None) -> str:
         if fatal is not None and "No module named 'vllm'" in fatal:

@@ -70,7 +70,7 @@ class Game:
         return Step(
             observation=language.observe(level, self.state, answer, rules.style, rules.max_actions_per_turn),
             done=self.done,
-            score=level.on_target(self.state) / len(level.boxes),
+            reward=level.on_target(self.state) / len(level.boxes),
             success=solved,
             info={
                 "moves": [MOVES[move] for move in executed],

@@ -1,0 +1,171 @@
+"""`skillsd doctor`: what is installed, and whether a recipe would fit on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from skillsd.config import LoraSection, RunConfig
+from skillsd.engines.estimate import Estimate
+from skillsd.envs import registry
+from skillsd.report.manifest import PACKAGES, processor, versions
+from skillsd.report.progress import duration
+from skillsd.runs.build import load_task_set
+from skillsd.runs.checks import engine_spec, workload
+
+EXTRAS = {
+    "peft": "LoRA (extra: lora)",
+    "openai": "endpoints: summaries, skillsd eval (extra: openai)",
+    "gguf": "smollm2-135m (extra: smollm2)",
+    "wandb": "Weights & Biases (extra: wandb)",
+}
+
+FILL = 0.9
+"""Share of the free memory that may be planned with: fragmentation and some kernels are not modelled."""
+
+
+def examine(console: Console, config: RunConfig | None) -> None:
+    """Print what is installed, the device, and for a recipe an estimate of memory and time."""
+    import torch
+
+    def line(name: str, text: str) -> None:
+        console.print(f"{name:14} {text}", highlight=False, soft_wrap=True)
+
+    found = versions()
+    for name in ("python", *PACKAGES):
+        if name not in EXTRAS:
+            line(name, found[name] or "not installed")
+    for package, use in EXTRAS.items():
+        state = "installed" if importlib.util.find_spec(package) else "not installed"
+        line(package, f"{found.get(package) or state}: {use}")
+    for name, lines in registry.doctor_reports().items():
+        for text in lines:
+            line(name, text)
+    line("processor", f"{processor()}, {os.cpu_count()} cores")
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        line("GPU", f"{torch.cuda.get_device_name()}, {free >> 20} of {total >> 20} MiB free")
+    else:
+        line("GPU", "none: training runs on the CPU")
+        line("memory", f"{_available_memory() >> 20} MiB free")
+    line("disk", f"{shutil.disk_usage('.').free >> 30} GiB free here")
+    if config is not None:
+        _examine_recipe(console, config)
+
+
+def _examine_recipe(console: Console, config: RunConfig) -> None:
+    """Memory by phase, seconds by phase, and what to change if it does not fit."""
+    task_set = load_task_set(config)
+    task_set.tasks(config.evaluation.split)
+    spec = engine_spec(config)
+    config.engine.check(spec)
+    estimator = config.engine.estimator(spec, workload(config, task_set.max_turns))
+    if estimator is None:
+        console.print(f"\nrecipe {config.name}: the engine {config.engine.name!r} gives no estimate", highlight=False)
+        return
+
+    def expected(other: RunConfig) -> Estimate:
+        return estimator(engine_spec(other), workload(other, task_set.max_turns))
+
+    found, free = expected(config), estimator.free
+    console.print(
+        f"\nrecipe {config.name} on {estimator.device}: {config.episodes_per_iteration} episodes per iteration, "
+        f"{config.training.iterations} iterations; if every episode used its whole token budget",
+        highlight=False,
+    )
+    _show_parts(console, "all the time", found.stays)
+    for phase, parts in found.phases.items():
+        _show_parts(console, f"on top, in {phase}", parts)
+    if found.note:
+        console.print(f"  note: {found.note}", highlight=False)
+    fits = found.need <= FILL * free
+    verdict = "fits" if fits else "does NOT fit"
+    console.print(
+        f"  {'at once, at most':60} {_mib(found.need)}: {verdict} ({_mib(free).strip()} are free)", highlight=False
+    )
+    if not fits:
+        changes, need = remedies(config, FILL * free, lambda other: expected(other).need)
+        for text, after in changes:
+            console.print(f"  {'change ' + text:60} {_mib(after)}", highlight=False)
+        if need > FILL * free:
+            console.print(
+                "  Even so it does not fit: lower rollout.trajectory_tokens, or take a smaller model or larger device",
+                highlight=False,
+            )
+    if found.seconds:
+        times = ", ".join(f"{phase} {_time(seconds)}" for phase, seconds in found.seconds.items())
+        whole = sum(found.seconds.values())
+        console.print(f"  an iteration, about: {_time(whole)} ({times})", highlight=False)
+        console.print(f"  the run, about: {duration(whole * config.training.iterations)}; without its evaluations")
+
+
+def remedies(config: RunConfig, free: float, need: Callable[[RunConfig], int]) -> tuple[list[tuple[str, int]], int]:
+    """Settings that make it fit, each as ``key=value`` with the need after it; and the need after all of them.
+
+    The one that saves most is taken first, until it fits or nothing helps any more.
+    """
+    taken: list[tuple[str, int]] = []
+    now = need(config)
+    while now > free:
+        tries = [(need(changed), text, changed) for text, changed in _changes(config)]
+        best, text, changed = min(tries, key=lambda t: t[0], default=(now, "", config))
+        if best > 0.97 * now:
+            break
+        key = text.partition("=")[0]
+        taken = [(said, size) for said, size in taken if not said.startswith(f"{key}=")]  # halved again: listed once
+        taken.append((text, best))
+        config, now = changed, best
+    return taken, now
+
+
+def _changes(config: RunConfig) -> list[tuple[str, RunConfig]]:
+    model, rollout, training = config.model, config.rollout, config.training
+    wanted: list[tuple[str, str, Any, str]] = []
+    if config.model.lora is None and config.model.adapter is None:
+        wanted.append(("model", "lora", LoraSection(), "{}"))
+    if model.dtype == "float32":
+        wanted.append(("model", "dtype", "bfloat16", "bfloat16"))
+    if not model.gradient_checkpointing:
+        wanted.append(("model", "gradient_checkpointing", True, "true"))
+    if training.micro_batch_tokens > rollout.trajectory_tokens:
+        fewer = max(rollout.trajectory_tokens, training.micro_batch_tokens // 2)
+        wanted.append(("training", "micro_batch_tokens", fewer, str(fewer)))
+    if rollout.concurrency > 1:
+        fewer = max(1, min(config.episodes_per_iteration, rollout.concurrency) // 2)
+        wanted.append(("rollout", "concurrency", fewer, str(fewer)))
+    found = []
+    for section, key, value, text in wanted:
+        part = getattr(config, section).model_copy(update={key: value})
+        found.append((f"{section}.{key}={text}", config.model_copy(update={section: part})))
+    return found
+
+
+def _show_parts(console: Console, title: str, parts: Mapping[str, int]) -> None:
+    console.print(f"  {title}", highlight=False)
+    for name, size in parts.items():
+        console.print(f"    {name:58} {_mib(size)}", highlight=False)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds < 10 else duration(seconds)
+
+
+def _mib(size: float) -> str:
+    return f"{size / (1 << 20):10,.0f} MiB"
+
+
+def _available_memory() -> int:
+    """Bytes that can be had without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,55 @@
+"""`skillsd methods`, `skillsd recipes`, `skillsd doctor`, `skillsd version`."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Optional
+
+import typer
+
+from skillsd import __version__
+from skillsd import config as configs
+from skillsd.cli.common import Overrides, console
+from skillsd.config.load import COMMANDS
+
+
+def add_to(app: typer.Typer) -> None:
+    for command in (methods, recipes, doctor, version):
+        app.command()(command)
+
+
+def methods() -> None:
+    """List the methods: each a row of switches over the same loop."""
+    from skillsd.methods import METHODS, methods_table
+
+    console.print(methods_table(), highlight=False, soft_wrap=True)
+    for row in METHODS.values():
+        console.print(f"{row.name}: {row.description}", highlight=False)
+
+
+def recipes() -> None:
+    """List the recipes that ship with the package, by the command that takes them."""
+    for kind, command in COMMANDS.items():
+        console.print(f"for `{command}`:", highlight=False)
+        for name in configs.recipes():
+            if not configs.read(name).keys() <= kind.model_fields.keys():
+                continue
+            lines = (configs.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+            comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+            first = " ".join(line.lstrip("# ") for line in comment).partition(". ")[0].rstrip(".")
+            console.print(f"  {name:24} {first}", highlight=False, soft_wrap=True)
+
+
+def doctor(
+    recipe: Annotated[Optional[str], typer.Argument(help="Also estimate this recipe.")] = None,  # noqa: UP045
+    overrides: Overrides = None,
+) -> None:
+    """Show what is installed, the device, and whether a recipe would fit."""
+    from skillsd.cli.doctor import examine
+
+    examine(console, configs.load(configs.RunConfig, recipe, overrides or ()) if recipe else None)
+
+
+def version() -> None:
+    """Print the version."""
+    console.print(__version__, highlight=False)

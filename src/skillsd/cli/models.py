@@ -1,0 +1,35 @@
+"""`skillsd models ...`: models that have a name of their own."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from skillsd.cli.common import console
+from skillsd.errors import unknown_name
+
+app = typer.Typer(help="Models by name: list them, fetch them ahead of time.", no_args_is_help=True)
+
+
+@app.command("list")
+def models_list() -> None:
+    """Names for model.name beside folders and hub names, and where each model lies."""
+    from skillsd.engines.torch.models import SHIPPED
+    from skillsd.engines.torch.pretrained import NAMES, kept
+
+    for name, path in SHIPPED.items():
+        console.print(f"{name:16} shipped: {path}", highlight=False, soft_wrap=True)
+    for name, what in NAMES.items():
+        console.print(f"{name:16} {what}: {kept(name) or 'not fetched yet'}", highlight=False, soft_wrap=True)
+
+
+@app.command("fetch")
+def models_fetch(name: Annotated[str, typer.Argument(help="A name of `skillsd models list`.")]) -> None:
+    """Fetch a model now, so that no run has to; prints its folder."""
+    from skillsd.engines.torch.models import SHIPPED, resolve
+    from skillsd.engines.torch.pretrained import NAMES
+
+    if name not in (*SHIPPED, *NAMES):
+        raise unknown_name("model", name, (*SHIPPED, *NAMES))
+    console.print(resolve(name), highlight=False, soft_wrap=True)

@@ -1,0 +1,280 @@
+"""`skillsd skills uplift` and `skillsd skills gap`: the value of a run's skills, and where its teacher differs.
+
+Training tasks only; nothing is trained, and nothing is recorded in the run's folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from skillsd.engines.base import Learner, Weights
+from skillsd.errors import UserError, unknown_name
+from skillsd.evaluation.uplift import Measured, Uplift, by_kind, measure_uplift, summarise_uplift
+from skillsd.prompting.templates import render_skill
+from skillsd.report.progress import Bars
+from skillsd.report.tables import percent, short, table
+from skillsd.runs.build import BANK, build, make_engine
+from skillsd.runs.lifecycle import load_config
+from skillsd.skills.bank import StoredSkill
+from skillsd.training import checkpoint
+from skillsd.training.run import Run
+from skillsd.training.teacher_gap import gap_figures, measure_gap
+from skillsd.types import TRAIN_SPLIT
+
+BASE = "base"
+"""In place of an iteration: the untrained model."""
+
+
+@contextmanager
+def opened(folder: Path, at: str | None = None) -> Iterator[Run]:
+    """A run for inspection: its bank as it is now, the weights of one of its checkpoints.
+
+    Args:
+        at: an iteration that there is a checkpoint of, or ``base`` for the untrained model; None takes the last.
+
+    Raises:
+        UserError: if it is no run's folder, or has no skills or no such checkpoint.
+    """
+    config = load_config(folder)
+    if not (folder / BANK).is_file():  # opening one that is missing would create it
+        raise UserError(f"no skill bank in {str(folder)!r}: expected the file {BANK}")
+    if at is not None and at != BASE and not at.isdecimal():
+        raise UserError(f"--at is {at!r}: expected an iteration that has a checkpoint, or {BASE!r}")
+    weights = None if at == BASE else checkpoint.find(folder, None if at is None else int(at))
+    run = build(config, folder)
+    try:
+        if not len(run.bank):
+            raise UserError(f"the skill bank of {str(folder)!r} is empty (method {config.method!r})")
+        asyncio.run(_load(run, weights))
+        yield run
+    finally:
+        run.close()
+
+
+async def _load(run: Run, weights: Path | None) -> None:
+    if weights is None:
+        await run.engine.publish()
+    else:
+        await run.engine.load_state(weights)
+        run.iteration = checkpoint.number(weights)
+    teacher = run.config.teacher
+    if run.method.teacher == "none":
+        await run.learner.sync_teacher()  # in place of a teacher: the student
+    elif run.method.teacher == "synchronised" and run.iteration % teacher.sync_every == 0:
+        await run.learner.sync_teacher(1 - (teacher.ema or 0))  # as the next iteration would begin
+
+
+# -- uplift ---------------------------------------------------------------------------------------------------------
+
+
+def show_uplift(
+    console: Console,
+    folder: Path,
+    *,
+    episodes: int,
+    seed: int,
+    at: str | None = None,
+    task: str | None = None,
+    limit: int | None = None,
+    never_picked: bool = False,
+    weights: Weights = "student",
+    json_out: Path | None = None,
+) -> None:
+    """Measure and print; see the command's help for the options."""
+    with opened(folder, at) as run:
+        chosen = choose_skills(run, task=task, limit=limit, never_picked=never_picked)
+        tasks = {task.id: task for task in run.task_set.tasks(TRAIN_SPLIT)}
+        contexts = [(tasks[stored.task_id], render_skill(stored.skill, run.template)) for stored in chosen]
+        sides = {(task.id, text) for task, given in contexts for text in (given, "")}
+        with _counting(console, "playing train", episodes * len(sides)) as on_episode:
+            uplifts = asyncio.run(
+                measure_uplift(
+                    dataclasses.replace(run.student, weights=weights),
+                    run.task_set,
+                    contexts,
+                    run.budget,
+                    episodes=episodes,
+                    seed=seed,
+                    concurrency=run.config.rollout.concurrency,
+                    retries=run.config.rollout.retries,
+                    on_episode=on_episode,
+                )
+            )
+        iteration = run.iteration
+    measured = [(chosen[uplift.place], uplift) for uplift in uplifts]
+    lost = len(contexts) - len(measured)
+    if not measured:
+        raise UserError(f"the environment broke episodes of all {lost} skills, in every attempt")
+    groups = {"all": measured, **by_kind(measured)}
+    rows = [_uplift_row(kind, those) for kind, those in groups.items()]
+    columns = ["skills", "number", "tasks", "with", "without", "uplift [95 %]", "reward's uplift [95 %]", "> 0", "< 0"]
+    caption = (
+        f"Success with the skill in the prompt and without, {episodes} episodes each. Each task weighs the same and is "
+        "the unit of the intervals: a task's skills are not independent."
+    )
+    if lost:
+        caption += f" Left out, as the environment broke their episodes: {lost}."
+    title = f"{folder} after {iteration} iterations, {weights}, training tasks"
+    console.print(table(title, columns, rows, caption))
+    console.print(_ends(measured))
+    if json_out:
+        record = {
+            "run": str(folder), "iteration": iteration, "weights": weights, "episodes": episodes, "seed": seed,
+            "left_out": lost,
+            "summary": {kind: dataclasses.asdict(summarise_uplift(those)) for kind, those in groups.items()},
+            "skills": [_uplift_record(stored, uplift) for stored, uplift in measured],
+        }  # fmt: skip
+        json_out.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def choose_skills(
+    run: Run, *, task: str | None = None, limit: int | None = None, never_picked: bool = False
+) -> list[StoredSkill]:
+    """The skills to measure, newest first: those that were picked at least once, unless `never_picked` are in too.
+
+    Raises:
+        UserError: if there is none.
+    """
+    known = {task.id for task in run.task_set.tasks(TRAIN_SPLIT)}
+    stored = run.bank.skills(task)
+    if not stored:
+        hint = "" if task in known else ", which is no training task"
+        raise UserError(f"no skill of task {task!r}{hint} in {str(run.folder)!r} (see: skillsd skills list)")
+    if gone := sorted({skill.task_id for skill in stored} - known):
+        raise UserError(f"the bank has skills of {gone[0]!r}, which is no training task of this environment any more")
+    chosen = [skill for skill in stored if never_picked or skill.picks]
+    if not chosen:
+        raise UserError(f"none of these {len(stored)} skills was ever picked: --all takes them all the same")
+    return chosen[::-1][:limit]
+
+
+def _uplift_row(kind: str, those: Measured) -> list[str]:
+    figures = summarise_uplift(those)
+    return [
+        kind,
+        str(figures.skills),
+        str(figures.tasks),
+        percent(figures.with_skill),
+        percent(figures.without_skill),
+        percent(figures.success, figures.success_interval),
+        percent(figures.reward, figures.reward_interval),
+        percent(figures.better),
+        percent(figures.worse),
+    ]
+
+
+def _ends(measured: Measured, count: int = 5) -> Any:
+    order = sorted(measured, key=lambda pair: (-pair[1].success, -pair[1].reward, pair[0].id))
+    shown = order if len(order) <= 2 * count else order[:count] + order[-count:]
+    rows = [
+        [
+            str(stored.id),
+            stored.task_id,
+            stored.source_outcome.value,
+            percent(uplift.success_with),
+            percent(uplift.success_without),
+            percent(uplift.success),
+            short(stored.skill.golden_workflow or stored.skill.mistake_analysis or stored.skill.success_analysis),
+        ]
+        for stored, uplift in shown
+    ]
+    title = "Best and worst" if len(order) > len(shown) else "Best first"
+    caption = "Selected by their result, so partly by chance: measure them again with another --seed to be sure."
+    columns = ["id", "task", "written from", "with", "without", "uplift", "says"]
+    return table(title, columns, rows, caption, ("task", "written from", "says"))
+
+
+def _uplift_record(stored: StoredSkill, uplift: Uplift) -> dict[str, Any]:
+    figures = {**dataclasses.asdict(uplift), "success": uplift.success, "reward": uplift.reward}
+    del figures["place"]
+    about = {**dataclasses.asdict(stored), "source_outcome": stored.source_outcome.value}
+    return {**about, "mean_reward": stored.mean_reward, "uplift": figures}
+
+
+# -- the teacher's gap ----------------------------------------------------------------------------------------------
+
+
+def show_gap(
+    console: Console,
+    folder: Path,
+    *,
+    episodes: int,
+    seed: int,
+    at: str | None = None,
+    tasks: int | None = None,
+    teacher: str = "run",
+    json_out: Path | None = None,
+) -> None:
+    """Measure and print; see the command's help for the options."""
+    if teacher not in ("run", BASE):
+        raise unknown_name("teacher", teacher, ("run", BASE))
+    with opened(folder, at) as run:
+        other: tuple[Learner, Weights] | None = None
+        if teacher == BASE:
+            other = (
+                make_engine(run.config.model_copy(update={"engine": run.config.engine.for_learner()})).learner,
+                "student",
+            )
+        count = len(run.task_set.tasks(TRAIN_SPLIT)[:tasks])
+        with _counting(console, "playing train", episodes * count) as on_episode:
+            gap = asyncio.run(
+                measure_gap(run, episodes=episodes, seed=seed, tasks=tasks, teacher=other, on_episode=on_episode)
+            )
+        iteration = run.iteration
+    if not gap.turns:
+        raise UserError(
+            f"nothing to compare: {gap.without_teacher} tasks without a context for the teacher, {gap.dropped} broken"
+        )
+    figures = gap_figures(gap.turns)
+    rows = [
+        [
+            str(row["split"]),
+            str(row["turns"]),
+            f"{row['count']:,}",
+            f"{row['tokens']:,}",
+            *(f"{row[name]:.4f}" for name in ("log_ratio", "abs_log_ratio", "kl")),
+            percent(float(row["turns_moved"])),
+        ]
+        for row in figures
+    ]
+    columns = ["", "turns", "number", "tokens", "mean l", "mean |l|", "KL(student || teacher)", "would act differently"]
+    caption = (
+        f"{gap.episodes} episodes of {gap.tasks} training tasks; {gap.without_teacher} tasks have no context for the "
+        f"teacher, {gap.dropped} were broken by the environment. l: student minus teacher log-prob of the sampled "
+        "token. Means over tokens; the last column is the share of turns where the most likely token differs somewhere."
+    )
+    title = f"{folder} after {iteration} iterations, teacher: {teacher}"
+    console.print(table(title, columns, rows, caption, ("turns",)))
+    if json_out:
+        about = {name: getattr(gap, name) for name in ("tasks", "episodes", "without_teacher", "dropped")}
+        record = {
+            "run": str(folder),
+            "iteration": iteration,
+            "teacher": teacher,
+            "seed": seed,
+            **about,
+            "rows": figures,
+        }
+        json_out.write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
+@contextmanager
+def _counting(console: Console, name: str, total: int) -> Iterator[Callable[[object], None]]:
+    """A bar that counts episodes."""
+    bars, done = Bars(console), 0
+
+    def on_episode(trajectory: object) -> None:
+        nonlocal done
+        done += 1
+        bars.update(name, done, total)
+
+    with bars.shown():
+        yield on_episode

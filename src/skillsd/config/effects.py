@@ -1,0 +1,96 @@
+"""Keys that have no effect in a given configuration: a user who sets one by hand wants to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from skillsd.config.schema import RunConfig
+from skillsd.methods import METHODS, Method
+
+Rule = tuple[tuple[str, ...], Callable[[RunConfig, Method], str | None]]
+"""Keys (or whole sections), and why they have no effect; None if they have."""
+
+
+def without_effect(config: RunConfig, keys: Iterable[str]) -> list[str]:
+    """A note for each of the given keys that changes nothing in this configuration, with the reason."""
+    row = METHODS[config.method]
+    notes = []
+    for key in dict.fromkeys(keys):
+        reasons = [
+            reason
+            for names, why in _RULES
+            if any(key == name or key.startswith(f"{name}.") for name in names) and (reason := why(config, row))
+        ]
+        if reasons:
+            notes.append(f"{key} has no effect here: {reasons[0]}")
+    return notes
+
+
+def _unless(condition: bool, reason: str) -> str | None:
+    return None if condition else reason
+
+
+def _no_teacher(config: RunConfig, row: Method) -> str | None:
+    return _unless(row.teacher != "none", f"method {row.name!r} has no teacher")
+
+
+def _not_synchronised(config: RunConfig, row: Method) -> str | None:
+    return _unless(row.teacher == "synchronised", f"the teacher of method {row.name!r} is not synchronised")
+
+
+def _no_skills(config: RunConfig, row: Method) -> str | None:
+    return _unless(row.uses_skills, f"method {row.name!r} uses no skills")
+
+
+def _fixed_lambda(config: RunConfig, row: Method) -> str | None:
+    fixed = row.reward_weight == 0 and row.teacher != "none"
+    return _unless(not fixed, f"method {row.name!r} is distillation alone: its weight is 1")
+
+
+def _no_imitation(config: RunConfig, row: Method) -> str | None:
+    return _unless(row.imitation_weight > 0, f"method {row.name!r} has no self-imitation")
+
+
+def _no_ucb(config: RunConfig, row: Method) -> str | None:
+    used = config.skills.pick == "ucb" or ":" in config.skills.pick
+    return _unless(used, f"skills.pick is {config.skills.pick!r}, not 'ucb'")
+
+
+def _no_uplift(config: RunConfig, row: Method) -> str | None:
+    return _unless(config.skills.credit == "uplift", f"skills.credit is {config.skills.credit!r}, not 'uplift'")
+
+
+def _no_endpoint(config: RunConfig, row: Method) -> str | None:
+    chosen = config.skills.summariser
+    return _unless(chosen == "openai", f"skills.summariser is {chosen!r}, not 'openai'")
+
+
+def _no_language_model(config: RunConfig, row: Method) -> str | None:
+    chosen = config.skills.summariser
+    return _unless(chosen != "rules", "skills.summariser is 'rules', which asks no language model")
+
+
+def _not_easy_first(config: RunConfig, row: Method) -> str | None:
+    return _unless(config.curriculum.easy_first, "curriculum.easy_first is false")
+
+
+_RULES: tuple[Rule, ...] = (
+    (("teacher", "objective.estimator", "objective.top_k", "objective.distil_clamp"), _no_teacher),
+    (("objective.lambda_sdl", "objective.lambda_schedule"), _no_teacher),
+    (("objective.lambda_sdl",), _fixed_lambda),
+    (("teacher.sync_every", "teacher.ema"), _not_synchronised),
+    (("objective.imitation_weight",), _no_imitation),
+    (("skills", "summariser"), _no_skills),
+    (("skills.ucb_c",), _no_ucb),
+    (("skills.uplift_episodes",), _no_uplift),
+    (
+        (
+            *("summariser.model", "summariser.base_url", "summariser.api_key_env", "summariser.request"),
+            *("summariser.timeout_seconds", "summariser.max_retries", "summariser.requests_per_minute"),
+            *("summariser.budget_calls", "summariser.budget_tokens", "summariser.price_in", "summariser.price_out"),
+        ),
+        _no_endpoint,
+    ),
+    (("summariser",), _no_language_model),
+    (("curriculum.full_at",), _not_easy_first),
+)

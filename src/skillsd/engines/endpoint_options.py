@@ -1,0 +1,74 @@
+"""How to reach a language model behind an endpoint, and what it may cost. Light: no client is imported."""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator
+
+from skillsd.options import JsonObject, Options
+
+
+class EndpointOptions(Options):
+    """A language model behind an endpoint that speaks OpenAI's chat completions, and what it may cost."""
+
+    model: str | None = None
+    """The model's name at the endpoint."""
+    base_url: str | None = None
+    """The endpoint's address, usually ending in ``/v1``. None is OpenAI's own."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; the key itself is never written anywhere. None is
+    ``OPENAI_API_KEY`` for OpenAI's own address, and no key for another ``base_url``."""
+    request: JsonObject = Field(default_factory=dict)
+    """More fields of the endpoint's requests (``seed``, ``reasoning_effort``, ``chat_template_kwargs`` ...)."""
+    timeout_seconds: float = Field(60.0, gt=0)
+    """Deadline of one request."""
+    max_retries: int = Field(4, ge=0)
+    """How often a request is repeated after 408, 409, 429, 5xx, a timeout or a broken connection."""
+    requests_per_minute: float | None = Field(None, gt=0)
+    """The highest rate at which requests are sent. None is no limit."""
+    budget_calls: int | None = Field(None, ge=0)
+    """No more requests are made after so many in all. None is no limit."""
+    budget_tokens: int | None = Field(None, ge=0)
+    """No more requests are made after so many tokens, prompts and answers together; those under way are finished."""
+    price_in: float | None = Field(None, ge=0)
+    """Price of a million tokens of prompts, in any currency, for the metric ``summaries/cost``."""
+    price_out: float | None = Field(None, ge=0)
+    """Price of a million tokens of answers."""
+
+    ACCESS: ClassVar = (
+        *("base_url", "api_key_env", "timeout_seconds", "max_retries", "requests_per_minute"),
+        *("budget_calls", "budget_tokens", "price_in", "price_out"),
+    )
+    """Keys that decide how the model is reached and paid, not what it answers: they may change on resume."""
+
+    def cost(self, tokens_in: int, tokens_out: int) -> float | None:
+        """In the currency of the prices; None if there are none. A price that is not given is 0."""
+        if self.price_in is None and self.price_out is None:
+            return None
+        return (tokens_in * (self.price_in or 0) + tokens_out * (self.price_out or 0)) / 1e6
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_variable_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError("expected the name of an environment variable, not the key itself")
+        return name
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_an_address_without_secrets(cls, address: str | None) -> str | None:
+        if address is None:
+            return None
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("expected an address such as http://localhost:8000/v1")
+        if "@" in parts.netloc or parts.query:
+            raise ValueError("it would be written to files: give the name of the key's environment variable instead")
+        try:
+            _ = parts.port  # checked when it is read
+        except ValueError:
+            raise ValueError("its port has to be a number up to 65535, as in http://localhost:8000/v1") from None
+        return address

@@ -1,0 +1,278 @@
+"""The embedded engine's estimate of a run, before it starts: memory by phase, and seconds per iteration.
+
+Every episode is taken to use its whole token budget. Memory fragmentation, and attention kernels that build the whole
+matrix, are not modelled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skillsd.engines.estimate import SAMPLING, SCORING, UPDATE, Estimate, Workload
+from skillsd.engines.options import EngineSpec, LoraOptions
+from skillsd.engines.torch.models import DTYPES, pick_device
+from skillsd.engines.torch.sizes import Sizes
+from skillsd.errors import UserError
+
+WIDTH = {"float32": 4, "bfloat16": 2}
+KEPT = 1.4
+"""Numbers kept for the backward pass, for each that goes into or comes out of a matrix: norms, rotations and gates."""
+CALLS = 60
+"""Operations of one layer in one forward pass, for what each costs beside its arithmetic."""
+POOL = 1.25
+"""The sampler's pool of keys and values grows by at least a quarter at a time, so this is the most that it takes."""
+HOLES = 1.0
+"""On a CPU, what glibc's heap keeps beside each activation under LoRA: adapters' passing results leave holes between
+those that are kept. Measured with one model (docs/doctor.md); a GPU's allocator is another."""
+CHOOSE = 20
+"""Bytes a logit while a token is sampled, beside the model's own: float32 log-probs and two float64 (`choose`)."""
+SCORE = {"chosen": 8, "top_k": 20, "whole": 12}
+"""Bytes a logit while it is scored, by what is wanted of it: float32 logits, log-probs, and what is made of them."""
+LEARN = {"chosen": 12, "top_k": 24, "whole": 36}
+"""The same with gradients; of whole distributions the teacher's, too."""
+
+
+class TorchEstimator:
+    """Estimates for this machine: its free memory and measured speed.
+
+    Attributes:
+        device: in words.
+        free: bytes that can be had.
+    """
+
+    def __init__(self, spec: EngineSpec, workload: Workload) -> None:
+        if spec.threads:
+            torch.set_num_threads(spec.threads)
+        device = pick_device(spec.device)
+        self.device, self._gpu = str(device), device.type == "cuda"
+        if self._gpu:
+            (self.free, self.total), self._own = torch.cuda.mem_get_info(device), CUDA
+        else:
+            self._own = _resident()
+            self.free = self.total = _free_memory() + self._own
+        self._sizes: dict[str, Sizes] = {}
+        rows = min(workload.episodes, spec.max_sessions)
+        self._speed = measure(device, spec.dtype, rows=rows, hidden=self.sizes(spec).hidden)
+
+    def sizes(self, spec: EngineSpec) -> Sizes:
+        lora = adapter_form(spec.lora)
+        targets = lora.target_modules if lora else "all-linear"
+        key = f"{spec.model} {targets}"
+        if key not in self._sizes:
+            self._sizes[key] = Sizes.of(spec.model, targets)
+        return self._sizes[key]
+
+    def __call__(self, spec: EngineSpec, workload: Workload) -> Estimate:
+        return estimate(spec, workload, self.sizes(spec), speed=self._speed, own=self._own, gpu=self._gpu)
+
+
+CUDA = 600 << 20
+"""Bytes that CUDA and its libraries take on a device."""
+
+
+def _resident() -> int:
+    """Bytes of this process, which has loaded everything that a run loads but the model."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 400 << 20
+
+
+def _free_memory() -> int:
+    """Bytes that can be had without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def adapter_form(lora: LoraOptions | None) -> LoraOptions | None:
+    """The adapter's rank and target modules: the recipe's, or those of the adapter that is trained on."""
+    if lora is None or lora.adapter is None:
+        return lora
+    try:
+        form = json.loads((Path(lora.adapter).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
+        return LoraOptions(form["r"], form["lora_alpha"], form["target_modules"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"no adapter in {lora.adapter!r} (model.adapter): expected a folder with adapter_config.json, as peft "
+            "writes it"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a device does in a second.
+
+    Attributes:
+        many, few: floating-point operations, for matrices with many rows (training) and with as many as episodes.
+        call: seconds of an operation that computes next to nothing.
+    """
+
+    many: float
+    few: float
+    call: float
+
+
+def estimate(
+    spec: EngineSpec,
+    workload: Workload,
+    sizes: Sizes,
+    *,
+    speed: Speed | None = None,
+    own: int = 0,
+    gpu: bool = False,
+) -> Estimate:
+    """What a run takes with a model of these sizes.
+
+    Args:
+        own: bytes of the process before there is a model.
+        gpu: whether this is a GPU's memory.
+    """
+    from skillsd.engines.torch.decode import PREFILL_BATCH_TOKENS
+    from skillsd.engines.torch.lm_head import MAX_LOGITS
+
+    width = WIDTH[spec.dtype]
+    lora = adapter_form(spec.lora)
+    if lora:
+        trained, trained_width = lora.rank * sizes.adapter, 4  # peft keeps adapters in float32
+    else:
+        trained, trained_width = sizes.parameters, width
+    masters = 0 if trained_width == 4 else trained * 4  # `MasterAdamW`: gradients are summed there, in float32
+    teacher = trained * trained_width if spec.teacher == "snapshot" else 0
+    if spec.teacher_average and trained_width < 4:
+        teacher += trained * 4  # a moving average in bfloat16 would never move
+    if spec.teacher_model is not None:
+        teacher = Sizes.of(spec.teacher_model).parameters * width
+    at_once = min(workload.episodes, spec.max_sessions)
+    together = workload.episodes * workload.trajectory_tokens // workload.minibatches
+    batch = max(min(spec.micro_batch_tokens, together), workload.trajectory_tokens)
+    sampled_share = min(1.0, workload.turns * workload.turn_tokens / workload.trajectory_tokens)
+    rows = round(batch * sampled_share)
+    wanted = workload.want
+    if wanted != "whole":
+        rows = min(rows, max(1, MAX_LOGITS // sizes.vocabulary))  # computed so many at a time
+    logits = rows * sizes.vocabulary
+    native = width if width < 4 else 0  # bytes of a logit in the model's own format, if that is another one
+    one_layer = round(KEPT * sizes.flow / sizes.layers)
+    kept = sizes.layers * one_layer * width  # bytes per token
+    if lora and width < 4:
+        kept += sizes.adapted_in * 4  # peft casts an adapter's input to float32, and keeps that
+    if spec.gradient_checkpointing:
+        kept = kept // sizes.layers + sizes.layers * sizes.hidden * width
+    prefill = min(at_once * workload.trajectory_tokens, max(PREFILL_BATCH_TOKENS, workload.trajectory_tokens))
+    phases: dict[str, dict[str, int]] = {
+        SAMPLING: {
+            f"keys and values of {at_once} episodes of {workload.trajectory_tokens:,} tokens": round(
+                POOL * at_once * workload.trajectory_tokens * sizes.cache * width
+            ),
+            "logits": at_once * sizes.vocabulary * (width + CHOOSE),
+            "activations of one layer": prefill * one_layer * width,
+        },
+        SCORING: {
+            f"logits of {rows:,} sampled tokens": logits * (SCORE[wanted] + native),
+            "activations of one layer": batch * one_layer * width,
+        },
+        UPDATE: {
+            f"gradients of {trained / 1e6:,.1f} M parameters": trained * 4,
+            f"activations of {batch:,} tokens": batch * kept,
+            f"logits of {rows:,} sampled tokens": logits * (LEARN[wanted] + native),
+        },
+    }
+    if lora:
+        if not gpu:
+            phases[UPDATE]["heap fragmentation between activations"] = round(HOLES * batch * kept)
+        passing = 12 * sizes.adapted_out  # its output, scaled, and added to the matrix's: in float32, for a moment
+        for phase, tokens in ((SAMPLING, prefill), (SCORING, batch), (UPDATE, batch)):
+            phases[phase]["an adapter's intermediate results"] = tokens * passing
+            if sizes.rebuilt:
+                at_a_time = 1 if phase == UPDATE and not spec.gradient_checkpointing else sizes.layers
+                phases[phase]["experts with their adapters"] = sizes.rebuilt * width // at_a_time
+    if wanted == "whole" and not gpu:  # a GPU run keeps them in the CPU's memory
+        whole = round(workload.episodes * workload.trajectory_tokens * sampled_share) * sizes.vocabulary * 4
+        for phase in (SCORING, UPDATE):
+            phases[phase]["the teacher's distributions of all episodes"] = whole
+    if spec.teacher == "none":
+        del phases[SCORING]
+    stays = {
+        "the program itself": own,
+        f"weights ({sizes.parameters / 1e6:,.1f} M, {spec.dtype})": sizes.parameters * width,
+        "adapter": trained * 4 if lora else 0,
+        "master weights in float32": masters,
+        "AdamW's two moments": trained * 8,
+        "the teacher's own weights": teacher,
+    }
+    seconds = _seconds(spec, workload, sizes, speed) if speed else {}
+    note = ""
+    if sizes.unknown:
+        note = (
+            f"it is not known how {sizes.unknown / 1e6:,.0f} M of the model's weights are used (experts of an unknown "
+            "kind?). They count as weights; activations and seconds come out too low"
+        )
+    return Estimate({name: size for name, size in stays.items() if size}, phases, seconds, note)
+
+
+def _seconds(spec: EngineSpec, workload: Workload, sizes: Sizes, speed: Speed) -> dict[str, float]:
+    episodes, most = workload.episodes, workload.trajectory_tokens
+    at_once = min(episodes, spec.max_sessions)
+    sampled = min(workload.turns * workload.turn_tokens, most)
+    attention = sizes.layers * 2 * sizes.hidden * most  # scores and sums over half of the others, on average
+    token, word = 2 * sizes.matrices + attention, 2 * sizes.head
+    passes = -(-episodes // at_once) * sampled  # decode steps, all episodes side by side
+    calls = sizes.layers * CALLS * speed.call
+    trained = episodes * (most * token + sampled * word)
+    micro_batches = -(-episodes * most // max(spec.micro_batch_tokens, most))
+    # Forward, gradients of activations, and (without LoRA) of weights; checkpoints are computed again.
+    times = (2 if spec.lora else 3) + spec.gradient_checkpointing
+    return {
+        SAMPLING: passes * calls
+        + episodes * (sampled * (token + word) / speed.few + (most - sampled) * token / speed.many),
+        **({} if spec.teacher == "none" else {SCORING: trained / speed.many + micro_batches * calls}),
+        UPDATE: workload.epochs * (times * trained / speed.many + 3 * micro_batches * calls),
+    }
+
+
+def measure(device: Any, dtype: str, *, rows: int, hidden: int) -> Speed:
+    """The device's speed, in about a second."""
+
+    def seconds(count: int, inner: int, outer: int) -> float:
+        left = torch.randn(count, inner, device=device).to(DTYPES[dtype])
+        right = torch.randn(inner, outer, device=device).to(DTYPES[dtype])
+        return _fastest(lambda: left @ right, device)
+
+    inner = max(64, min(hidden, 2048))
+    return Speed(
+        many=2 * 1024 * inner * inner / seconds(1024, inner, inner),
+        few=2 * rows * inner * 4 * inner / seconds(rows, inner, 4 * inner),
+        call=seconds(1, 8, 8),
+    )
+
+
+def _fastest(work: Callable[[], object], device: Any) -> float:
+    """Seconds of one `work`: the best of several runs, which other load on the machine disturbs least."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    best, spent, goes = float("inf"), 0.0, 0
+    while goes < 3 or spent < 0.25:
+        wait()
+        begin = time.perf_counter()
+        for _ in range(5):
+            work()
+        wait()
+        took = time.perf_counter() - begin
+        best, spent, goes = min(best, took / 5), spent + took, goes + 1
+    return best

@@ -1,0 +1,86 @@
+"""The embedded engine's part of a checkpoint: exact training weights, optimiser, teacher, random state."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from skillsd.errors import UserError
+
+if TYPE_CHECKING:
+    from skillsd.engines.torch.engine import TorchEngine
+
+FILE = "engine.pt"
+
+
+def save(engine: TorchEngine, path: Path) -> None:
+    """Write the engine's state."""
+    rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if engine.device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(engine.device)
+    torch.save(
+        {
+            # Exact training weights beside the exported ones: an export may retie or rename.
+            "weights": {name: p.detach() for name, p in engine.trainable.items()},
+            "version": engine.version,
+            "optimiser": engine.optimiser.state_dict(),
+            "teacher": engine.teacher,
+            "teacher_averages": engine.teacher_averages,
+            "student_moved": engine.student_moved,
+            "rng": rng,
+        },
+        path,
+    )
+
+
+def load(engine: TorchEngine, path: Path) -> None:
+    """Restore what `save` wrote; the engine is unchanged if that is impossible.
+
+    Raises:
+        UserError: if there is no such file, it is damaged, or it is of another model or teacher.
+    """
+    if not path.is_file():
+        raise UserError(f"no engine state in {str(path.parent)!r}: expected the file {path.name} of a checkpoint")
+    try:
+        state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{str(path)!r} is damaged ({str(error).splitlines()[0]}): remove its folder to resume from the checkpoint "
+            "before it"
+        ) from error
+    if _forms(state["weights"]) != _forms(engine.trainable):
+        raise UserError(
+            f"the checkpoint {str(path.parent)!r} is of a different model than the recipe's: names, shapes or dtype of "
+            "the weights differ"
+        )
+    if engine.teacher is not None and state["teacher"] is None and state["student_moved"]:
+        raise UserError(
+            f"the checkpoint {str(path.parent)!r} has no teacher: it was written by an engine whose teacher follows "
+            "the student, or is another model. Load it with the same teacher settings"
+        )
+    with torch.no_grad():
+        for name, parameter in engine.trainable.items():
+            parameter.copy_(state["weights"][name])
+    if engine.teacher is not None:
+        engine.teacher = _copies(state["teacher"] or state["weights"], engine.device)
+        engine.teacher_averages = _copies(state["teacher_averages"], engine.device)
+    engine.student_moved = state["student_moved"]
+    engine.version = state["version"]
+    engine.optimiser.load_state_dict(state["optimiser"])
+    engine.optimiser.zero_grad()
+    torch.set_rng_state(state["rng"]["cpu"].cpu())
+    if engine.device.type == "cuda" and "cuda" in state["rng"]:
+        torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), engine.device)
+
+
+def _copies(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device, copy=True) for name, tensor in weights.items()}
+
+
+def _forms(weights: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}

@@ -1,0 +1,109 @@
+"""vLLM's section of the recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field, SerializeAsAny
+
+from skillsd.engines.options import Capabilities, EngineOptions, EngineSpec
+from skillsd.engines.torch.options import TorchOptions
+from skillsd.errors import UserError
+
+if TYPE_CHECKING:
+    from skillsd.engines.base import Engine
+    from skillsd.engines.estimate import Estimator, Workload
+
+
+def _learner(section: Any) -> Any:
+    from skillsd.engines import registry
+
+    return registry.options(section) if isinstance(section, dict) else section
+
+
+class VllmOptions(EngineOptions):
+    """vLLM samples the rollouts, in a process of its own; another engine scores and trains. docs/vllm.md."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(temperature=True)
+
+    name: str = "vllm"
+    learner: Annotated[SerializeAsAny[EngineOptions], BeforeValidator(_learner)] = TorchOptions()
+    """The engine that scores and trains: any that can publish its weights into a folder."""
+    python: str | None = None
+    """Path of the interpreter that has vLLM (``build/vllm/bin/python`` after `make vllm-env`). None is this one."""
+    gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
+    """Share of the GPU's memory that vLLM reserves; training needs the rest."""
+    cpu_kv_cache_gib: int = Field(1, ge=1)
+    """Memory for keys and values when vLLM runs on a CPU."""
+    max_model_len: int | None = Field(None, ge=2)
+    """The most tokens of a sequence that is sampled. None is what the recipe's episodes may take. docs/vllm.md."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """The longest that vLLM may take to start, to load weights, or to answer one request."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """More keyword arguments of ``vllm.LLM``, e.g. ``{tensor_parallel_size: 2}``."""
+
+    def provides(self) -> Capabilities:
+        """What is scored and trained is the learner's; vLLM's own decoding is not deterministic."""
+        learner = self.learner.provides()
+        return Capabilities(
+            distribution=learner.distribution,
+            temperature=learner.temperature,
+            teacher_snapshot=learner.teacher_snapshot,
+            teacher_average=learner.teacher_average,
+            teacher_external=learner.teacher_external,
+            teacher_sampling=learner.teacher_sampling,  # vLLM holds the student alone
+            lora=learner.lora,
+            refuses_non_finite=learner.refuses_non_finite,
+            deterministic=False,
+            exact_resume=False,
+        )
+
+    def check(self, spec: EngineSpec) -> None:
+        super().check(spec)
+        self.learner.check(spec)
+        if not self.learner.provides().publishes_folder:
+            raise UserError(
+                f"engine.learner is {self.learner.name!r}, which can't write its weights into a folder, from which "
+                "vLLM loads them: give another learner, or another engine"
+            )
+        if self.max_model_len is None or spec.max_sampled_tokens is None:
+            return
+        needed, settings = spec.max_sampled_tokens
+        if self.max_model_len < needed:
+            raise UserError(
+                f"engine.max_model_len is {self.max_model_len}, but sequences of up to {needed} tokens are sampled "
+                f"({settings}): raise it"
+            )
+
+    def sampled_length(self, spec: EngineSpec) -> int | None:
+        """The most tokens of a sequence that vLLM is started for. None: as many as the model takes."""
+        if self.max_model_len is not None:
+            return self.max_model_len
+        return None if spec.max_sampled_tokens is None else spec.max_sampled_tokens[0] + spec.context_tokens
+
+    def for_learner(self) -> EngineOptions:
+        return self.learner
+
+    def resume_key(self) -> dict[str, Any]:
+        """vLLM may lie elsewhere, and have other memory, when a run is resumed."""
+        return {"name": self.name, "learner": self.learner.resume_key()}
+
+    def build(self, spec: EngineSpec) -> Engine:
+        from skillsd.engines.base import Engine
+        from skillsd.engines.vllm.sampler import VllmSampler
+
+        trainer = self.learner.build(spec)
+        try:
+            sampler = VllmSampler(
+                trainer.learner, self, max_length=self.sampled_length(spec), at_once=spec.max_sessions
+            )
+        except BaseException:
+            trainer.close()
+            raise
+        return Engine(trainer.learner, sampler, self.name, self.provides())
+
+    def estimator(self, spec: EngineSpec, workload: Workload) -> Estimator | None:
+        from skillsd.engines.vllm.estimate import VllmEstimator
+
+        learner = self.learner.estimator(spec, workload)
+        return None if learner is None else VllmEstimator(learner, self)

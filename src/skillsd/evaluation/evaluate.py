@@ -1,0 +1,171 @@
+"""Held-out evaluation: accuracy and completion on a split, with intervals. Never touches the bank or the weights."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from scipy import stats
+
+from skillsd.envs.base import TaskSet, evenly_spaced
+from skillsd.rollouts.collect import collect, outcome_counts
+from skillsd.rollouts.policy import Budget, Policy
+from skillsd.types import Group, Task, Trajectory
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one evaluation.
+
+    Attributes:
+        accuracy: share of episodes with full success (pass@1).
+        interval: 95 % interval of the accuracy over *tasks*: the panel's sampling error, not the training's.
+        completion: mean reward, the share of sub-goals reached.
+        completion_interval: 95 % interval of the completion over tasks.
+        tasks, episodes: how many were played; episodes that the infrastructure broke are not among them.
+        scenario_accuracy: share of the scenarios all of whose tasks were solved (AppWorld's SGC), the mean over
+            samples; None where tasks are no variants of scenarios.
+        mean_turns: turns an episode took.
+        fingerprint: identifies the panel; figures with different ones are not comparable.
+        outcomes: how the episodes ended (`skillsd.types.Outcome`), and how often.
+        successes, rewards: of each task of the panel, in its order: the mean over its episodes. None for a task that
+            the infrastructure broke.
+    """
+
+    accuracy: float
+    interval: tuple[float, float]
+    completion: float
+    completion_interval: tuple[float, float]
+    tasks: int
+    episodes: int
+    mean_turns: float
+    seconds: float
+    split: str
+    fingerprint: str
+    temperature: float
+    scenario_accuracy: float | None = None
+    outcomes: Mapping[str, int] = field(default_factory=dict)
+    successes: tuple[float | None, ...] = ()
+    rewards: tuple[float | None, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures of the whole panel that are single numbers or names."""
+        figures = {k: v for k, v in self.with_tasks().items() if k not in ("outcomes", "successes", "rewards")}
+        if self.scenario_accuracy is None:
+            del figures["scenario_accuracy"]
+        return figures
+
+    def with_tasks(self) -> dict[str, Any]:
+        """The figures, with those of each task."""
+        return asdict(self)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of `values` in [0, 1].
+
+    For 0/1 values Wilson's interval, which keeps its coverage near the ends; otherwise Student's t.
+    """
+    n = len(values)
+    if n == 0:
+        return (math.nan, math.nan)
+    if all(value in (0.0, 1.0) for value in values):
+        wilson = stats.binomtest(round(sum(values)), n).proportion_ci(method="wilson")
+        return (float(wilson.low), float(wilson.high))
+    return student(values) or (0.0, 1.0)
+
+
+def student(values: Sequence[float], bounds: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float] | None:
+    """95 % interval of the mean by Student's t, within `bounds`; None for fewer than two values."""
+    n = len(values)
+    if n < 2:
+        return None
+    mean = sum(values) / n
+    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    reach = float(stats.t.ppf(0.975, n - 1)) * error
+    return (max(bounds[0], mean - reach), min(bounds[1], mean + reach))
+
+
+async def evaluate(
+    policy: Policy,
+    task_set: TaskSet,
+    split: str,
+    budget: Budget,
+    *,
+    seed: int,
+    samples: int = 1,
+    limit: int | None = None,
+    retries: int = 2,
+    concurrency: int = 256,
+    context: Callable[[Task], str] | None = None,
+    finished: Mapping[int, Trajectory] | None = None,
+    on_episode: Callable[[Trajectory], None] = lambda trajectory: None,
+) -> Evaluation:
+    """Play every task of `split` `samples` times with the policy as it is (temperature 0: greedily).
+
+    Args:
+        context: text to add to each task's first prompt, for studies of what a skill is worth; none by default: the
+            student is tested under the plain prompt.
+        retries, finished, on_episode: see `skillsd.rollouts.collect.collect`.
+    """
+    tasks = list(evenly_spaced(task_set.tasks(split), limit))
+    begin = time.perf_counter()
+    collected = await collect(
+        policy,
+        task_set,
+        tasks,
+        budget,
+        group_size=samples,
+        seed=seed,
+        retries=retries,
+        concurrency=concurrency,
+        contexts=[context(task) for task in tasks] if context else None,
+        finished=finished,
+        on_episode=on_episode,
+    )
+    # Episodes of one task are not independent: the task's mean is the unit of the interval.
+    successes = [sum(t.success for t in g.trajectories) / samples for g in collected.groups]
+    rewards = [sum(g.rewards) / samples for g in collected.groups]
+    played = {g.task.id: place for place, g in enumerate(collected.groups)}
+    places = [played.get(task.id) for task in tasks]
+    turns = [len(t.turns) for g in collected.groups for t in g.trajectories]
+    return Evaluation(
+        accuracy=_mean(successes),
+        interval=mean_interval(successes),
+        completion=_mean(rewards),
+        completion_interval=mean_interval(rewards),
+        tasks=len(collected.groups),
+        episodes=len(turns),
+        mean_turns=_mean(turns),
+        seconds=time.perf_counter() - begin,
+        split=split,
+        fingerprint=task_set.fingerprint(split) + (f":{limit} spread" if limit else ""),
+        temperature=policy.temperature,
+        scenario_accuracy=_scenario_accuracy(collected.groups, task_set, samples),
+        outcomes={outcome.value: count for outcome, count in outcome_counts(collected.groups).items() if count},
+        successes=tuple(None if place is None else successes[place] for place in places),
+        rewards=tuple(None if place is None else rewards[place] for place in places),
+    )
+
+
+def _scenario_accuracy(groups: Sequence[Group], task_set: TaskSet, samples: int) -> float | None:
+    scenarios: dict[str, list[Group]] = {}
+    for group in groups:
+        name = task_set.scenario(group.task)
+        if name is not None:
+            scenarios.setdefault(name, []).append(group)
+    if not scenarios:
+        return None
+    return _mean(
+        [
+            float(all(group.trajectories[sample].success for group in variants))
+            for variants in scenarios.values()
+            for sample in range(samples)
+        ]
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,58 @@
+"""The losses: pure functions of log-probs, an equation each, composed of terms that are data."""
+
+from skillsd.objective.distillation import (
+    ESTIMATORS,
+    Distillation,
+    DistillationTerms,
+    Estimator,
+    find_estimator,
+    sampled_token,
+    whole_distribution,
+)
+from skillsd.objective.logprobs import CHOSEN, WHOLE, TokenLogprobs, Want, top_k
+from skillsd.objective.loss import (
+    ACTION_MASK,
+    IMITATION_MASK,
+    SAMPLER_DIFF,
+    TEACHER_MASK,
+    Loss,
+    LossTemplate,
+    LossTerm,
+)
+from skillsd.objective.objective import SCHEDULES, Objective, find_term, scheduled
+from skillsd.objective.policy_gradient import (
+    PolicyGradient,
+    clipped_policy_loss,
+    group_advantages,
+    truncated_importance,
+)
+
+__all__ = [
+    "ACTION_MASK",
+    "CHOSEN",
+    "ESTIMATORS",
+    "IMITATION_MASK",
+    "SAMPLER_DIFF",
+    "SCHEDULES",
+    "TEACHER_MASK",
+    "WHOLE",
+    "Distillation",
+    "DistillationTerms",
+    "Estimator",
+    "Loss",
+    "LossTemplate",
+    "LossTerm",
+    "Objective",
+    "PolicyGradient",
+    "TokenLogprobs",
+    "Want",
+    "clipped_policy_loss",
+    "find_estimator",
+    "find_term",
+    "group_advantages",
+    "sampled_token",
+    "scheduled",
+    "top_k",
+    "truncated_importance",
+    "whole_distribution",
+]

@@ -1,0 +1,163 @@
+"""A loss as a sum of terms, each a weighted sum over its tokens divided by a count over the whole minibatch.
+
+A term is data: a name, a weight, the mask of the tokens it applies to, and a function. The counts are derived from the
+masks in one place, so the gradient is the same however a minibatch is cut into micro-batches, and adding a term means
+writing one function and one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skillsd.metrics import BINS_PER_DECADE, ZERO_BIN, Histogram, Mean, Metrics
+from skillsd.objective.logprobs import CHOSEN, TokenLogprobs, Want, at_least_float32, log_difference
+
+ACTION_MASK = "action_mask"
+"""Signal: tokens that the policy sampled in this iteration, bool ``[tokens]``."""
+TEACHER_MASK = "teacher_mask"
+"""Signal: those of them with a teacher's log-prob."""
+IMITATION_MASK = "imitation_mask"
+"""Signal: tokens of earlier successes that are imitated; disjoint from the action tokens."""
+
+SAMPLER_DIFF = "sampler_trainer_logprob_diff"
+
+TermFunction = Callable[[TokenLogprobs, Mapping[str, Tensor]], Tensor | tuple[Tensor, Mapping[str, Tensor]]]
+"""(student's log-probs, signals), both of a term's tokens only -> losses ``[tokens]`` to be summed, with gradient; or
+those and values to log, name -> ``[tokens]``, whose means become metrics."""
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One additive term: ``weight * sum over its tokens of fn / count``.
+
+    Attributes:
+        name: for error messages; also the metric's name if `fn` returns no values to log.
+        weight: of the term. With 0 the term's metrics are still logged.
+        mask: name of a boolean signal ``[tokens]``: the tokens that the term applies to.
+        fn: must be picklable (a module's function or a frozen dataclass) and pure.
+        normaliser: name of the mask whose count over the whole minibatch is divided by; the term's own if None.
+    """
+
+    name: str
+    weight: float
+    mask: str
+    fn: TermFunction
+    normaliser: str | None = None
+
+    @property
+    def counted(self) -> str:
+        """The mask whose count divides the sum."""
+        return self.normaliser or self.mask
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of one minibatch: pure and picklable, so that it can run in another process.
+
+    Attributes:
+        terms: summed in this order.
+        counts: mask -> number of its tokens in the whole minibatch.
+        want: which log-probs of the student the terms need.
+        compare_with_sampler: also log a histogram of the differences between the student's log-probs and the sampler's,
+            `SAMPLER_DIFF`. Meaningful before the first update only, while both are of the same weights.
+    """
+
+    terms: tuple[LossTerm, ...]
+    counts: Mapping[str, int]
+    want: Want = CHOSEN
+    compare_with_sampler: bool = False
+
+    def __call__(self, student: TokenLogprobs, signals: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        """A micro-batch's part of the loss, a scalar to back-propagate, and its metrics.
+
+        Args:
+            student: log-probs of the marked tokens, with gradient.
+            signals: aligned with them, ``[tokens, ...]`` each.
+
+        Raises:
+            ValueError: if a signal is not aligned, or there are more tokens here than in the whole minibatch.
+        """
+        _check_aligned(student.chosen, signals)
+        total: Tensor | None = None
+        metrics: Metrics = {}
+        for term in self.terms:
+            mask = signals[term.mask]
+            present = int(mask.sum())
+            if not present:
+                continue
+            count = self.counts[term.counted]
+            if term.counted == term.mask and count < present:
+                raise ValueError(
+                    f"{term.name}: {present} tokens of {term.mask} in this micro-batch, but {count} in the minibatch"
+                )
+            # Selected instead of multiplied by the mask: values at other tokens are never computed with.
+            everywhere = present == len(mask)
+            of_term = signals if everywhere else {name: signal[mask] for name, signal in signals.items()}
+            result = term.fn(student if everywhere else student.at(mask), of_term)
+            losses, logged = result if isinstance(result, tuple) else (result, {term.name: result})
+            part = term.weight * losses.sum() / max(count, 1)
+            total = part if total is None else total + part
+            metrics |= means(logged)
+        if self.compare_with_sampler and bool(signals[ACTION_MASK].any()):
+            own = signals[ACTION_MASK]
+            metrics[SAMPLER_DIFF] = histogram(log_difference(student.chosen[own], signals["old_logprobs"][own]))
+        return student.chosen.sum() * 0.0 if total is None else total, metrics
+
+
+@dataclass(frozen=True)
+class LossTemplate:
+    """A loss before the minibatch, and so the counts, are known."""
+
+    terms: tuple[LossTerm, ...]
+    want: Want = CHOSEN
+
+    def bind(self, batch: Iterable[Mapping[str, Tensor]], *, compare_with_sampler: bool = False) -> Loss:
+        """The loss of a minibatch.
+
+        Args:
+            batch: the signals of each of its items.
+        """
+        items = list(batch)
+        masks = {name for term in self.terms for name in (term.mask, term.counted)}
+        counts = {name: sum(int(signals[name].sum()) for signals in items) for name in sorted(masks)}
+        # More than the chosen token is needed only where a teacher's distribution is there to be compared with.
+        want = self.want if counts.get(TEACHER_MASK, 0) else CHOSEN
+        return Loss(self.terms, counts, want, compare_with_sampler)
+
+
+def means(values: Mapping[str, Tensor]) -> Metrics:
+    """The means of vectors ``[tokens]``, in one transfer from the device per length. Nothing for empty ones."""
+    found: Metrics = {}
+    lengths = {len(value) for value in values.values()}
+    for length in sorted(lengths - {0}):
+        same = {name: value for name, value in values.items() if len(value) == length}
+        vectors = [at_least_float32(value.detach()) * 1.0 for value in same.values()]  # * 1.0: a mask becomes a share
+        rows = torch.stack([torch.stack([x.sum(), x.amin(), x.amax()]) for x in vectors]).tolist()
+        found |= {name: Mean(row[0], length, row[1], row[2]) for name, row in zip(same, rows, strict=True)}
+    return {name: found[name] for name in values if name in found}
+
+
+def histogram(values: Tensor) -> Histogram:
+    """The histogram of the absolute values."""
+    if not len(values):
+        return Histogram()
+    sizes = values.detach().abs().double().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    bins = (sizes.clamp(1e-30, 1e30).log10() * BINS_PER_DECADE).floor().long()
+    bins[sizes == 0] = ZERO_BIN
+    numbers, counts = torch.unique(bins, return_counts=True)
+    return Histogram(dict(zip(numbers.tolist(), counts.tolist(), strict=True)), float(sizes.max()))
+
+
+def _check_aligned(logprobs: Tensor, signals: Mapping[str, Tensor]) -> None:
+    """A shape that is off by an axis would broadcast silently to a wrong loss."""
+    for name, signal in signals.items():
+        if logprobs.ndim != 1 or signal.shape[:1] != logprobs.shape or (signal.ndim > 1 and name not in WIDE_SIGNALS):
+            raise ValueError(f"{name} is {list(signal.shape)}; the log-probs are {list(logprobs.shape)}")
+
+
+WIDE_SIGNALS = frozenset({"teacher_distribution", "candidates"})
+"""Signals with more than one number per token."""

@@ -1,0 +1,123 @@
+"""Skill-SD's objective (arXiv 2604.10674): L = reward_weight * L_GRPO + lambda_sdl * L_SDL (+ imitation, a control)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from skillsd import plugins
+from skillsd.errors import UserError, unknown_name
+from skillsd.objective.distillation import ESTIMATORS, Distillation, find_estimator
+from skillsd.objective.logprobs import CHOSEN, WHOLE, TokenLogprobs, Want, at_least_float32, top_k
+from skillsd.objective.loss import ACTION_MASK, IMITATION_MASK, TEACHER_MASK, LossTemplate, LossTerm
+from skillsd.objective.policy_gradient import PolicyGradient
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The settings from which the loss terms follow (`terms`).
+
+    Attributes:
+        reward_weight: 1, or 0 for distillation alone.
+        lambda_sdl: the paper's lambda; 0.001 is its value for a 4B model.
+        imitation_weight: weight of the negative log-likelihood of the task's best success so far (self-imitation, a
+            control that is not in the paper). Those tokens take part in no other term.
+        estimator: a name for `find_estimator`.
+        top_k: give an exact estimator the teacher's `top_k` most likely tokens and one bucket for the rest: a lower
+            bound of the divergence (data processing inequality). None: the whole vocabulary.
+        clip_low, clip_high: of the policy term.
+        distil_clamp: see `Distillation.clamp`.
+        importance_cap: if set, pi_old of the policy term is the training engine's, and the term is weighted by
+            `truncated_importance`. The distillation needs no such weight: its rho is relative to what the sampler
+            reported.
+        extra_terms: more terms, after these three.
+
+    Raises:
+        UserError: for a negative weight, an unknown estimator, or settings that contradict each other.
+    """
+
+    reward_weight: float = 1.0
+    lambda_sdl: float = 0.001
+    imitation_weight: float = 0.0
+    estimator: str = "iw_k3"
+    top_k: int | None = None
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    distil_clamp: float | None = None
+    importance_cap: float | None = None
+    extra_terms: tuple[LossTerm, ...] = ()
+
+    def __post_init__(self) -> None:
+        exact = find_estimator(self.estimator).needs_distribution
+        if self.top_k is not None and not exact:
+            names = [name for name, estimator in ESTIMATORS.items() if estimator.needs_distribution]
+            raise UserError(
+                f"top_k is {self.top_k}, but the estimator {self.estimator!r} looks at the sampled token alone; top_k "
+                f"is for {' and '.join(names)}"
+            )
+        for name in ("reward_weight", "lambda_sdl", "imitation_weight", "clip_low", "clip_high", "distil_clamp"):
+            given = getattr(self, name)
+            if given is not None and not given >= 0:
+                raise UserError(f"{name} is {given}; it must be 0 or more")
+        if self.importance_cap is not None and not self.importance_cap > 0:
+            raise UserError(f"importance_cap is {self.importance_cap}; it must be above 0, or None for no weight")
+
+    @property
+    def terms(self) -> tuple[LossTerm, ...]:
+        policy = PolicyGradient(self.clip_low, self.clip_high, self.importance_cap)
+        # With lambda 0 a teacher's log-ratio is still logged.
+        distillation = Distillation(self.estimator if self.lambda_sdl else None, self.distil_clamp)
+        return (
+            LossTerm("policy", self.reward_weight, ACTION_MASK, policy),
+            LossTerm("distillation", self.lambda_sdl, TEACHER_MASK, distillation),
+            LossTerm("imitation", self.imitation_weight, IMITATION_MASK, negative_log_likelihood),
+            *self.extra_terms,
+        )
+
+    @property
+    def want(self) -> Want:
+        """Which log-probs are needed of student and teacher."""
+        if not self.lambda_sdl or not find_estimator(self.estimator).needs_distribution:
+            return CHOSEN
+        return WHOLE if self.top_k is None else top_k(self.top_k)
+
+    @property
+    def template(self) -> LossTemplate:
+        """The loss, to be bound to a minibatch."""
+        return LossTemplate(self.terms, self.want)
+
+
+def negative_log_likelihood(student: TokenLogprobs, signals: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """-log pi of tokens to be imitated."""
+    return -at_least_float32(student.chosen), {"imitation_loss": -student.chosen}
+
+
+def find_term(name: str, fn: str, weight: float, mask: str, normaliser: str | None = None) -> LossTerm:
+    """A loss term whose function is given as ``module:function`` (or ``module:Class``, made without arguments).
+
+    Raises:
+        UserError: if it can't be imported or called.
+    """
+    found = plugins.find("loss term", fn, ())
+    found = found() if isinstance(found, type) else found
+    if not callable(found):
+        raise UserError(f"loss term {fn!r} is {type(found).__name__}, expected a function (student, signals) -> losses")
+    return LossTerm(name, weight, mask, found, normaliser)
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,  # the paper's
+    "linear_decay": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2.0,
+}
+"""Share of the value that is left after a share `progress` of the training."""
+
+
+def scheduled(value: float, schedule: str, progress: float) -> float:
+    """`value` after a share `progress` of the training."""
+    if schedule not in SCHEDULES:
+        raise unknown_name("schedule", schedule, SCHEDULES)
+    return value * SCHEDULES[schedule](min(max(progress, 0.0), 1.0))

@@ -1,0 +1,60 @@
+"""Find code by name: what ships with the package, what others register, and what a user names as ``module:Class``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from skillsd.errors import UserError, unknown_name
+
+ENVIRONMENTS = "skillsd.environments"
+ENGINES = "skillsd.engines"
+"""Entry point groups under which other packages register theirs."""
+
+SHIPPED: Mapping[str, Mapping[str, str]] = {
+    ENVIRONMENTS: {
+        "sokoban": "skillsd.envs.sokoban:Sokoban",
+        "appworld": "skillsd.envs.appworld:AppWorld",
+    },
+    ENGINES: {
+        "torch": "skillsd.engines.torch.options:TorchOptions",
+        "vllm": "skillsd.engines.vllm.options:VllmOptions",
+    },
+}
+"""Group -> name -> target. Not entry points of our own, so that a source tree works without being installed."""
+
+
+def registered(group: str) -> dict[str, str]:
+    """Name -> ``module:attribute`` of everything in an entry point group, the package's own included."""
+    found = {point.name: point.value for point in entry_points(group=group)}
+    return dict(sorted({**found, **SHIPPED.get(group, {})}.items()))
+
+
+def find(kind: str, name: str, known: Iterable[str], targets: Mapping[str, str] | None = None) -> Any:
+    """The object called `name`: one of `targets`, or given as ``module:attribute``.
+
+    Args:
+        kind: what it is, for error messages ("environment", "engine" ...).
+        known: names to list if there is no such object.
+        targets: name -> ``module:attribute``.
+
+    Raises:
+        UserError: if the name is unknown or its module can't be imported.
+    """
+    target = name if ":" in name else (targets or {}).get(name)
+    if target is None:
+        raise unknown_name(kind, name, known)
+    module, _, attribute = target.partition(":")
+    if ":" in name and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a user's own module lies where the command is run
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: an empty module name
+        raise UserError(
+            f"{kind} {name!r} can't be imported: {error}. Expected module:Class, with the module on the Python path or "
+            "in the current folder"
+        ) from error

@@ -1,0 +1,49 @@
+"""Write a run's model for others: the weights as they were trained, or an adapter merged into its base model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from skillsd.errors import UserError
+from skillsd.runs.checks import engine_spec
+from skillsd.runs.lifecycle import load_config
+from skillsd.runs.sync import run_blocking
+from skillsd.training import checkpoint
+
+
+def export(run: str, out: Path, *, iteration: int | None = None, merge: bool = False) -> None:
+    """Write the student of a run's checkpoint to the folder `out`, which is created complete or not at all.
+
+    A checkpoint's own folder ``model`` holds the same, except for merging.
+
+    Args:
+        iteration: of the checkpoint; the last one if None.
+        merge: add an adapter to the base model's weights, so that the folder is a model like any other.
+
+    Raises:
+        UserError: if there is no such checkpoint, `out` is not empty, or there is nothing to merge.
+    """
+    config = load_config(run)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{str(out)!r} is not empty: give a new folder")
+    path = checkpoint.find(Path(run), iteration)
+    engine = config.engine.for_learner().build(engine_spec(config))
+    out = out.absolute()  # "." has no name
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+
+    async def write() -> None:
+        await engine.learner.load_state(path)
+        await engine.learner.export(aside, merge=merge)
+
+    try:
+        run_blocking(write())
+        if out.is_dir():  # keep the folder itself: it may be somebody's current one
+            for file in aside.iterdir():
+                file.rename(out / file.name)
+        else:
+            aside.rename(out)
+    finally:
+        engine.close()
+        shutil.rmtree(aside, ignore_errors=True)

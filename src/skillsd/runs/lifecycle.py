@@ -1,0 +1,210 @@
+"""Start or resume a run in its folder, so that Ctrl-C, a crash or a full disk costs at most what came after the last
+checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from skillsd import config as configs
+from skillsd.config import RunConfig
+from skillsd.errors import UserError
+from skillsd.report import manifest
+from skillsd.report.writer import RunWriter
+from skillsd.runs.build import BANK, build
+from skillsd.runs.checks import comparable
+from skillsd.runs.sync import run_blocking
+from skillsd.training import checkpoint
+from skillsd.training.loop import train
+from skillsd.training.run import Run
+
+CONFIG = "config.yaml"
+_BEFORE_CONFIG = (BANK, "manifest.json", "tensorboard", f".{CONFIG}.partial")
+"""What is written into a run's folder before its configuration, which makes the folder a run's."""
+
+
+def default_folder(config: RunConfig) -> Path:
+    """A run's folder unless another one is given."""
+    return Path("runs") / f"{config.name}-{config.method}-seed{config.seed}"
+
+
+def is_run(target: str | Path) -> bool:
+    """Whether `target` is the folder of a training run."""
+    return (Path(target) / CONFIG).is_file()
+
+
+def load_config(folder: str | Path) -> RunConfig:
+    """The configuration of the run in `folder`.
+
+    Raises:
+        UserError: if it is not a run's folder.
+    """
+    if not is_run(folder):
+        raise UserError(f"{str(folder)!r} is not a run's folder: expected one with {CONFIG}")
+    return configs.load(RunConfig, str(Path(folder) / CONFIG))
+
+
+def run_training(
+    config: RunConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    on_record: Callable[[str, Mapping[str, Any]], None] = lambda kind, record: None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> bool:
+    """`run_training_async`, and Ctrl-C stops after the current iteration."""
+    with _stop_on_interrupt(on_note) as should_stop:
+        return run_blocking(
+            run_training_async(
+                config, folder, resume=resume, on_record=on_record, on_note=on_note, should_stop=should_stop
+            )
+        )
+
+
+async def run_training_async(
+    config: RunConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    on_record: Callable[[str, Mapping[str, Any]], None] = lambda kind, record: None,
+    on_note: Callable[[str], None] = lambda text: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train in `folder`; True if the last iteration is done, False if `should_stop` ended it earlier.
+
+    Raises:
+        UserError: if the folder holds a run already and `resume` is not given, or holds a different one.
+    """
+    new = not folder.exists()
+    start = _prepare(config, folder, resume)
+    run: Run | None = None
+    writer: RunWriter | None = None
+    try:
+        run = build(config, folder)
+        if start is not None:
+            _check_panels(run, folder)
+        writer = RunWriter(
+            folder,
+            config.log,
+            name=f"{config.name}-{config.method}-seed{config.seed}",
+            resumed_at=checkpoint.number(start) if start else None,
+            on_record=on_record,
+            on_note=on_note,
+        )
+        for note in run.renderer.notes():
+            writer.note(note)
+        if start is None:
+            manifest.write(folder, config, run.task_set)
+        _write_config(config, folder)  # from here on the folder is a run's
+        if start is not None:
+            await checkpoint.load(run, start)
+        return await train(run, writer, should_stop)
+    finally:
+        if writer is not None:
+            writer.close()
+        if run is not None:
+            run.close()
+        if not (folder / CONFIG).exists():  # it never began: leave the folder as it was found
+            (folder / BANK).unlink(missing_ok=True)
+            if new:
+                with suppress(OSError):  # not empty: its files may say why
+                    folder.rmdir()
+
+
+def _prepare(config: RunConfig, folder: Path, resume: bool) -> Path | None:
+    """Check the folder; returns the checkpoint to resume from, if any."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{str(folder)!r} is a file; a run needs a folder: give another one with --out")
+    if not (folder / CONFIG).exists():
+        left = list(folder.iterdir()) if folder.exists() else []
+        if any(not (resume and path.name.startswith(_BEFORE_CONFIG)) for path in left):
+            raise UserError(f"{str(folder)!r} holds other things than a run; give another folder with --out")
+        for path in left:  # of a run that was killed while it was put together
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        return None
+    if not resume:
+        raise UserError(f"{str(folder)!r} holds a run already: resume it with --resume, or give another folder with --out")
+    check_settings(config, folder)
+    start = checkpoint.latest(folder)
+    if start is None:  # it ended before its first checkpoint: start again
+        (folder / BANK).unlink(missing_ok=True)
+    return start
+
+
+def check_settings(config: RunConfig, folder: Path) -> None:
+    """Check that the run in `folder` may be resumed as `config`.
+
+    Raises:
+        UserError: with the keys that differ, if it may not.
+    """
+    differences = _differences(comparable(load_config(folder)), comparable(config))
+    if differences:
+        raise UserError(f"{str(folder)!r} holds a run with other settings: " + "; ".join(differences))
+
+
+def _write_config(config: RunConfig, folder: Path) -> None:
+    """For a resumed run as well: its length, for example, may differ from before."""
+    aside = folder / f".{CONFIG}.partial"
+    aside.write_text(configs.dump(config), encoding="utf-8")
+    aside.replace(folder / CONFIG)
+
+
+def _check_panels(run: Run, folder: Path) -> None:
+    """A run is resumed with the tasks it began with; otherwise its metrics would mix two panels."""
+    try:
+        before = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["panels"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{str(folder)!r} has no readable manifest.json, so what it trained on is unknown") from error
+    changed = [split for split in run.task_set.splits if before.get(split) != run.task_set.fingerprint(split)]
+    if changed:
+        raise UserError(
+            f"the tasks of {', '.join(changed)} have changed since {str(folder)!r} was started: start again in another "
+            "folder, with --out"
+        )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key in before.keys() | now.keys():
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} was {a!r}, now {b!r}")
+    return sorted(found)
+
+
+@contextmanager
+def _stop_on_interrupt(note: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C (or SIGTERM, as when a machine is pre-empted) asks for a stop after this iteration; a second
+    Ctrl-C stops at once."""
+    asked = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            # asyncio would print a traceback for each episode that is torn down.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            raise KeyboardInterrupt
+        asked = True
+        with suppress(RuntimeError):  # Ctrl-C came during a write to the same terminal
+            note("stopping after this iteration (Ctrl-C again: at once, back to the last checkpoint)")
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    try:
+        previous = {number: signal.signal(number, handle) for number in signals}
+    except ValueError:  # not in the main thread: the caller handles signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

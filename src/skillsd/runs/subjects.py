@@ -1,0 +1,171 @@
+"""What can be evaluated: a run's checkpoint, any model, or a model behind an endpoint; and the records of evaluations."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skillsd.config import RunConfig
+from skillsd.engines.base import Engine
+from skillsd.engines.endpoint import Endpoint
+from skillsd.evaluation.evaluate import Evaluation, evaluate
+from skillsd.prompting.renderer import ChatRenderer
+from skillsd.rollouts.endpoint_policy import EndpointPolicy
+from skillsd.rollouts.engine_policy import EnginePolicy
+from skillsd.rollouts.policy import Budget, Policy
+from skillsd.runs.build import load_task_set, make_engine
+from skillsd.runs.lifecycle import load_config
+from skillsd.seeds import derive_seed
+from skillsd.training import checkpoint
+from skillsd.types import Trajectory
+
+
+async def load_trained(folder: str | Path, iteration: int | None = None) -> tuple[Engine, RunConfig]:
+    """The engine with the weights of a run's checkpoint (the last one if None), and the run's configuration.
+
+    Raises:
+        UserError: if it is not a run's folder, or has no such checkpoint.
+    """
+    config = load_config(folder)
+    path = checkpoint.find(Path(folder), iteration)
+    engine = make_engine(config)
+    await engine.load_state(path)
+    return engine, config
+
+
+async def load_untrained(model: str, config: RunConfig) -> Engine:
+    """The engine of `config` with another model's weights."""
+    changes = {"name": model, "lora": None}
+    engine = make_engine(config.model_copy(update={"model": config.model.model_copy(update=changes)}))
+    await engine.publish()
+    return engine
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        at: temperature -> policy.
+        max_length: the most tokens of a trajectory that it takes.
+    """
+
+    at: Callable[[float], Policy]
+    max_length: int
+
+    @classmethod
+    def local(cls, engine: Engine, config: RunConfig) -> Subject:
+        """An engine's student under the plain prompt."""
+        renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs)
+        return cls(lambda temperature: EnginePolicy(engine, renderer, temperature), engine.max_length)
+
+    @classmethod
+    def remote(cls, endpoint: Endpoint) -> Subject:
+        """A model behind an endpoint, which reports itself what is too long for it."""
+        return cls(lambda temperature: EndpointPolicy(endpoint, temperature), sys.maxsize)
+
+
+async def evaluate_subject(
+    subject: Subject,
+    config: RunConfig,
+    split: str,
+    *,
+    temperature: float,
+    samples: int = 1,
+    limit: int | None = None,
+    finished: Mapping[int, Trajectory] | None = None,
+    on_episode: Callable[[Trajectory], None] = lambda trajectory: None,
+) -> Evaluation:
+    """Play a split under the plain prompt (at temperature 0: greedily, once per task). No bank is opened.
+
+    Environment, budgets and seed are `config`'s.
+
+    Args:
+        finished, on_episode: see `skillsd.rollouts.collect.collect`.
+    """
+    task_set = load_task_set(config)
+    return await evaluate(
+        subject.at(temperature),
+        task_set,
+        split,
+        Budget.of(config.rollout, task_set, subject.max_length),
+        seed=derive_seed(config.seed, "final evaluation"),
+        samples=samples if temperature > 0 else 1,
+        limit=limit,
+        retries=config.rollout.retries,
+        concurrency=config.rollout.concurrency,
+        finished=finished,
+        on_episode=on_episode,
+    )
+
+
+def as_record(
+    figures: Evaluation,
+    subject: Subject,
+    config: RunConfig,
+    *,
+    model: Mapping[str, Any],
+    run: str | None,
+    iteration: int | None,
+    samples: int,
+) -> dict[str, Any]:
+    """An evaluation as JSON: its figures, those of each task, and all that decides whether two are comparable.
+
+    Args:
+        model: the base model (`skillsd.report.manifest.model`) with its adapter, or a remote one with its endpoint.
+        run: the folder of the run that was evaluated; None for a model that is not a run's.
+        iteration: of the run's checkpoint.
+    """
+    budget = Budget.of(config.rollout, load_task_set(config), subject.max_length)
+    return {
+        **figures.with_tasks(),
+        "iteration": iteration,
+        "samples": samples if figures.temperature > 0 else 1,
+        "seed": config.seed,
+        "budget": {
+            "turns": budget.turns,
+            "turn_tokens": budget.turn_tokens,
+            "trajectory_tokens": budget.trajectory_tokens,
+        },
+        "model": dict(model),
+        "run": started(Path(run)) if run else None,
+    }
+
+
+_IDENTITY = ("run", "iteration", "split", "fingerprint", "samples", "temperature", "seed", "budget")
+
+
+def replace_records(records: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """`records`, after those in the file that are of other evaluations."""
+    new = {_identity(record) for record in records}
+    return [*(record for record in read_records(path) if _identity(record) not in new), *records]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records that `skillsd eval --json` wrote; none if there is no such file, or it holds something else."""
+    if not path.is_file():  # reading from a device would block
+        return []
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
+
+
+def _identity(record: Mapping[str, Any]) -> str:
+    """What an evaluation is of. The same model may have moved to another endpoint."""
+    model = record.get("model")
+    known = {key: value for key, value in model.items() if key != "endpoint"} if isinstance(model, dict) else model
+    return json.dumps([known, *(record.get(key) for key in _IDENTITY)], sort_keys=True)
+
+
+def started(folder: Path) -> str | None:
+    """When a run was started, from its manifest: two runs in one folder, one after the other, are not the same."""
+    try:
+        return str(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["started"])
+    except (OSError, ValueError, KeyError):
+        return None

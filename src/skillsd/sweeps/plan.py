@@ -1,0 +1,377 @@
+"""Which runs a sweep is made of: base model x method x seed, each with its whole configuration, checked before any of
+them starts."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from skillsd import config as configs
+from skillsd.config import RunConfig
+from skillsd.envs import registry
+from skillsd.errors import UserError, unknown_name
+from skillsd.methods import METHODS
+from skillsd.report.writer import write_whole
+from skillsd.runs.checks import check_config
+from skillsd.training import checkpoint
+
+BASE = "base"
+"""The untrained model, a row of every table."""
+
+DEFAULT_METHODS = ("grpo", "skill-sd")
+
+VARIANTS = configs.RECIPES / "variants"
+
+_BUDGETS = "budgets.json"
+"""In a sweep's folder: every budget that was ever asked of it, whose checkpoints stay."""
+
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+
+_OWN = {
+    "seed": "the seeds are given with --seeds",
+    "model.name": "the base models are given with --models",
+    "training.iterations": "the length is given with --episodes",
+}
+"""Keys that the sweep sets itself."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the sweep, or one evaluation of an untrained base model.
+
+    Attributes:
+        model, method, seed: its labels; the method may be a variant's, or `BASE`.
+        folder: the run's; its log and its evaluations lie beside it.
+        config: the run's whole configuration; an untrained model is played by the recipe's.
+        overrides: what makes it from the recipe.
+        iterations: of each budget, in the order of the sweep's budgets; empty for `BASE`.
+    """
+
+    model: str
+    method: str
+    seed: int
+    folder: Path
+    config: RunConfig
+    overrides: tuple[str, ...]
+    iterations: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}/{self.method}/{self.folder.name}"
+
+    @property
+    def trained(self) -> bool:
+        return self.method != BASE
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    def evaluation(self, split: str) -> Path:
+        """The file with its figures on a split."""
+        return self.folder.with_name(f"{self.folder.name}.{split}.json")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is compared with what, and on which panel.
+
+    Attributes:
+        models: label -> name or path of a base model.
+        methods: labels in the order of the table, `BASE` first.
+        budgets: training episodes, ascending; each is a table of its own.
+        against: the method that the others are compared with.
+        panels: split -> fingerprint, of every split of the environment as it is now.
+        tasks: size of the test panel; `limit` keeps so many of them, evenly spread.
+    """
+
+    recipe: str
+    overrides: tuple[str, ...]
+    out: Path
+    models: Mapping[str, str]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    budgets: tuple[int, ...]
+    split: str
+    samples: int
+    limit: int | None
+    against: str
+    cells: tuple[Cell, ...]
+    config: RunConfig
+    panels: Mapping[str, str]
+    tasks: int
+
+
+def plan(
+    recipe: str,
+    overrides: Sequence[str],
+    out: Path,
+    *,
+    methods: Sequence[str] | None = None,
+    variants: str | None = None,
+    models: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    episodes: Sequence[int] | None = None,
+    split: str = "test",
+    samples: int = 1,
+    limit: int | None = None,
+    against: str | None = None,
+) -> Sweep:
+    """Lay out the sweep and check every run of it.
+
+    Args:
+        methods: rows of `METHODS` and labels of the variants; ``grpo`` and ``skill-sd`` if not given.
+        variants: a YAML file that maps labels to settings over the recipe, or the name of one of the package.
+        models: names or paths of base models; the recipe's own if not given.
+        episodes: budgets; the recipe's own length if not given.
+        against: ``grpo`` if it is among the methods, else the first of them.
+
+    Raises:
+        UserError: for anything that would fail later or could not be compared, one line for each.
+    """
+    if taken := [override for override in overrides if override.partition("=")[0] == "method"]:
+        raise UserError(f"{taken[0]!r}: the methods are given with --methods")
+    for override in overrides:
+        key = override.partition("=")[0]
+        alone = (key == "model.name" and not models) or (key == "training.iterations" and not episodes)
+        if key in _OWN and not alone:
+            raise UserError(f"{override!r}: {_OWN[key]}")
+    base = configs.load(RunConfig, recipe, overrides)
+    known = load_variants(variants) if variants else {}
+    chosen = _chosen(methods, known)
+    named = _label_models(models or [base.model.name])
+    budgets = tuple(sorted(set(episodes or [base.training.iterations * base.episodes_per_iteration])))
+    if min(budgets) < 1:
+        raise UserError(f"--episodes: {min(budgets)} is no budget to train on")
+    task_set = registry.load(base.environment.name, base.environment.options)
+    tasks = len(task_set.tasks(split))
+    if limit and limit > tasks:
+        raise UserError(f"--limit is {limit}, but the panel {split!r} has {tasks} tasks")
+
+    before = asked(out)
+    cells: list[Cell] = []
+    problems: dict[str, None] = {}
+    for label, model in named.items():
+        for seed in seeds:
+            for method in (BASE, *chosen):
+                folder = out / label / method / f"seed-{seed}"
+                settings = known.get(method) or ([("method", method)] if method != BASE else [])
+                try:
+                    cells.append(
+                        _cell(recipe, overrides, base, label, model, method, seed, folder, settings, budgets, before)
+                    )
+                except UserError as error:
+                    problems |= dict.fromkeys(str(error).splitlines())
+    if problems:
+        raise UserError("\n".join(problems))
+    return Sweep(
+        recipe=recipe,
+        overrides=tuple(overrides),
+        out=out,
+        models=named,
+        methods=(BASE, *chosen),
+        seeds=tuple(seeds),
+        budgets=budgets,
+        split=split,
+        samples=samples,
+        limit=limit,
+        against=_against(against, chosen),
+        cells=tuple(cells),
+        config=base,
+        panels={name: task_set.fingerprint(name) for name in task_set.splits},
+        tasks=tasks,
+    )
+
+
+def asked(out: Path) -> tuple[int, ...]:
+    """The budgets that were asked of the sweep in a folder before."""
+    try:
+        found = json.loads((out / _BUDGETS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ()
+    return tuple(budget for budget in found if isinstance(budget, int)) if isinstance(found, list) else ()
+
+
+def remember(sweep: Sweep) -> None:
+    """Have later calls for other budgets keep the checkpoints of these."""
+    before = asked(sweep.out)
+    if set(sweep.budgets) - set(before):
+        write_whole(sweep.out / _BUDGETS, json.dumps(sorted({*before, *sweep.budgets})))
+
+
+def plays_probes(config: RunConfig) -> bool:
+    """Whether a run may play fewer episodes than its budget: some wait for a skill to measure."""
+    return config.episodes_per_iteration > config.rollout.tasks_per_iteration * config.rollout.group_size
+
+
+def scheduled_on_length(config: RunConfig) -> str | None:
+    """The setting by which a run's first part is not what a shorter run would be, if there is one."""
+    options = config.objective
+    if options.lambda_schedule != "constant" and METHODS[config.method].teacher != "none":
+        return f"objective.lambda_schedule is {options.lambda_schedule!r}"
+    if config.curriculum.easy_first:
+        return "curriculum.easy_first is on"
+    return None
+
+
+def load_variants(name: str) -> dict[str, list[tuple[str, Any]]]:
+    """Labels and the settings of each, as (dotted key, value).
+
+    Args:
+        name: a YAML file, or the name of one in the package's ``recipes/variants``.
+
+    Raises:
+        UserError: if there is no such file, or what it holds is not labels with settings.
+    """
+    path = VARIANTS / f"{name}.yaml"
+    if not path.is_file():
+        path = Path(name).expanduser()
+        if not path.is_file():
+            known = sorted(file.stem for file in VARIANTS.glob("*.yaml"))
+            if "/" in name or path.suffix:
+                raise UserError(f"there is no variants file {name!r}; the package's: {', '.join(known) or '(none)'}")
+            raise unknown_name("variants file", name, known)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the variants {str(path)!r} are not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict) or not data:
+        raise UserError(f"the variants {str(path)!r} hold {type(data).__name__}, expected labels with settings")
+    found = {}
+    for label, settings in data.items():
+        if not isinstance(label, str) or not _LABEL.fullmatch(label):
+            raise UserError(f"the variant {label!r} of {str(path)!r} is not usable as a folder's name")
+        if label in METHODS or label == BASE:
+            raise UserError(f"the variant {label!r} of {str(path)!r} has the name of a method: give it another one")
+        if not isinstance(settings, dict):
+            raise UserError(f"the variant {label!r} of {str(path)!r} is {settings!r}, expected settings")
+        found[label] = list(_flat(settings, f"the variant {label!r} of {str(path)!r}"))
+        for key, _ in found[label]:
+            if key in _OWN:
+                raise UserError(f"the variant {label!r} of {str(path)!r} sets {key}: {_OWN[key]}")
+    return found
+
+
+def assignment(key: str, value: Any) -> str:
+    """``key=value`` as the command line takes it: the value in YAML, on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return f"{key}={text.removesuffix('...' + chr(10)).strip()}"
+
+
+def _flat(settings: Mapping[Any, Any], where: str, prefix: str = "") -> Any:
+    for key, value in settings.items():
+        if not isinstance(key, str) or not key:
+            raise UserError(f"{where}: {key!r} is no key")
+        if isinstance(value, dict) and value:
+            yield from _flat(value, where, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _chosen(methods: Sequence[str] | None, variants: Mapping[str, Any]) -> tuple[str, ...]:
+    chosen = tuple(dict.fromkeys(name for name in methods or DEFAULT_METHODS if name != BASE))
+    for name in chosen:
+        if name not in METHODS and name not in variants:
+            raise unknown_name("method", name, [*METHODS, *variants])
+    return chosen
+
+
+def _label_models(models: Sequence[str]) -> dict[str, str]:
+    from skillsd.engines.torch.models import SHIPPED, local_folder
+
+    named: dict[str, str] = {}
+    for model in dict.fromkeys(models):
+        path = Path(model).expanduser()
+        if model not in SHIPPED:
+            local_folder(model)  # one that is not there is told now
+        label = path.name or path.resolve().name
+        if not _LABEL.fullmatch(label):
+            raise UserError(f"the model {model!r}: {label!r} is not usable as a folder's name")
+        if label in named:
+            raise UserError(f"the models {named[label]!r} and {model!r} are both called {label!r}: rename a folder")
+        named[label] = model
+    return named
+
+
+def _against(given: str | None, chosen: Sequence[str]) -> str:
+    if given is None:
+        return "grpo" if "grpo" in chosen else (*chosen, BASE)[0]
+    if given not in (BASE, *chosen):
+        raise unknown_name("method of this table", given, (BASE, *chosen))
+    return given
+
+
+def _cell(
+    recipe: str,
+    overrides: Sequence[str],
+    base: RunConfig,
+    label: str,
+    model: str,
+    method: str,
+    seed: int,
+    folder: Path,
+    settings: Sequence[tuple[str, Any]],
+    budgets: Sequence[int],
+    before: Sequence[int],
+) -> Cell:
+    own = [assignment(key, value) for key, value in settings]
+    own += [assignment("model.name", model), f"seed={seed}"]
+    try:
+        config = configs.load(RunConfig, recipe, [*overrides, *own])
+        if method != BASE:
+            check_config(config)
+    except UserError as error:
+        if method in METHODS or method == BASE:
+            raise
+        raise UserError("\n".join(f"variant {method!r}: {line}" for line in str(error).splitlines())) from error
+    if method == BASE:
+        return Cell(label, method, seed, folder, config, (*overrides, *own), ())
+    if _played(config) != _played(base):
+        raise UserError(
+            f"{method!r} is evaluated otherwise than the recipe (environment, temperature or token budgets differ), so "
+            "its figures could not stand in one table with the others'"
+        )
+    if len(budgets) > 1 and (reason := scheduled_on_length(config)):
+        raise UserError(
+            f"{method!r}: {reason}, which depends on the run's length: a smaller budget read off a longer run would "
+            "not be what a shorter run gives. Give one budget a table"
+        )
+    per_iteration = config.episodes_per_iteration
+    for budget in budgets:
+        if budget % per_iteration:
+            raise UserError(
+                f"--episodes: {budget} are no whole number of iterations of {method!r}, which plays {per_iteration} "
+                "an iteration"
+            )
+    iterations = tuple(budget // per_iteration for budget in budgets)
+    own.append(f"training.iterations={iterations[-1]}")
+    earlier = {budget // per_iteration for budget in before if budget % per_iteration == 0}
+    own += _checkpoints(config, sorted({*iterations, *(i for i in earlier if i < iterations[-1])}), folder)
+    config = configs.load(RunConfig, recipe, [*overrides, *own])
+    return Cell(label, method, seed, folder, config, (*overrides, *own), iterations)
+
+
+def _played(config: RunConfig) -> tuple[Any, ...]:
+    """What an evaluation of the run depends on beside its weights."""
+    options = config.rollout
+    return (config.environment, options.temperature, options.turn_tokens, options.trajectory_tokens)
+
+
+def _checkpoints(config: RunConfig, iterations: Sequence[int], folder: Path) -> list[str]:
+    """Checkpoints at each budget that stay to the end; about as often as the recipe says."""
+    if len(iterations) == 1:
+        return []
+    common = math.gcd(*iterations)
+    wanted = config.checkpoint.every or common
+    every = max(n for n in range(1, common + 1) if common % n == 0 and n <= max(1, wanted))
+    kept = set(range(iterations[0], iterations[-1] + 1, every))
+    # What is there beside, of a stop or of another interval, would else push out the first budget's.
+    kept |= {iteration for iteration in checkpoint.iterations(folder) if iteration >= iterations[0]}
+    return [f"checkpoint.every={every}", f"checkpoint.keep={max(len(kept), config.checkpoint.keep)}"]

@@ -1,0 +1,132 @@
+"""How far each cell of a sweep is, read off the files that its processes leave; so a sweep goes on from anywhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from skillsd import config as configs
+from skillsd.config import RunConfig
+from skillsd.errors import UserError
+from skillsd.report.writer import EVALUATIONS, METRICS, read
+from skillsd.runs.lifecycle import CONFIG, check_settings
+from skillsd.runs.subjects import read_records, started
+from skillsd.sweeps.plan import Cell, Sweep, scheduled_on_length
+from skillsd.training import checkpoint
+
+DONE, EVALUATE, GO_ON, MISSING = "done", "to evaluate", "to go on", "missing"
+
+Evaluations = dict[int | None, tuple[dict[str, Any], dict[str, Any]]]
+"""Iteration (None: untrained) -> its sampled and its greedy record."""
+
+
+def state(sweep: Sweep, cell: Cell) -> str:
+    """One of `DONE`, `EVALUATE`, `GO_ON`, `MISSING`.
+
+    Raises:
+        UserError: if the cell's folder holds another run than the sweep asks for.
+    """
+    if cell.trained:
+        if not (cell.folder / CONFIG).is_file():
+            return MISSING
+        check_settings(cell.config, cell.folder)
+        _check_length(cell)
+    missing = _unplayed(sweep, cell)
+    if not missing:
+        return DONE
+    if not cell.trained:
+        return MISSING
+    there = checkpoint.iterations(cell.folder)
+    if lost := [i for i in missing if i is not None and there and i <= there[-1] and i not in there]:
+        raise UserError(
+            f"{str(cell.folder)!r} kept no checkpoint of iteration {', '.join(map(str, lost))}, as it was trained for "
+            "other budgets: remove that folder to train it again, or give another one with --out"
+        )
+    return EVALUATE if there and there[-1] >= cell.iterations[-1] else GO_ON
+
+
+def steps(sweep: Sweep, cell: Cell) -> list[list[str]]:
+    """The commands that are left to do for the cell, in order."""
+    now = state(sweep, cell)
+    if now == DONE:
+        return []
+    python = [sys.executable, "-m", "skillsd"]
+    file = str(cell.evaluation(sweep.split))
+    how = ["--split", sweep.split, "--samples", str(sweep.samples), "--json", file, "--append"]
+    if not cell.trained:
+        settings = list(cell.overrides)
+        return [[*python, "eval", "--model", sweep.models[cell.model], *settings, "--recipe", sweep.recipe, *how]]
+    train = [*python, "train", sweep.recipe, *cell.overrides, "--out", str(cell.folder), "--resume"]
+    points = [word for iteration in _unplayed(sweep, cell) for word in ("--at", str(iteration))]
+    evaluate = [*python, "eval", str(cell.folder), *how, *points]
+    return [evaluate] if now == EVALUATE else [train, evaluate]
+
+
+def evaluated(sweep: Sweep, cell: Cell) -> Evaluations | None:
+    """The cell's figures on the test panel at every budget; None unless all are there."""
+    found = _played(sweep, cell)
+    return found if len(found) == len(_points(cell)) else None
+
+
+def _points(cell: Cell) -> tuple[int | None, ...]:
+    return cell.iterations or (None,)
+
+
+def _unplayed(sweep: Sweep, cell: Cell) -> list[int | None]:
+    found = _played(sweep, cell)
+    return [iteration for iteration in _points(cell) if iteration not in found]
+
+
+def _played(sweep: Sweep, cell: Cell) -> Evaluations:
+    """What is there of this run, panel and number of samples."""
+    records = read_records(cell.evaluation(sweep.split))
+    trained = {record["iteration"] for record in curve(cell, METRICS)}
+    begun = started(cell.folder) if cell.trained else None
+    found: Evaluations = {}
+    for iteration in _points(cell):
+        fitting = [
+            record
+            for record in records
+            if record.get("iteration") == iteration
+            and (not cell.trained or iteration in trained)
+            and record.get("run") == begun
+            and (cell.trained or record.get("model", {}).get("name") == sweep.models[cell.model])
+            and record.get("split") == sweep.split
+            and record.get("fingerprint") == sweep.panels[sweep.split]
+            and len(record.get("successes", ())) == sweep.tasks
+        ]
+        sampled = [r for r in fitting if r["temperature"] > 0 and r["samples"] == sweep.samples]
+        greedy = [r for r in fitting if r["temperature"] == 0]
+        if sampled and greedy:
+            found[iteration] = (sampled[-1], greedy[-1])
+    return found
+
+
+def read_manifest(cell: Cell) -> Mapping[str, Any]:
+    """What the cell's run says of itself; nothing if it has not begun."""
+    try:
+        manifest: Mapping[str, Any] = json.loads((cell.folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest
+
+
+def curve(cell: Cell, file: str = EVALUATIONS) -> list[dict[str, Any]]:
+    """The records of the cell's run up to its last budget."""
+    records = read(cell.folder / file) if cell.trained else []
+    return [record for record in records if record["iteration"] <= cell.iterations[-1]]
+
+
+def _check_length(cell: Cell) -> None:
+    """Whatever is scheduled on a run's length makes a longer run another one from its first iteration on."""
+    reason = scheduled_on_length(cell.config)
+    if reason is None:
+        return
+    length = configs.load(RunConfig, str(cell.folder / CONFIG)).training.iterations
+    if length != cell.config.training.iterations:
+        raise UserError(
+            f"{str(cell.folder)!r} holds a run of {length} iterations, and {reason}, which depends on the run's "
+            f"length: it can't become one of {cell.config.training.iterations}. Give another folder with --out"
+        )

@@ -1,0 +1,73 @@
+"""The metrics of an iteration, a line of metrics.jsonl. Names are ``section/metric``; times are in seconds.
+
+``docs/metrics.md`` lists them all with their meaning.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from skillsd.engines.base import Learner
+from skillsd.rollouts.collect import Collected, outcome_counts
+from skillsd.training.batch import Batch
+from skillsd.training.contexts import TeacherContext
+
+if TYPE_CHECKING:
+    from skillsd.training.run import Run
+
+
+def describe_rollouts(collected: Collected, seconds: float) -> dict[str, float]:
+    """Of the episodes."""
+    trajectories = [t for group in collected.groups for t in group.trajectories]
+    count = max(1, len(trajectories))
+    tokens = sum(t.action_tokens for t in trajectories)
+    return {
+        "rollout/accuracy": sum(t.success for t in trajectories) / count,
+        "rollout/reward": sum(t.reward for t in trajectories) / count,
+        "rollout/turns": sum(len(t.turns) for t in trajectories) / count,
+        "rollout/tokens": sum(len(t.tokens) for t in trajectories) / count,
+        "rollout/sampled_tokens_per_second": tokens / seconds if seconds else 0.0,
+        **{f"outcome/{name}": n / count for name, n in outcome_counts(collected.groups).items()},
+        **{f"infra_failures/{name}": n for name, n in collected.infra_failures.items()},
+        "rollout/dropped_groups": len(collected.dropped),
+    }
+
+
+def describe_batch(batch: Batch, contexts: Sequence[TeacherContext]) -> dict[str, float]:
+    """What there was to learn from, as shares of the groups."""
+    count = max(1, len(batch.groups))
+    return {
+        "batch/zero_advantage_groups": batch.zero_advantage / count,
+        "batch/groups_with_teacher": sum(batch.taught) / count,
+        "batch/skills_over_budget": (batch.without_teacher + sum(context.too_long for context in contexts)) / count,
+        **({"batch/imitated": batch.imitated / count} if batch.imitated else {}),
+    }
+
+
+def describe_skills(run: Run, added: int) -> dict[str, float]:
+    """Of the bank, and counts of summaries since the start."""
+    if run.summaries is None:
+        return {}
+    stats = run.summaries.stats()
+    cost = run.config.summariser.cost(stats.get("tokens_in", 0), stats.get("tokens_out", 0))
+    return {
+        "skills/new": added,
+        **{f"skills/{name}": n for name, n in run.bank.counts().items()},
+        **{f"summaries/{name}": n for name, n in stats.items()},
+        **({} if cost is None else {"summaries/cost": cost}),
+    }
+
+
+def describe_system(learner: Learner) -> dict[str, float]:
+    """Peak memory in MiB, of this process and of the GPU."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    figures = {"memory/peak_mib": peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)}
+    device = getattr(learner, "device", None)
+    if device is not None and device.type == "cuda":
+        import torch
+
+        figures["memory/gpu_peak_mib"] = torch.cuda.max_memory_allocated(device) / (1 << 20)
+    return figures

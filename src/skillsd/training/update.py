@@ -1,0 +1,76 @@
+"""The update: an optimiser step for each minibatch of whole groups, and none from anything that is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from skillsd.engines.base import TrainItem
+from skillsd.metrics import Histogram, Mean, Metrics, add_metrics
+from skillsd.objective import SAMPLER_DIFF, Objective
+from skillsd.seeds import derive_seed
+from skillsd.training.batch import Batch, minibatches
+
+if TYPE_CHECKING:
+    from skillsd.training.run import Run
+
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+
+
+async def update(run: Run, batch: Batch, objective: Objective, note: Callable[[str], None]) -> dict[str, float]:
+    """Train the student on `batch`; returns metrics.
+
+    A step whose loss or gradient is not finite updates nothing; its minibatch is saved in ``not-finite/`` of the run's
+    folder for inspection, and `note` is called.
+    """
+    options = run.config.training
+    template = objective.template
+    parts: list[Metrics] = []
+    norms: list[float] = []
+    applied = refused = 0
+    for epoch in range(options.epochs):
+        order = derive_seed(run.config.seed, "minibatches", run.iteration, epoch)
+        for place, items in enumerate(minibatches(batch, options.minibatches, order)):
+            # Before the first step a student that sampled is pi_old: its log-probs are the sampler's, computed again.
+            before_update = epoch == place == 0 and run.method.sampler == "student"
+            loss = template.bind((item.signals for item in items), compare_with_sampler=before_update)
+            parts.append(await run.learner.forward_backward(items, loss, temperature=run.config.rollout.temperature))
+            report = await run.learner.step(run.learning_rate())
+            if report.applied:
+                applied += 1
+                norms += [] if report.grad_norm is None else [report.grad_norm]
+                continue
+            refused += 1
+            path = run.folder / "not-finite" / f"iteration-{run.iteration + 1}-epoch-{epoch}-minibatch-{place}.pt"
+            _save_minibatch(items, path)
+            note(f"loss or gradient not finite: nothing was updated; the minibatch is in {path}")
+    return {
+        **_figures(add_metrics(parts)),
+        "loss/lambda_sdl": objective.lambda_sdl,
+        "step/grad_norm": sum(norms) / len(norms) if norms else float("nan"),
+        "step/learning_rate": run.learning_rate(),
+        "step/applied": float(applied),
+        "step/refused": float(refused),
+    }
+
+
+def _figures(metrics: Metrics) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for name, metric in metrics.items():
+        if isinstance(metric, Mean):
+            figures[f"loss/{name}"] = metric.value
+    if isinstance(ratio := metrics.get("ratio"), Mean):
+        figures["loss/ratio_max"] = ratio.high
+    if isinstance(difference := metrics.get(SAMPLER_DIFF), Histogram):
+        figures |= {f"{SAMPLER_DIFF}/{name}": difference.quantile(q) for name, q in QUANTILES.items()}
+    return figures
+
+
+def _save_minibatch(items: Sequence[TrainItem], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    torch.save(
+        [{"tokens": i.sequence.tokens, "mask": i.sequence.mask, "signals": dict(i.signals)} for i in items], path
+    )

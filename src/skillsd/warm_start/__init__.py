@@ -1,0 +1,1 @@
+"""Warm start: a model that plays weakly and follows skills, made by supervised training on demonstrations."""

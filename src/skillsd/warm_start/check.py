@@ -1,0 +1,138 @@
+"""`skillsd sft`: the warm start, and a check whether the new model is worth reinforcement learning."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from skillsd import config as configs
+from skillsd.config import CheckSection, SftConfig
+from skillsd.engines.base import Engine
+from skillsd.engines.torch.options import TorchOptions
+from skillsd.envs import registry
+from skillsd.envs.base import TaskSet, evenly_spaced
+from skillsd.errors import UserError
+from skillsd.evaluation.evaluate import evaluate
+from skillsd.prompting.renderer import ChatRenderer
+from skillsd.prompting.templates import load_template, render_skill
+from skillsd.report.manifest import commit, processor, versions
+from skillsd.rollouts.engine_policy import EnginePolicy
+from skillsd.rollouts.policy import Budget
+from skillsd.seeds import derive_seed
+from skillsd.types import Task, Trajectory
+from skillsd.warm_start import sft
+
+
+def run_sft(
+    config: SftConfig,
+    folder: Path,
+    on_step: Callable[[sft.SftProgress], None],
+    on_check: Callable[[int, int], None] = lambda done, episodes: None,
+) -> list[dict[str, Any]]:
+    """Train into `folder`, measure on the split of ``check``; recipe and figures go beside the weights."""
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{str(folder)!r} is not empty: give another folder with --out")
+    task_set = registry.load(config.environment.name, config.environment.options)
+    folder.mkdir(parents=True, exist_ok=True)
+    begin, cpu = time.perf_counter(), time.process_time()
+    losses: list[float] = []
+
+    def record(progress: sft.SftProgress) -> None:
+        losses.append(progress.loss)
+        on_step(progress)
+
+    trained = asyncio.run(sft.train(config, task_set, folder, record))
+    engine = Engine(trained, trained, "torch", TorchOptions.capabilities)
+    spent = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
+    figures = skill_following(
+        engine,
+        task_set,
+        config.check,
+        config.warm_start.template,
+        seed=config.seed,
+        template_kwargs=config.model.chat_template_kwargs,
+        on_check=on_check,
+    )
+    report = {
+        "figures": figures,
+        "split": config.check.split,
+        "fingerprint": task_set.fingerprint(config.check.split),
+        "parameters": sum(p.numel() for p in trained.model.parameters()),
+        "last_loss": sum(losses[-50:]) / len(losses[-50:]),
+        **spent,
+        "processor": processor(),
+        "commit": commit(),
+        "versions": versions(),
+    }
+    (folder / "warm_start.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(configs.dump(config), encoding="utf-8")
+    return figures
+
+
+def skill_following(
+    engine: Engine,
+    task_set: TaskSet,
+    check: CheckSection,
+    template: str,
+    *,
+    seed: int,
+    template_kwargs: Mapping[str, Any] | None = None,
+    on_check: Callable[[int, int], None] = lambda done, episodes: None,
+) -> list[dict[str, Any]]:
+    """Success under the plain prompt, with a golden skill, and with another task's golden skill.
+
+    What a skill-conditioned teacher can teach is the gap between the first two; the third tells reading from luck.
+    Returns a row for each prompt, or only the plain one where a task has no `TaskSet.golden_skill`.
+
+    Args:
+        on_check: told after each episode how many of how many are played.
+    """
+    tasks = list(evenly_spaced(task_set.tasks(check.split), check.limit))
+    words = load_template(template)
+    skills = [skill for task in tasks if (skill := task_set.golden_skill(task))]
+    prompts: list[tuple[str, Callable[[Task], str] | None]] = [("plain", None)]
+    if len(skills) == len(tasks):
+        texts = [render_skill(skill, words) for skill in skills]
+        half = len(tasks) // 2
+        golden = {task.id: text for task, text in zip(tasks, texts, strict=True)}
+        others = {task.id: text for task, text in zip(tasks, texts[half:] + texts[:half], strict=True)}
+        prompts += [
+            ("golden skill", lambda task: golden[task.id]),
+            ("another task's skill", lambda task: others[task.id]),
+        ]
+    done, episodes = 0, len(prompts) * len(tasks) * (check.samples + 1)
+
+    def count(_: Trajectory) -> None:
+        nonlocal done
+        done += 1
+        on_check(done, episodes)
+
+    budget = Budget(turns=task_set.max_turns, turn_tokens=check.turn_tokens, trajectory_tokens=engine.max_length)
+    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, template_kwargs)
+    rows = []
+    for name, context in prompts:
+        sampled, greedy = (
+            asyncio.run(
+                evaluate(
+                    EnginePolicy(engine, renderer, temperature),
+                    task_set,
+                    check.split,
+                    budget,
+                    seed=derive_seed(seed, "skill following"),
+                    samples=check.samples if temperature else 1,
+                    limit=check.limit,
+                    concurrency=check.concurrency,
+                    context=context,
+                    on_episode=count,
+                )
+            )
+            for temperature in (1.0, 0.0)
+        )
+        rows.append(
+            {"prompt": name, "sampled": sampled.accuracy, "interval": sampled.interval, "greedy": greedy.accuracy}
+        )
+    return rows

@@ -1,0 +1,158 @@
+"""Warm start: supervised training on an environment's demonstrations, with and without a skill in the prompt.
+
+The goal is a policy that (1) plays weakly under the plain prompt and (2) plays much better with a good skill in its
+prompt. Without (2) a skill-conditioned teacher has nothing to teach.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from skillsd.config import SftConfig
+from skillsd.engines.base import TokenSequence, TrainItem
+from skillsd.engines.torch.engine import TorchEngine
+from skillsd.envs.base import TaskSet
+from skillsd.errors import UserError
+from skillsd.metrics import Mean, Metrics
+from skillsd.objective import TokenLogprobs
+from skillsd.prompting.renderer import ChatRenderer
+from skillsd.prompting.templates import load_template, render_skill, with_context
+from skillsd.seeds import derive_seed
+from skillsd.types import TRAIN_SPLIT, Demonstration, Message
+from skillsd.warm_start.new_model import make_model
+
+VOCABULARY_SAMPLE = 4000
+"""Demonstrations that a new tokenizer learns its words from."""
+
+
+@dataclass(frozen=True)
+class SftProgress:
+    """How far the warm start is: after `step` steps, the batch's mean loss per action token (nats)."""
+
+    step: int
+    steps: int
+    loss: float
+
+
+def prompt_of(demonstration: Demonstration, template: str) -> tuple[Message, ...]:
+    """The prompt as the actor saw it, with its skill if it had one."""
+    if demonstration.skill is None:
+        return demonstration.prompt
+    return with_context(demonstration.prompt, render_skill(demonstration.skill, template))
+
+
+def make_item(
+    demonstration: Demonstration, renderer: ChatRenderer, template: str, observation_weight: float
+) -> TrainItem:
+    """A demonstration as one sequence; ``weight`` is 1 for the actor's tokens, `observation_weight` for the
+    environment's, and 0 (unmarked) for the prompt and for noise."""
+    tokens = list(renderer.prompt(prompt_of(demonstration, template)))
+    weights = [0.0] * len(tokens)
+    for number, turn in enumerate(demonstration.turns):
+        reply = renderer.reply(turn.action)
+        tokens += reply
+        weights += [1.0 if turn.learn else 0.0] * len(reply)
+        if number < len(demonstration.turns) - 1:  # no one reads the last answer
+            answer = renderer.observation(turn.observation, reply[-1])
+            tokens += answer
+            weights += [observation_weight] * len(answer)
+    mask = tuple(weight > 0 for weight in weights)
+    return TrainItem(TokenSequence(tuple(tokens), mask), {"weight": torch.tensor([w for w in weights if w > 0])})
+
+
+@dataclass(frozen=True)
+class WeightedNll:
+    """Weighted negative log-likelihood; its sum is divided by `normaliser`, the weight of the whole batch."""
+
+    normaliser: float
+
+    def __call__(self, student: TokenLogprobs, signals: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        weight = signals["weight"]
+        nll = -student.chosen
+        action = weight == 1.0
+        logged = Mean(float(nll.detach()[action].sum()), float(action.sum()))
+        return (weight * nll).sum() / self.normaliser, {"loss": logged}
+
+
+def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to a tenth of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2)
+
+
+async def train(
+    config: SftConfig, task_set: TaskSet, folder: Path, on_step: Callable[[SftProgress], None]
+) -> TorchEngine:
+    """Run the warm start and write the model into `folder`.
+
+    Raises:
+        UserError: if the environment brings no demonstrations, or the loss stops being finite.
+    """
+    options = config.warm_start
+    if config.model.lora:
+        raise UserError("the warm start trains all weights: leave out model.lora")
+    template = load_template(options.template)
+    model = config.model.name
+    if config.new is not None:
+        sample = itertools.islice(_demonstrations(config, task_set, "vocabulary"), VOCABULARY_SAMPLE)
+        texts, replies = _words(sample, template)
+        make_model(folder, config.new, texts, replies, derive_seed(config.seed, "weights") % 2**32)
+        model = str(folder)
+    if config.model.threads:
+        torch.set_num_threads(config.model.threads)
+    engine = TorchEngine(
+        model,
+        dtype=config.model.dtype,
+        device=config.model.device,
+        micro_batch_tokens=options.micro_batch_tokens,
+        betas=(0.9, options.beta2),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+    )
+    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs)
+    stream = _demonstrations(config, task_set, "demonstrations")
+    for step in range(options.steps):
+        batch = [
+            make_item(demonstration, renderer, template, options.observation_weight)
+            for demonstration in itertools.islice(stream, options.batch)
+        ]
+        total = sum(float(item.signals["weight"].sum()) for item in batch)
+        metrics = await engine.forward_backward(batch, WeightedNll(total))
+        rate = learning_rate(step, options.learning_rate, options.warmup_steps, options.steps)
+        if not (await engine.step(rate)).applied:
+            raise UserError(f"the gradient of step {step} is not finite: lower warm_start.learning_rate")
+        loss = metrics["loss"]
+        assert isinstance(loss, Mean)
+        on_step(SftProgress(step + 1, options.steps, loss.value))
+    engine.save_weights(folder)
+    return engine
+
+
+def _demonstrations(config: SftConfig, task_set: TaskSet, purpose: str) -> Iterator[Demonstration]:
+    seed = derive_seed(config.seed, purpose)
+    try:
+        return task_set.demonstrations(TRAIN_SPLIT, seed=seed, **config.warm_start.demonstrations)
+    except (NotImplementedError, TypeError) as error:
+        raise UserError(f"no demonstrations for the warm start: {error}") from error
+
+
+def _words(demonstrations: Iterator[Demonstration], template: str) -> tuple[list[str], list[str]]:
+    """Everything that is said, as the chat template will space it, and every distinct reply."""
+    texts: list[str] = []
+    replies: dict[str, None] = {}
+    for demonstration in demonstrations:
+        texts += [f" {message.content}" for message in prompt_of(demonstration, template)]
+        for turn in demonstration.turns:
+            texts += [f" {turn.action}", f" {turn.observation}"]
+            replies[turn.action] = None
+    return texts, sorted(replies)

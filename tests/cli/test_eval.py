@@ -1,0 +1,373 @@
+"""`skillsd eval` of a model behind an endpoint, against a server that misbehaves on purpose; and how it is resumed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from fake_endpoint import FakeEndpoint, Reply, Request, completion, refusal
+
+from skillsd import cli, endpoint
+from skillsd.errors import UserError
+from skillsd.report import manifest
+from skillsd.evaluation.episode_log import EpisodeLog
+from skillsd.runs.subjects import beside
+
+sys.path.insert(0, str(Path(__file__).parent / "training"))
+from toy_run import toy_settings
+
+KEY = "sk-very-secret-0123456789"
+TASKS = 3  # of the toy's test split
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("MY_KEY", KEY)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., FakeEndpoint]]:
+    servers: list[FakeEndpoint] = []
+
+    def make(*replies: Reply, **options: Any) -> FakeEndpoint:
+        servers.append(FakeEndpoint(*replies, **options))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def evaluate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Said]:
+    """`evaluate(server, *arguments)`: of the model ``a/model`` on the toy, at temperature 1 unless told otherwise."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.console, "_width", 300)
+    recipe = toy_settings(Path("unused"), rollout={"turn_tokens": 8, "trajectory_tokens": 500})
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(recipe))
+
+    def call(server: FakeEndpoint, *arguments: object) -> Said:
+        words = ["skillsd", "eval", "--model", "a/model", "--endpoint", server.url, "--recipe", "toy.yaml"]
+        words += ["--key-env", "MY_KEY", *([] if "--temperature" in arguments else ["--temperature", "1"])]
+        monkeypatch.setattr(sys, "argv", [*words, *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Said(code, *capsys.readouterr())
+
+    return call
+
+
+Evaluate = Callable[..., Said]
+Serve = Callable[..., FakeEndpoint]
+
+
+def test_what_is_asked_and_what_is_said(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
+    server = serve(completion("Up"))
+    said = evaluate(server, "--price-in", 2, "--price-out", 10, "--json", "x.json", "--request", "{seed: 3}")
+    assert said.code == 0, said
+    [figures] = json.loads((tmp_path / "x.json").read_text())
+    calls = len(server.requests)
+    assert figures["spent"] == {
+        "calls": calls, "tokens_in": 100 * calls, "tokens_out": 20 * calls, "cost": pytest.approx(calls * 4e-4)
+    }  # fmt: skip
+    assert figures["model"] == {"name": "a/model", "endpoint": server.url, "request": {"seed": 3}}
+    assert len(figures["fingerprint"]) == 16
+    assert (figures["tasks"], figures["split"]) == (TASKS, "test")
+    assert f"{calls} calls, {100 * calls:,} tokens in, {20 * calls:,} out, cost {calls * 4e-4:.4f}" in said.out
+    first = server.requests[0]
+    assert first.headers["authorization"] == f"Bearer {KEY}"
+    assert first.body["model"] == "a/model"
+    assert (first.body["max_tokens"], first.body["temperature"], first.body["seed"]) == (8, 1.0, 3)
+    longest = max((request.body["messages"] for request in server.requests), key=len)
+    assert [message["role"] for message in longest[:3]] == ["user", "assistant", "user"]
+    assert longest[1]["content"] == "Up"
+    assert KEY not in said.out + said.err + "".join(p.read_text() for p in tmp_path.rglob("*.json*"))
+
+
+def test_a_second_try_pays_for_nothing_twice(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
+    server = serve(completion("Up"))
+    assert evaluate(server, "--json", "x.json").code == 0
+    calls = len(server.requests)
+    moved = serve(completion("Up"))  # the same model elsewhere
+    said = evaluate(moved, "--json", "y.json")
+    assert said.code == 0, said
+    assert not moved.requests
+    one, two = (
+        {**json.loads((tmp_path / name).read_text())[0], "seconds": 0, "model": 0} for name in ("x.json", "y.json")
+    )
+    assert one == two
+    assert f"{calls} calls" in said.out
+    more = evaluate(moved, "--samples", 2, "--json", "y.json")  # and more episodes extend it
+    assert more.code == 0
+    assert json.loads((tmp_path / "y.json").read_text())[0]["episodes"] == 2 * TASKS
+    assert 0 < len(moved.requests) <= 3 * TASKS
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("seed=5", "seed"),
+        ("rollout.turn_tokens=9", "budget"),
+        ("environment.options={turns: 2}", ""),
+        ("--limit=2", "limit"),
+    ],
+)
+def test_episodes_of_other_settings_are_not_mixed(evaluate: Evaluate, serve: Serve, change: str, told: str) -> None:
+    server = serve(completion("Up"))
+    assert evaluate(server).code == 0
+    calls = len(server.requests)
+    said = evaluate(server, change)
+    assert said.code == 2
+    assert f"their {told}" in said.err
+    assert "--episodes" in said.err
+    assert len(server.requests) == calls
+
+
+def test_a_line_that_a_crash_cut_is_played_again(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
+    server = serve(completion("Up"))
+    assert evaluate(server, "--episodes", "kept.jsonl", "--json", "x.json").code == 0
+    whole = (tmp_path / "kept.jsonl").read_bytes()
+    (tmp_path / "kept.jsonl").write_bytes(whole[:-20])
+    assert evaluate(server, "--episodes", "kept.jsonl", "--json", "y.json").code == 0
+    records = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert len([r for r in records if "episode" in r]) == TASKS
+    (tmp_path / "kept.jsonl").write_text("what?\n")
+    said = evaluate(server, "--episodes", "kept.jsonl")
+    assert (said.code, "no file of kept episodes" in said.err) == (2, True)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', '[{"format": 1}]', '{"format": 2}', "x", '{"format": 1}\n[1]\n'])
+def test_a_file_of_someone_elses_is_left_alone(evaluate: Evaluate, serve: Serve, tmp_path: Path, text: str) -> None:
+    """One line without an end may be all that minified JSON has."""
+    (tmp_path / "mine.json").write_text(text)
+    server = serve(completion("Up"))
+    said = evaluate(server, "--episodes", "mine.json")
+    assert (said.code, "no file of kept episodes" in said.err) == (2, True)
+    assert (tmp_path / "mine.json").read_text() == text
+    assert not server.requests
+
+
+@pytest.mark.parametrize("size", [0, 1, 9, 40])
+def test_a_first_line_that_a_crash_cut_is_written_again(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "kept.jsonl"
+    EpisodeLog(path, {"model": "m", "seed": 3}).close({})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size])
+    EpisodeLog(path, {"model": "m", "seed": 3}).close({})
+    assert path.read_bytes() == whole
+
+
+def test_one_try_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "kept.jsonl"
+    first = EpisodeLog(path, {"seed": 3})
+    with pytest.raises(UserError, match="another try is under way"):
+        EpisodeLog(path, {"seed": 3})
+    first.close({})
+    with pytest.raises(UserError, match="another evaluation"):
+        EpisodeLog(path, {"seed": 4})
+    EpisodeLog(path, {"seed": 3}).close({})  # neither of them holds the lock any more
+
+
+@pytest.mark.parametrize("name", ["x.json", "./x.json", "runs/eval-a-model-toy_env:Toy-test.jsonl"])
+def test_figures_and_episodes_want_a_file_each(evaluate: Evaluate, serve: Serve, tmp_path: Path, name: str) -> None:
+    (tmp_path / "runs").mkdir()
+    episodes = [] if name.startswith("runs") else ["--episodes", "x.json"]
+    server = serve(completion("Up"))
+    said = evaluate(server, "--json", name, *episodes)
+    assert (said.code, "give two files" in said.err) == (2, True), said
+    assert not server.requests
+
+
+def test_finished_passes_are_shown_and_written_when_a_later_one_fails(
+    evaluate: Evaluate, serve: Serve, tmp_path: Path
+) -> None:
+    def answer(request: Request) -> Reply:
+        return completion("Up") if request.body["temperature"] else refusal(401, "not at 0")
+
+    said = evaluate(serve(answer=answer), "--temperature", 1, "--temperature", 0, "--json", "x.json")
+    assert (said.code, "not at 0" in said.err) == (2, True)
+    assert "sampled at 1" in said.out
+    assert "greedy" not in said.out
+    [figures] = json.loads((tmp_path / "x.json").read_text())
+    assert (figures["temperature"], figures["episodes"]) == (1, TASKS)
+
+
+def test_other_requests_and_budgets_are_other_evaluations(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
+    for number, change in enumerate(([], ["--request", "{seed: 3}"], ["rollout.turn_tokens=9"], [])):
+        keep = ["--json", "x.json", "--append", "--episodes", f"{number}.jsonl"]
+        assert evaluate(serve(completion("Up")), *keep, *change).code == 0
+    records = json.loads((tmp_path / "x.json").read_text())
+    told = [(record["model"]["request"], record["budget"]["turn_tokens"]) for record in records]
+    assert told == [({"seed": 3}, 8), ({}, 9), ({}, 8)]  # the last one took the first one's place, wherever it is asked
+
+
+def test_other_adapters_are_other_evaluations(tmp_path: Path) -> None:
+    weights = []
+    for content in (b"one", b"two"):
+        (tmp_path / "adapter_model.safetensors").write_bytes(content)
+        weights.append(manifest.fingerprint(tmp_path))
+    assert None not in weights
+    assert weights[0] != weights[1]
+    records = [{"model": {"name": "m", "adapter": {"name": "a", "weights": w}}, "seed": 1} for w in weights]
+    (tmp_path / "x.json").write_text(json.dumps(records[:1]))
+    assert beside(records[1:], tmp_path / "x.json") == records
+
+
+def test_retries_are_the_recipes(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
+    def answer(request: Request) -> Reply:
+        again = len(request.body["messages"]) > 1
+        return refusal(400, "not these words") if again else completion("Sideways")
+
+    for retries in (0, 3):  # one task is over after its first turn, the others break in every try
+        server = serve(answer=answer)
+        said = evaluate(server, f"rollout.retries={retries}", "--episodes", f"{retries}.jsonl")
+        assert f"{TASKS - 1} tasks are left out" in said.out, said
+        assert len(server.requests) == 1 + 2 * (TASKS - 1) * (retries + 1)
+
+
+def test_a_request_that_is_no_json(evaluate: Evaluate, serve: Serve) -> None:
+    server = serve(completion("Up"))
+    for value in ("2024-01-01", ".nan", "{a: [2024-01-01]}"):
+        said = evaluate(server, "--request", f"{{x: {value}}}")
+        assert (said.code, said.err.count("\n")) == (2, 1)
+        assert "'x' has to be JSON" in said.err
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [
+        (refusal(401, "who are you?"), "refuses the key of $MY_KEY"),
+        (refusal(404, "no such model"), "it knows no model 'a/model' (--model)"),
+        (refusal(400, "what is temperature?"), "what is temperature?"),
+        (refusal(429, "no money", code="insufficient_quota"), "no money"),
+        (refusal(500, "oops"), "oops"),
+        (Reply(b"<html>Welcome</html>"), "no chat completion"),
+    ],
+)
+def test_an_endpoint_that_never_answers_is_told_in_one_line(
+    evaluate: Evaluate, serve: Serve, reply: Reply, told: str
+) -> None:
+    said = evaluate(serve(reply))
+    assert said.code == 2
+    assert told in said.err
+    assert "Traceback" not in said.err
+    assert said.err.count("error:") == 1
+
+
+def test_an_endpoint_that_is_not_there(evaluate: Evaluate, serve: Serve) -> None:
+    server = serve(completion("Up"))
+    server.close()
+    said = evaluate(server)
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert server.url in said.err
+
+
+@pytest.mark.parametrize(
+    "text", ["This model's maximum context length is 32 tokens.", "exceeds the available context size"]
+)
+def test_a_dialogue_that_the_model_does_not_hold_is_cut_and_counted(
+    evaluate: Evaluate, serve: Serve, tmp_path: Path, text: str
+) -> None:
+    server = serve(answer=lambda r: refusal(400, text) if len(r.body["messages"]) > 1 else completion("Sideways"))
+    said = evaluate(server, "--json", "x.json")
+    assert said.code == 0, said
+    [figures] = json.loads((tmp_path / "x.json").read_text())
+    outcomes = Counter(figures["outcomes"])
+    assert outcomes["truncated_tokens"] == TASKS - outcomes["solved"] - outcomes["failed"]
+    assert figures["episodes"] == TASKS
+    assert "for want of tokens" in said.out
+
+
+def test_the_budget_of_tokens_ends_an_episode(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
+    server = serve(completion("Up", usage=(495, 5)))
+    said = evaluate(server, "--json", "x.json")
+    [figures] = json.loads((tmp_path / "x.json").read_text())
+    assert said.code == 0
+    assert len(server.requests) == TASKS
+    assert figures["mean_turns"] == 1
+
+
+def test_a_server_that_stumbles_costs_nothing_but_time(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
+    """An answer that fails for good after all its retries: the episode is played again, none counts as lost."""
+    seen: Counter[str] = Counter()
+
+    def answer(request: Request) -> Reply:
+        words = json.dumps(request.body["messages"])
+        seen[words] += 1
+        stumbles = len(request.body["messages"]) > 1 and sum(seen.values()) < 14
+        return refusal(503, "busy") if stumbles else completion("Up")
+
+    said = evaluate(serve(answer=answer), "--json", "x.json", "rollout.concurrency=1")
+    assert said.code == 0, said
+    [figures] = json.loads((tmp_path / "x.json").read_text())
+    assert figures["episodes"] == TASKS
+    assert set(figures["outcomes"]) <= {"solved", "failed", "truncated_turns"}
+
+
+def test_a_server_that_dies_midway(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
+    served = 0
+
+    def answer(request: Request) -> Reply:
+        nonlocal served
+        served += 1
+        return completion("Up") if served <= 4 or served > 60 else refusal(502, "gone")
+
+    server = serve(answer=answer)
+    said = evaluate(server, "--samples", 4, "rollout.concurrency=1")
+    assert said.code == 2
+    assert "gone" in said.err
+    assert "episodes are in" in said.out
+    [path] = (tmp_path / "runs").glob("eval-a-model-*.jsonl")
+    kept = sum("episode" in json.loads(line) for line in path.read_text().splitlines())
+    assert 0 < kept < 4 * TASKS
+    served = 61
+    said = evaluate(server, "--samples", 4, "rollout.concurrency=1", "--json", "x.json")
+    assert said.code == 0, said
+    assert f"{kept} finished episodes" in said.out
+    assert json.loads((tmp_path / "x.json").read_text())[0]["episodes"] == 4 * TASKS
+
+
+def test_a_budget_holds_over_tries(evaluate: Evaluate, serve: Serve) -> None:
+    server = serve(completion("Up"))
+    said = evaluate(server, "--budget-tokens", 150, "rollout.concurrency=1")
+    assert said.code == 2
+    assert "--budget-tokens is 150, and" in said.err
+    calls = len(server.requests)
+    assert evaluate(server, "--budget-tokens", 150, "rollout.concurrency=1").code == 2
+    assert len(server.requests) == calls
+    assert evaluate(server, "--budget-tokens", 5000, "rollout.concurrency=1").code == 0
+
+
+def test_a_model_here_is_resumed_too(
+    evaluate: Evaluate, serve: Serve, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["skillsd", "eval", "--model", str(tiny_model), "--recipe", "toy.yaml", "rollout.trajectory_tokens=60"]
+    figures = []
+    for name in ("x.json", "y.json"):
+        monkeypatch.setattr(sys, "argv", [*words, "--episodes", "kept.jsonl", "--json", name])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+        figures.append([{**record, "seconds": 0} for record in json.loads((tmp_path / name).read_text())])
+    assert figures[0] == figures[1]
+    assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 1 + 2 * TASKS

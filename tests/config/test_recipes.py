@@ -1,0 +1,140 @@
+"""The recipes of the package: loaded, validated, dry-run. No weights of the large models are needed."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skillsd import config as configs
+from skillsd.config import RunConfig
+from skillsd.envs import registry
+from skillsd.envs.appworld import paths
+from skillsd.errors import UserError
+from skillsd.engines.torch.estimate import FILL, Sizes, estimate
+from skillsd.training.run import build, check_config
+
+sys.path.insert(0, str(Path(__file__).parent / "engines"))
+sys.path.insert(0, str(Path(__file__).parent / "training"))
+import tiny
+from toy_run import go
+
+PAPER = ["sokoban-qwen3-4b", "appworld-qwen3-4b"]
+WARM_STARTS = ["nano-base", "sokoban-smollm2-base", "appworld-smoke-base"]
+GIB = 1 << 30
+
+
+def load(name: str, overrides: list[str] | None = None) -> RunConfig:
+    """A recipe; AppWorld's on our own tasks, since the official data can't be had here."""
+    ours = []
+    if name.startswith("appworld"):
+        try:
+            ours = [f"environment.options.root={paths.world()}"]
+            paths.python()
+        except UserError as error:
+            pytest.skip(str(error))
+    return configs.load(RunConfig, name, [*ours, *(overrides or [])])
+
+
+@pytest.mark.parametrize("name", configs.recipes())
+def test_every_recipe_says_what_it_is(name: str) -> None:
+    first = (configs.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ")
+    kind = configs.SftConfig if name in WARM_STARTS else RunConfig
+    assert configs.load(kind, name).name == name
+
+
+def test_the_papers_figures() -> None:
+    config = configs.load(RunConfig, "sokoban-qwen3-4b")
+    task_set = registry.load(config.environment.name, config.environment.options)
+    assert (len(task_set.tasks("train")), len(task_set.tasks("test")), task_set.max_turns) == (96, 64, 40)
+    assert config.model.name == "Qwen/Qwen3-4B-Instruct-2507"
+    assert (config.method, config.objective.lambda_sdl, config.teacher.sync_every) == ("skill-sd", 0.001, 1)
+    assert config.curriculum.easy_first
+
+
+@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("method", ["skill-sd", "grpo", "skill-sd-frozen"])
+def test_it_fits_the_gpu_that_it_names(name: str, method: str) -> None:
+    config = load(name, [f"method={method}"])
+    check_config(config)
+    task_set = registry.load(config.environment.name, config.environment.options)
+    sizes = Sizes.of(config.model.name)
+    need = estimate(config, sizes, turns=task_set.max_turns, own=1 * GIB).need
+    assert 30 * GIB < need < FILL * 79 * GIB
+    full = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
+    assert estimate(full, sizes, turns=task_set.max_turns).need > need
+
+
+def test_the_budgets_hold_a_whole_episode() -> None:
+    """Even of the longest prompt and observations, were every second character a token, and a skill besides."""
+    config = configs.load(RunConfig, "sokoban-qwen3-4b")
+    task_set = registry.load(config.environment.name, config.environment.options)
+
+    async def longest() -> tuple[int, int]:
+        prompts, answers = [], []
+        environment = task_set.make()
+        for task in task_set.tasks("train")[::8]:
+            prompts.append(sum(len(message.content) for message in await environment.reset(task, 0)))
+            answers += [len((await environment.step(text)).observation) for text in ("Up", "Left", "what?")]
+        return max(prompts), max(answers)
+
+    prompt, answer = asyncio.run(longest())
+    template = 12  # tokens that a chat template puts around a turn
+    rollout = config.rollout
+    whole = prompt / 2 + task_set.max_turns * (answer / 2 + rollout.turn_tokens + template)
+    assert whole < rollout.trajectory_tokens
+    assert whole + config.skills.teacher_extra_tokens < Sizes.of(config.model.name).hidden * 100  # the context: 262,144
+
+
+def test_the_budgets_hold_what_appworld_shows() -> None:
+    """The longest prompt, and 40 turns of observations at their limit with code of the usual length."""
+    config = load("appworld-qwen3-4b")
+    task_set: Any = registry.load(config.environment.name, config.environment.options)
+    prompt = max(sum(len(message.content) for message in task_set.prompt(task)) for task in task_set.tasks("train"))
+    observation, code = task_set.max_observation_chars / 4, 100  # an output has about 4 characters a token
+    assert prompt / 3 + task_set.max_turns * (observation / 2 + code + 12) < config.rollout.trajectory_tokens
+    assert observation + config.rollout.turn_tokens < config.rollout.trajectory_tokens / 20
+
+
+def test_appworld_as_in_the_paper() -> None:
+    config = configs.load(RunConfig, "appworld-qwen3-4b")
+    assert config.environment.options["root"] == "official"
+    assert config.environment.options["max_turns"] == 40
+    assert (config.method, config.objective.lambda_sdl, config.teacher.sync_every) == ("skill-sd", 0.001, 1)
+    assert config.evaluation.split == "dev"
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_dry_run(name: str, tmp_path: Path) -> None:
+    """One iteration through the same recipe with a random Qwen3 of two layers, fewer and shorter episodes."""
+    kind, sizes = tiny.ARCHITECTURES["qwen3"]
+    model = tiny.write(tmp_path / "model", kind, {**sizes, "max_position_embeddings": 4096})
+    config = load(
+        name,
+        [
+            f"model.name={model}", "model.device=cpu", "model.dtype=float32", "rollout.tasks_per_iteration=2",
+            "rollout.group_size=3", "rollout.turn_tokens=2", "rollout.trajectory_tokens=2048",
+            "training.iterations=1", "evaluation.limit=1", "log.tensorboard=false",
+        ],
+    )  # fmt: skip
+    (tmp_path / "run").mkdir()
+    run: Any = build(config, tmp_path / "run")
+    try:
+        easiest = sorted(task.difficulty for task in run.task_set.tasks("train"))
+        listener = go(run)
+    finally:
+        run.close()
+    [record] = listener.iterations
+    assert [len(group.trajectories) for group in listener.groups] == [3, 3]
+    if config.curriculum.easy_first:
+        assert max(group.task.difficulty for group in listener.groups) <= easiest[len(easiest) // 2]
+    for group in listener.groups:
+        for trajectory in group.trajectories:
+            assert len(trajectory.tokens) <= 2048
+            assert len(trajectory.tokens) == len(trajectory.action_mask) == len(trajectory.logprobs)
+            assert 0 < trajectory.action_tokens <= 2 * 40
+    assert record["episodes"] == 6

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skillsd.errors import UserError
+from skillsd.prompting.templates import load_template, render_skill, with_context
+from skillsd.types import Message, Skill
+
+WORKFLOW, MISTAKE = "@r2c2 Right @r2c3 Up", "never @r1c3 Left"
+
+
+def test_the_context_goes_where_a_user_would_write_it() -> None:
+    system, user, shot, last = (
+        Message("system", "S"),
+        Message("user", "one"),
+        Message("assistant", "two"),
+        Message("user", "three"),
+    )
+    assert with_context((system, user), " more") == (system, Message("user", "one more"))
+    assert with_context((system, user, shot, last), "!") == (system, user, shot, Message("user", "three!"))
+    prefilled = with_context((user, shot), "!")
+    assert prefilled == (Message("user", "one!"), shot)
+
+
+@pytest.mark.parametrize("messages", [(), (Message("system", "S"), Message("assistant", "A"))])
+def test_a_prompt_without_a_user(messages: tuple[Message, ...]) -> None:
+    with pytest.raises(ValueError, match="last user message"):
+        with_context(messages, "x")
+
+
+@pytest.mark.parametrize(
+    ("skill", "text"),
+    [
+        (Skill("it worked", MISTAKE, WORKFLOW), " Workflow: @r2c2 Right @r2c3 Up Mistake: never @r1c3 Left"),
+        (Skill("it worked", "", WORKFLOW), " Workflow: @r2c2 Right @r2c3 Up"),
+        (Skill("it worked", MISTAKE, ""), " Mistake: never @r1c3 Left"),
+        (
+            Skill("", f"{MISTAKE}\n", f"  {WORKFLOW}"),
+            " Workflow: @r2c2 Right @r2c3 Up Mistake: never @r1c3 Left",
+        ),
+    ],
+)
+def test_terse(skill: Skill, text: str) -> None:
+    assert render_skill(skill, load_template("teacher_terse")) == text
+
+
+def test_in_clear_english() -> None:
+    text = render_skill(Skill("a", "", "c\nd"), load_template("teacher"))
+    introduction, *rest = text.removeprefix("\n\n").split("\n")
+    assert text.startswith("\n\nNotes from an earlier attempt")
+    assert introduction.endswith(".")
+    assert rest == ["What worked: a", "Steps to follow: c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("x {success_analysis}\ny {mistake_analysis}\nz {golden_workflow}", "x A\nz C"),
+        ("x {success_analysis}\\\ny {mistake_analysis}\\\n z {golden_workflow}", "x A z C"),
+        ("{success_analysis} not {mistake_analysis}\n{golden_workflow}", "C"),
+        ("{success_analysis}, {golden_workflow}; {{braces}} stay", "A, C; {braces} stay"),
+        ("{golden_workflow}\\", "C"),
+        ("\n\n{golden_workflow}\n", "\n\nC\n"),
+    ],
+)
+def test_the_syntax(template: str, text: str) -> None:
+    assert render_skill(Skill("A", "", "C"), template) == text
+
+
+@given(st.text(min_size=1).filter(str.strip))
+def test_a_skill_cannot_speak_the_templates_language(value: str) -> None:
+    assert render_skill(Skill("", "", value), "<{golden_workflow}>") == f"<{value.strip()}>"
+    assert render_skill(Skill("{golden_workflow}\\", "", "x"), "{success_analysis}\n!") == "{golden_workflow}\\\n!"
+
+
+def test_an_empty_skill_has_nothing_to_say() -> None:
+    with pytest.raises(ValueError, match="empty skill"):
+        render_skill(Skill("", " ", ""), load_template("teacher"))
+
+
+class TestLoading:
+    def test_a_file_of_ones_own(self, tmp_path: Path) -> None:
+        path = tmp_path / "mine.txt"
+        path.write_text("Do: {golden_workflow}\n")
+        assert load_template(path) == load_template(str(path)) == "Do: {golden_workflow}"
+
+    def test_an_unknown_name_is_told_the_nearest(self) -> None:
+        with pytest.raises(UserError, match=r"'teacher_tense'.*Did you mean 'teacher_terse'"):
+            load_template("teacher_tense")
+
+    @pytest.mark.parametrize("name", ["missing.txt", "some/where"])
+    def test_a_missing_file(self, name: str) -> None:
+        with pytest.raises(UserError, match="cannot read the template"):
+            load_template(name)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("Do: {workflow}", "unknown field.*expected .*{golden_workflow}"),
+            ("Do: {}", "unknown field"),
+            ("Do: {golden_workflow!r}", "unknown field"),
+            ("Do: {golden_workflow:>5}", "unknown field"),
+            ("Do: {golden_workflow.__class__}", "unknown field"),
+            ("Do: {golden_workflow", "cannot read the line"),
+            ("Do: }", "cannot read the line"),
+            ("Do your best", "names no field"),
+            ("", "names no field"),
+        ],
+    )
+    def test_a_bad_template(self, tmp_path: Path, text: str, message: str) -> None:
+        path = tmp_path / "bad.txt"
+        path.write_text(text)
+        with pytest.raises(UserError, match=message) as caught:
+            load_template(path)
+        assert "bad.txt" in str(caught.value)

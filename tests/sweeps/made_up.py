@@ -1,0 +1,71 @@
+"""Studies whose files are written here instead of trained: figures of which one knows what must come out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from skillsd import config as configs
+from skillsd.sweeps.plan import Cell, Sweep
+from skillsd.runs.subjects import beside
+
+Outcomes = Callable[[Cell, int | None], tuple[Sequence[float | None], Sequence[float | None]]]
+"""(cell, iteration) -> each task's sampled and greedy success."""
+
+STARTED = "2026-01-01T00:00:00Z"
+
+
+def fill(sweep: Sweep, outcomes: Outcomes, *, weights: Callable[[Cell], str] = lambda cell: f"w-{cell.model}") -> None:
+    """Write what finished cells leave, beside evaluations that are there."""
+    for cell in sweep.cells:
+        if cell.trained:
+            _run(sweep, cell, weights(cell))
+        records = []
+        for iteration in cell.iterations or (None,):
+            for temperature, successes in zip((1.0, 0.0), outcomes(cell, iteration), strict=True):
+                records.append(
+                    {
+                        "temperature": temperature,
+                        "successes": successes,
+                        "scores": successes,
+                        "split": sweep.split,
+                        "fingerprint": sweep.panels[sweep.split],
+                        "samples": sweep.samples if temperature else 1,
+                        "budget": {"turns": 3, "turn_tokens": 2, "trajectory_tokens": 48},
+                        "iteration": iteration,
+                        "seed": cell.seed,
+                        "run": STARTED if cell.trained else None,
+                        "model": {"name": sweep.models[cell.model], "weights": weights(cell)},
+                    }
+                )
+        path = cell.evaluation(sweep.split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(beside(records, path)))
+
+
+def edit(path: Path, change: Callable[[Any], Any]) -> None:
+    """Change what a JSON file holds."""
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(change(data) or data))
+
+
+def _run(sweep: Sweep, cell: Cell, weights: str) -> None:
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / "config.yaml").write_text(configs.dump(cell.config))
+    manifest = {"started": STARTED, "panels": dict(sweep.panels), "model": {"name": "m", "weights": weights}}
+    (cell.folder / "manifest.json").write_text(json.dumps(manifest))
+    lines, curve = [], []
+    for iteration in range(1, cell.iterations[-1] + 1):
+        record = {
+            "iteration": iteration,
+            "episodes": iteration * cell.config.episodes_per_iteration,
+            "seconds": 2.0 * iteration,
+        }
+        lines.append(json.dumps(record) + "\n")
+        curve.append(json.dumps({**record, "eval/accuracy": iteration / 10}) + "\n")
+    (cell.folder / "metrics.jsonl").write_text("".join(lines))
+    (cell.folder / "evaluations.jsonl").write_text("".join(curve))
+    for iteration in cell.iterations:
+        (cell.folder / "checkpoints" / f"step-{iteration}").mkdir(parents=True, exist_ok=True)
