@@ -1,4 +1,4 @@
-"""Environments: what an agent acts in. `base` says what one is, `registry` finds them, `conformance` checks them."""
+"""Environments: the interface (`base`), lookup by name (`registry`) and checks for implementations (`conformance`)."""
 
 from skillsd.envs.base import Environment, Step, TaskSet
 from skillsd.envs.registry import load, names

@@ -1,7 +1,7 @@
-"""What an environment is: `Environment` plays one episode, `TaskSet` says which tasks there are.
+"""The environment interface: `Environment` runs one episode, `TaskSet` lists the tasks.
 
-Environments know nothing of models, tokens, skills' banks or methods. `skillsd.envs.conformance` checks that an
-implementation keeps the promises written here.
+Environments don't depend on models, tokens, the skill bank or training methods. `skillsd.envs.conformance` checks an
+implementation against the contract documented here.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Step:
-    """The environment's answer to one action.
+    """The result of one action.
 
     Attributes:
-        observation: what the agent is shown next, in words. An invalid action is answered here, never by an exception.
-        done: the episode is over.
-        reward: completion so far, in [0, 1]: a running value, not an increment. The last step's is the trajectory's
-            reward R_i.
-        success: every sub-goal is reached (then ``reward`` is 1 and ``done`` is True).
-        info: structured account of the step for summarisers and viewers; JSON-able.
+        observation: text shown to the agent next. Invalid actions are reported here, never as an exception.
+        done: whether the episode is over.
+        reward: completion so far, in [0, 1]: a running value, not an increment. The value of the last step is the
+            trajectory's reward R_i.
+        success: whether every sub-goal is reached; implies ``reward == 1`` and ``done``.
+        info: structured facts about the step for summarisers and viewers; JSON-serialisable.
     """
 
     observation: str
@@ -39,24 +39,24 @@ class Step:
 
 
 class Environment(ABC):
-    """One episode at a time: `reset`, then `step` until done, then `close`. May be reset again after an episode."""
+    """Runs one episode at a time: `reset`, `step` until done, `close`. Can be reset for another episode."""
 
     @abstractmethod
     async def reset(self, task: Task, seed: int) -> tuple[Message, ...]:
-        """Set the task up and return the first prompt. The same task and seed give the same episode."""
+        """Set up the task and return the first prompt. Deterministic given the task and the seed."""
 
     @abstractmethod
     async def step(self, action: str) -> Step:
-        """Take the agent's text. Any text is legal; an unusable one is answered in words and changes nothing."""
+        """Apply the agent's text. Any text is accepted; an invalid action changes nothing and gets an explanation."""
 
-    async def close(self) -> None:  # noqa: B027 (most environments hold nothing that needs closing)
-        """Free what the episode holds. Closing twice is harmless."""
+    async def close(self) -> None:  # noqa: B027 (most environments have nothing to close)
+        """Release the episode's resources. Idempotent."""
 
 
 def evenly_spaced(items: Sequence[T], count: int | None) -> Sequence[T]:
-    """`count` of `items`, evenly spaced, in their order; all of them for None or if there are fewer.
+    """`count` of `items`, evenly spaced, in order; all of them for None or if there are fewer.
 
-    Panels go from easy to hard, so the first `count` would be the easiest.
+    Panels are sorted from easy to hard, so taking the first `count` would select the easiest tasks.
     """
     if count is None or count >= len(items):
         return items
@@ -64,10 +64,10 @@ def evenly_spaced(items: Sequence[T], count: int | None) -> Sequence[T]:
 
 
 class TaskSet(ABC):
-    """The tasks of one environment by split, and what its package brings along.
+    """An environment's tasks by split, with its optional extras: summariser, oracle, demonstrations.
 
-    The constructor takes the options that a recipe gives under ``environment.options`` as keyword arguments, and
-    raises `skillsd.errors.UserError` for a bad one.
+    The constructor takes a recipe's ``environment.options`` as keyword arguments and raises
+    `skillsd.errors.UserError` for an invalid one.
     """
 
     name: ClassVar[str]
@@ -75,71 +75,72 @@ class TaskSet(ABC):
     @property
     @abstractmethod
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits. ``train`` is the only one that training, the bank and skills may touch."""
+        """Names of the splits. Training, the skill bank and skills use ``train`` only."""
 
     @property
     @abstractmethod
     def max_turns(self) -> int:
-        """The most turns an episode may take."""
+        """Maximum number of turns in an episode."""
 
     @property
     def slowest_call(self) -> float:
-        """Seconds that a `reset` or `step` may take by the environment's own deadlines; 0 if it has none.
+        """Longest `reset` or `step` in seconds under the environment's own deadlines; 0 if it has none.
 
-        With a shorter ``rollout.step_seconds`` an agent's slow action would pass for a failure of the infrastructure.
+        ``rollout.step_seconds`` must be longer, or a slow action would be counted as an infrastructure failure.
         """
         return 0.0
 
     @abstractmethod
     def tasks(self, split: str) -> Sequence[Task]:
-        """The tasks of a split, always in the same order. Raises UserError for an unknown split."""
+        """The tasks of a split, in a fixed order. Raises UserError for an unknown split."""
 
     @abstractmethod
     def make(self) -> Environment:
-        """A fresh environment."""
+        """Create an environment."""
 
     def fingerprint(self, split: str) -> str:
-        """Identifies a split's tasks and the rules they are played by: other fingerprints, results not comparable."""
+        """Hash of a split's tasks and rules (16 hex digits). Results are comparable only if fingerprints match."""
         tasks = [[task.id, dict(task.payload)] for task in self.tasks(split)]
         content = json.dumps([tasks, self.max_turns, dict(self.rules_in_words())], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def rules_in_words(self) -> Mapping[str, Any]:
-        """Whatever else makes results comparable or not (wording, actions a turn ...), JSON-able."""
+        """Further settings that affect results (prompt style, actions per turn ...); JSON-serialisable."""
         return {}
 
     def for_people(self) -> TaskSet:
-        """The same tasks as a person would like to be shown them (`skillsd envs play`)."""
+        """The same tasks, rendered for human players (`skillsd envs play`)."""
         return self
 
     def summariser(self) -> Callable[[Trajectory], Skill | None] | None:
-        """A rule-based summariser of this environment's trajectories (no language model), if it has one."""
+        """A rule-based summariser of this environment's trajectories (no language model), or None."""
         return None
 
     def oracle(self, task: Task) -> str | None:
-        """A reference solution in words (the privileged context of OPSD), if there is one."""
+        """A reference solution as text (the privileged context of OPSD), or None."""
         return None
 
     def golden_skill(self, task: Task) -> Skill | None:
-        """The best skill that this task could have, if it is known: the oracle as a workflow.
+        """An ideal skill for this task, or None. By default, the oracle as the golden workflow.
 
-        Asks whether a model follows skills at all (the check of a warm start); never a part of training. Override it
-        where the skills that the summariser writes look different from the oracle.
+        Used to check after a warm start that the model follows skills; never used in training. Override it if the
+        summariser's skills are formatted differently from the oracle.
         """
         oracle = self.oracle(task)
         return Skill("", "", oracle) if oracle else None
 
     def scenario(self, task: Task) -> str | None:
-        """Name of the scenario that the task is a variant of, if tasks come as variants of scenarios."""
+        """Name of the task's scenario, for environments whose tasks are variants of scenarios; else None."""
         return None
 
     def secrets(self, task: Task) -> Sequence[str]:
-        """What no skill of the task may say: its final answer, say. A skill that does is refused.
+        """Strings that must not appear in a skill for this task, such as its final answer.
 
-        Name only what is telling: with "3" as a secret, every skill that says "3" is refused.
+        Skills that contain one are rejected. List only distinctive strings: the secret "3" would reject every skill
+        that contains a 3.
         """
         return ()
 
     def demonstrations(self, split: str, *, seed: int, **options: Any) -> Iterator[Demonstration]:
-        """An endless stream of episodes to imitate in the warm start."""
-        raise NotImplementedError(f"environment {self.name!r} brings no demonstrations")
+        """An infinite stream of demonstrations for the warm start."""
+        raise NotImplementedError(f"environment {self.name!r} has no demonstrations")

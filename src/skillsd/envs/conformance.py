@@ -1,6 +1,6 @@
-"""Does an environment keep the promises of `skillsd.envs.base`? For anyone who writes one.
+"""Checks an environment against the contract in `skillsd.envs.base`. For authors of environments.
 
-Put ``assert_conforms(MyTaskSet())`` into a test. Each problem says what was expected and what was found.
+Call ``assert_conforms(MyTaskSet())`` in a test. Each problem states what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from skillsd.errors import UserError
 from skillsd.types import TRAIN_SPLIT, Message, Task
 
 BAD_ACTIONS = ("", "   \n", "word " * 20_000, "\N{SNOWMAN}\u202e\x00", "<action>", "no such action at all")
-"""Texts that a model does produce, and that must be answered in words."""
+"""Invalid actions of the kind that models produce. `step` has to respond with an observation, not an exception."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A broken promise.
+    """A contract violation.
 
     Attributes:
-        check: short name of the check, the same in every version.
-        message: what was expected, and what was found.
+        check: short name of the check, stable across versions.
+        message: what was expected and what was found.
     """
 
     check: str
@@ -44,19 +44,19 @@ def check(
     seed: int = 0,
     actions: Sequence[str] = (),
 ) -> list[Problem]:
-    """Every promise that is found broken; an empty list if all are kept.
+    """Run all checks. Returns the violations found; empty if there are none.
 
     Args:
-        split: where the tasks to play come from; ``train`` by default.
-        episodes: tasks to play.
-        seed: of the episodes, and of the choice of actions.
-        actions: texts that make sense in this environment; without them only nonsense is played, and most of
-            the environment stays unseen. The actions of ``task_set.shortcuts``, if any, are used too.
+        split: split to take the tasks from; ``train`` by default.
+        episodes: number of tasks to play.
+        seed: seed of the episodes and of the choice of actions.
+        actions: valid actions in this environment. Without them only invalid actions are tried, which covers little
+            of the environment. The actions in ``task_set.shortcuts``, if any, are added.
     """
     checker = _Checker(task_set)
     checker.check_tasks()
     if checker.problems:
-        return list(checker.problems)  # episodes need tasks that can be trusted
+        return list(checker.problems)  # the episode checks rely on valid tasks
     tasks = list(task_set.tasks(split or TRAIN_SPLIT))[:episodes]
     shortcuts: dict[str, str] = dict(getattr(task_set, "shortcuts", {}))
     useful = [*actions, *shortcuts.values()] or ["no such action"]
@@ -65,15 +65,15 @@ def check(
 
 
 def assert_conforms(task_set: TaskSet, **options: Any) -> None:
-    """Raise AssertionError with every broken promise. The options are those of `check`."""
+    """Raise AssertionError listing every violation. The options are those of `check`."""
     problems = check(task_set, **options)
     if problems:
         listed = "\n".join(f"- {problem}" for problem in problems)
-        raise AssertionError(f"{type(task_set).__name__} breaks {len(problems)} promises:\n{listed}")
+        raise AssertionError(f"{type(task_set).__name__} fails {len(problems)} checks:\n{listed}")
 
 
 class _Checker:
-    """Collects problems. The keys of a dict keep their order, and the same problem is told once."""
+    """Collects problems, in order and without duplicates (as the keys of a dict)."""
 
     def __init__(self, task_set: TaskSet) -> None:
         self._task_set = task_set
@@ -84,7 +84,7 @@ class _Checker:
             self.problems[Problem(name, f"expected {expected}; found {found!s:.200}")] = None
 
     def check_tasks(self) -> None:
-        """What can be seen without playing."""
+        """Checks that need no episode."""
         turns, splits = self._task_set.max_turns, self._task_set.splits
         self._expect(isinstance(turns, int) and turns > 0, "max_turns", "a positive int", repr(turns))
         self._expect(TRAIN_SPLIT in splits, "splits", f"{TRAIN_SPLIT!r} among the splits", splits)
@@ -97,15 +97,17 @@ class _Checker:
             again = list(self._task_set.tasks(split))
             self._expect(bool(tasks), "tasks", f"tasks in split {split!r}", "none")
             self._expect(len(set(ids)) == len(ids), "unique_ids", f"unique ids in split {split!r}", "repeats")
-            self._expect(again == tasks, "stable_tasks", f"the same {split!r} tasks at every call", "others")
+            self._expect(again == tasks, "stable_tasks", f"the same {split!r} tasks on every call", "different tasks")
             self._expect(not shared, "disjoint", "no task in two splits", f"{shared[:3]} in {split!r} too")
             owner.update(dict.fromkeys(ids, split))
             for task in tasks:
                 self._expect(task.split == split, "task_split", f"task.split {split!r}", repr(task.split))
-                self._expect(_is_json(task.payload), "payload", "a JSON-able payload", repr(task.payload))
+                self._expect(_is_json(task.payload), "payload", "a JSON-serialisable payload", repr(task.payload))
                 secrets = self._task_set.secrets(task)
                 texts = not isinstance(secrets, str) and all(isinstance(secret, str) for secret in secrets)
-                self._expect(texts, "secrets", "a sequence of strings", repr(secrets))  # of a string: its letters
+                self._expect(
+                    texts, "secrets", "a sequence of strings", repr(secrets)
+                )  # a plain string would pass as a sequence
 
     def _check_unknown_split(self) -> None:
         found = "no error"
@@ -118,9 +120,9 @@ class _Checker:
         self._expect(False, "unknown_split", "UserError for an unknown split", found)
 
     async def check_episodes(self, tasks: list[Task], seed: int, useful: list[str]) -> None:
-        """Play each task twice in fresh environments, twice in one that is kept, and with nonsense."""
+        """Play each task twice in new environments, twice in a reused one, and with invalid actions."""
         make = self._task_set.make
-        kept = make()
+        reused = make()
         for number, task in enumerate(tasks):
             rng = random.Random(seed + number)
             script = [useful[int(rng.random() * len(useful))] for _ in range(self._task_set.max_turns)]
@@ -130,19 +132,21 @@ class _Checker:
                 first == second,
                 "deterministic",
                 "the same episode for the same task, seed and actions",
-                "another",
+                "a different episode",
             )
-            # Stop early, then start again: nothing may be left over.
-            await self._attempt("reset_again", kept, task, seed, script[:2])
-            third = await self._attempt("reset_again", kept, task, seed, script)
-            self._expect(first == third, "reset_again", "a fresh start from reset()", "traces of what went before")
+            # Abandon an episode, then reset: no state may carry over.
+            await self._attempt("reset_again", reused, task, seed, script[:2])
+            third = await self._attempt("reset_again", reused, task, seed, script)
+            self._expect(
+                first == third, "reset_again", "reset() to clear all state", "another episode than in a new one"
+            )
             for bad in BAD_ACTIONS:
                 await self._attempt("bad_action", make(), task, seed, [bad])
         try:
-            await kept.close()
-            await kept.close()
+            await reused.close()
+            await reused.close()
         except Exception as error:
-            self._expect(False, "close", "close() to be harmless twice", repr(error))
+            self._expect(False, "close", "close() to be idempotent", repr(error))
 
     async def _attempt(
         self, name: str, environment: Environment, task: Task, seed: int, script: Sequence[str]
@@ -150,33 +154,33 @@ class _Checker:
         try:
             return await self._play(environment, task, seed, script)
         except Exception as error:
-            self._expect(False, name, "an answer in words to any action", repr(error))
+            self._expect(False, name, "no exception from reset() or step(), whatever the action", repr(error))
             return None
 
     async def _play(self, environment: Environment, task: Task, seed: int, script: Sequence[str]) -> list[Any]:
-        """Play the script and check what is promised of every step. Returns all that was answered."""
+        """Play the script and check every step. Returns the prompt and the steps."""
         prompt = await environment.reset(task, seed)
         good = isinstance(prompt, tuple) and bool(prompt) and all(isinstance(m, Message) for m in prompt)
         self._expect(good, "prompt", "a non-empty tuple of Message from reset()", repr(prompt))
-        answers: list[Any] = [prompt]
+        results: list[Any] = [prompt]
         for action in script:
             step = await environment.step(action)
-            answers.append(step)
+            results.append(step)
             self._check_step(step)
             if not isinstance(step, Step) or step.done:
                 break
-        return answers
+        return results
 
     def _check_step(self, step: Any) -> None:
         if not isinstance(step, Step):
             self._expect(False, "step", "a Step from step()", repr(step))
             return
-        words = isinstance(step.observation, str) and bool(step.observation.strip())
-        self._expect(words, "observation", "an observation in words", repr(step.observation))
+        has_text = isinstance(step.observation, str) and bool(step.observation.strip())
+        self._expect(has_text, "observation", "a non-empty text as the observation", repr(step.observation))
         self._expect(0 <= step.reward <= 1, "reward", "a reward in [0, 1]", step.reward)
         if step.success:
             self._expect(step.done and step.reward == 1, "success", "done and reward 1 with success", step)
-        self._expect(_is_json(step.info), "info", "a JSON-able info", repr(step.info))
+        self._expect(_is_json(step.info), "info", "a JSON-serialisable info", repr(step.info))
 
 
 def _is_json(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A person plays an environment in the terminal: the quickest way to see what the model sees."""
+"""Play an environment in the terminal (`skillsd envs play`): the quickest way to see what the model sees."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skillsd.types import Message, Task
 
 @dataclass(frozen=True)
 class Played:
-    """How a game ended: turns taken, the last reward, and whether it was a full success."""
+    """Result of a game: turns taken, the last reward, and full success."""
 
     turns: int
     reward: float
@@ -22,10 +22,10 @@ class Played:
 
 
 def find_task(task_set: TaskSet, split: str, index_or_id: int | str) -> Task:
-    """A task by its place in the split (from 0, a negative one counts from the end) or its id.
+    """A task by its id or its index in the split (from 0; negative indices count from the end).
 
     Raises:
-        UserError: if there is no such task.
+        UserError: if the task does not exist.
     """
     tasks = task_set.tasks(split)
     by_id = {task.id: task for task in tasks}
@@ -49,14 +49,14 @@ def play(
     print: Callable[[str], None] = builtins.print,
     seed: int = 0,
 ) -> Played:
-    """Play one task until it is over or the person quits.
+    """Play one task until it is done or the player quits.
 
-    A line is the action, as a model would write it; a key of ``task_set.shortcuts`` (if it has any) stands
-    for its action. ``q`` quits, ``r`` restarts, ``?`` helps, unless a shortcut has that key; the end of the
-    input or Ctrl-C quits too. Where a step's info holds a ``board``, it is shown.
+    Each input line is an action, as a model would write it, or a key of ``task_set.shortcuts`` (if defined). ``q``
+    quits, ``r`` restarts and ``?`` shows the keys, unless a shortcut uses the same key; end of input and Ctrl-C also
+    quit. ``info["board"]``, if present, is printed.
 
     Raises:
-        UserError: if there is no such task.
+        UserError: if the task does not exist.
     """
     task = find_task(task_set, split, index_or_id)
     return asyncio.run(_play(task_set, task, input, print, seed))

@@ -1,7 +1,7 @@
-"""Find environments by name. Third parties register theirs under the entry point group `skillsd.environments`.
+"""Find environments by name. Other packages register theirs under the entry point group `skillsd.environments`.
 
-An environment's package may bring two more modules: ``setup``, whose function ``setup`` is run by `skillsd envs setup
-NAME`, and ``doctor``, whose function ``report`` adds lines to `skillsd doctor`.
+An environment's package can define two optional modules: ``setup``, whose function ``setup`` implements `skillsd envs
+setup NAME`, and ``doctor``, whose function ``report`` returns lines for `skillsd doctor`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def setup_of(name: str) -> Callable[..., None]:
     """The function that `skillsd envs setup NAME` runs.
 
     Raises:
-        UserError: if there is no such environment, or it needs no set-up.
+        UserError: if the environment does not exist or needs no set-up.
     """
     targets = plugins.registered(plugins.ENVIRONMENTS)
     if name not in targets:
@@ -37,24 +37,24 @@ def setup_of(name: str) -> Callable[..., None]:
 
 
 def doctor_reports() -> dict[str, list[str]]:
-    """Environment -> its lines in `skillsd doctor`, of those that have something to say."""
+    """Environment name -> its lines in `skillsd doctor`; environments without a report are left out."""
     reports: dict[str, list[str]] = {}
     for name, target in plugins.registered(plugins.ENVIRONMENTS).items():
         try:
             report = _hook(target, "doctor", "report")
             lines = report() if report else []
-        except Exception as error:  # a third party's package: the others are reported all the same
-            lines = [f"can't be examined: {error}"]
+        except Exception as error:  # a fault in another package must not hide the other reports
+            lines = [f"the report failed: {error}"]
         if lines:
             reports[name] = lines
     return reports
 
 
 def _hook(target: str, module: str, function: str) -> Callable[..., Any] | None:
-    """A function in a module beside the environment's own; None if there is no such module or function.
+    """A function in a submodule of the environment's package; None if the module or function does not exist.
 
     Raises:
-        UserError: if the module is there and can't be imported.
+        UserError: if the module exists but can't be imported.
     """
     path = f"{target.partition(':')[0]}.{module}"
     try:
@@ -67,10 +67,10 @@ def _hook(target: str, module: str, function: str) -> Callable[..., Any] | None:
 
 
 def load(name: str, options: dict[str, Any] | None = None) -> TaskSet:
-    """The task set called `name`, or given as ``module:Class``, made with `options`.
+    """Create the task set registered as `name`, or given as ``module:Class``, with `options`.
 
     Raises:
-        UserError: if there is no such environment, or it does not take these options.
+        UserError: if the environment does not exist or does not accept the options.
     """
     targets = plugins.registered(plugins.ENVIRONMENTS)
     factory = plugins.find("environment", name, targets, targets)

@@ -41,7 +41,7 @@ _PAGES = ("page_index", "page_limit")
 _STATUS = {
     "400": "bad request",
     "401": "not authorised",
-    "403": "held_out",
+    "403": "forbidden",
     "404": "not found",
     "409": "conflict",
     "422": "wrong or missing arguments",

@@ -1,8 +1,7 @@
-"""The rules of Sokoban: an immutable level, its states, what a move does, and which states are surely lost.
+"""The rules of Sokoban: levels (immutable), states, moves, and detection of deadlocks.
 
-Cells are ints, ``row * width + column``, 0-based over the whole room with its border. A state is
-``(player, boxes)`` with the boxes sorted, so equal positions are equal tuples. A move is an index into
-`MOVES`.
+Cells are ints, ``row * width + column``, 0-based, border included. A state is ``(player, boxes)`` with sorted boxes, so
+equal positions are equal tuples. A move is an index into `MOVES`.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ _LEGAL = "#.$*@+ -_"
 
 @dataclass(frozen=True)
 class Level:
-    """A level: the room, and where everything stands at the start.
+    """A level: the room and the initial positions.
 
     Attributes:
         height, width: size of the room in cells, border included.
-        walls, targets, boxes: sorted cells. There are as many boxes as targets, at least one.
+        walls, targets, boxes: sorted cells. The numbers of boxes and targets are equal and at least 1.
         player: the player's cell.
     """
 
@@ -42,11 +41,12 @@ class Level:
 
     @classmethod
     def from_rows(cls, rows: Sequence[str]) -> Level:
-        """Read standard ASCII (XSB) rows: ``#`` wall, ``.`` target, ``$`` box, ``*`` box on target, ``@``
-        player, ``+`` player on target; space, ``-`` or ``_`` is floor. Short rows are padded with floor.
+        """Parse standard ASCII (XSB) rows: ``#`` wall, ``.`` target, ``$`` box, ``*`` box on target, ``@`` player,
+        ``+`` player on target; space, ``-`` or ``_`` is floor. Short rows are padded with floor.
 
         Raises:
-            UserError: for an unknown symbol, not exactly one player, or not as many boxes (>= 1) as targets.
+            UserError: for an unknown symbol, a number of players other than 1, or if the numbers of boxes and targets
+                differ or are 0.
         """
         height, width = len(rows), max((len(row) for row in rows), default=0)
         cells: dict[str, list[int]] = {symbol: [] for symbol in _LEGAL}
@@ -61,16 +61,18 @@ class Level:
         if len(players) != 1:
             raise UserError(f"level has {len(players)} players (@ or +); expected exactly 1")
         if not boxes or len(boxes) != len(targets):
-            raise UserError(f"level has {len(boxes)} boxes and {len(targets)} targets; expected as many, at least 1")
+            raise UserError(
+                f"level has {len(boxes)} boxes and {len(targets)} targets; expected equal numbers, at least 1"
+            )
         return cls(height, width, tuple(cells["#"]), targets, boxes, players[0])
 
     @property
     def start(self) -> State:
-        """The state in which the level begins."""
+        """The initial state."""
         return self.player, self.boxes
 
     def rows(self, state: State | None = None) -> list[str]:
-        """ASCII rows (XSB) of the given state, by default of the start."""
+        """ASCII rows (XSB) of a state; by default, of the initial state."""
         player, boxes = self.start if state is None else state
         grid = [" "] * (self.height * self.width)
         for cell in self.walls:
@@ -88,7 +90,7 @@ class Level:
         return "\n".join(self.rows(state))
 
     def at(self, state: State) -> Level:
-        """The same room with another start."""
+        """The same room with `state` as the initial state."""
         return Level(self.height, self.width, self.walls, self.targets, state[1], state[0])
 
     def cell_name(self, cell: int) -> str:
@@ -102,13 +104,13 @@ class Level:
 
     @cached_property
     def id(self) -> str:
-        """16 hex digits of the content's hash; rotated and mirrored levels share it."""
+        """Hash of the content, 16 hex digits; the same for rotated and mirrored levels."""
         smallest = min("\n".join(rows) for rows in symmetries(self.rows()))
         return hashlib.sha256(smallest.encode()).hexdigest()[:16]
 
     @cached_property
     def neighbours(self) -> tuple[tuple[int, int, int, int], ...]:
-        """``neighbours[cell][move]`` is the next cell, or -1 where a wall or the edge of the room is."""
+        """``neighbours[cell][move]`` is the next cell, or -1 at a wall or the edge of the room."""
         walls = frozenset(self.walls)
         table = []
         for cell in range(self.height * self.width):
@@ -123,22 +125,22 @@ class Level:
 
     @cached_property
     def floor(self) -> tuple[int, ...]:
-        """Cells that are not walls, sorted."""
+        """The cells that are not walls, sorted."""
         walls = frozenset(self.walls)
         return tuple(cell for cell in range(self.height * self.width) if cell not in walls)
 
     @cached_property
     def push_distance(self) -> dict[int, int]:
-        """Fewest pushes that bring a lone box from a cell to any target, wherever the player stands.
+        """Cell -> fewest pushes that move a single box from there to any target, ignoring the player's position.
 
-        Found by pulling boxes away from the targets; a cell that is absent is a dead square: a box there can
-        never reach a target, whatever the other boxes do.
+        Computed by pulling boxes away from the targets. Absent cells are dead squares: a box there can never reach a
+        target, regardless of the other boxes.
         """
         distance = dict.fromkeys(self.targets, 0)
         frontier = list(self.targets)
         for box in frontier:
             for move in range(4):
-                # The box came from `back`, pushed the opposite way by a player who stood behind it.
+                # A push in the opposite direction moves the box from `back`, if the player can stand behind it.
                 back = self.neighbours[box][move]
                 if back < 0 or back in distance:
                     continue
@@ -148,7 +150,7 @@ class Level:
         return distance
 
     def play(self, state: State, move: int) -> State | None:
-        """The state after a move, or None if it is blocked. Only a push changes the boxes."""
+        """The state after a move, or None if the move is blocked. Only pushes change the boxes."""
         player, boxes = state
         ahead = self.neighbours[player][move]
         if ahead < 0:
@@ -163,22 +165,22 @@ class Level:
         return ahead, tuple(sorted(beyond if box == ahead else box for box in boxes))
 
     def is_solved(self, state: State) -> bool:
-        """Every box stands on a target."""
+        """Whether every box is on a target."""
         return state[1] == self.targets
 
     def on_target(self, state: State) -> int:
-        """Number of boxes that stand on a target."""
+        """Number of boxes on targets."""
         return sum(box in self.targets for box in state[1])
 
     def is_dead(self, state: State) -> bool:
-        """Whether the state is surely lost. Sound, but not complete: some lost states are not recognised.
+        """Whether the state is a recognised deadlock. Sound but incomplete: some unsolvable states are missed.
 
-        Two checks: a box on a dead square, and a box off target that is frozen by walls and other boxes.
+        Two checks: a box on a dead square, and a box off target that walls and other boxes freeze in place.
         """
         boxes = state[1]
         if any(box not in self.push_distance for box in boxes):
             return True
-        if len(boxes) == 1:  # a lone box that is frozen off target stands on a dead square
+        if len(boxes) == 1:  # a single box frozen off target is on a dead square
             return False
         frozen: set[int] = set()
         for box in boxes:
@@ -186,35 +188,35 @@ class Level:
         return any(box not in self.targets for box in frozen)
 
     def _frozen_with(self, box: int, boxes: frozenset[int]) -> set[int]:
-        """The boxes that hold `box` in place for ever, itself included; empty if it may be moved."""
-        held: set[int] = set()
-        stood = frozenset({box})
+        """The boxes that freeze `box` in place, including itself; empty if it may be movable."""
+        frozen: set[int] = set()
+        assumed = frozenset({box})
         for axis in ((0, 1), (2, 3)):
-            holders = self._blocked(box, axis, boxes, stood)
-            if holders is None:
+            blockers = self._blocked(box, axis, boxes, assumed)
+            if blockers is None:
                 return set()
-            held |= holders
-        return held | {box}
+            frozen |= blockers
+        return frozen | {box}
 
     def _blocked(
-        self, box: int, axis: tuple[int, int], boxes: frozenset[int], stood: frozenset[int]
+        self, box: int, axis: tuple[int, int], boxes: frozenset[int], assumed: frozenset[int]
     ) -> set[int] | None:
-        """The boxes that keep `box` from ever moving usefully along `axis`; None if it may move.
+        """The boxes that prevent `box` from ever moving usefully along `axis`; None if it may move.
 
-        `stood` are the boxes already assumed to be immovable on the way here: they count as walls, which
-        ends the recursion and is right because they all are frozen together or none is.
+        `assumed` are the boxes assumed immovable further up the recursion. They count as walls: this ends the
+        recursion, and is correct because either all of them are frozen or none is.
         """
         one, other = self.neighbours[box][axis[0]], self.neighbours[box][axis[1]]
-        if one < 0 or other < 0 or one in stood or other in stood:
+        if one < 0 or other < 0 or one in assumed or other in assumed:
             return set()
         if one not in self.push_distance and other not in self.push_distance:
-            return set()  # both ways lead to a dead square
+            return set()  # both directions lead to dead squares
         across = (2, 3) if axis == (0, 1) else (0, 1)
         for neighbour in (one, other):
             if neighbour in boxes:
-                holders = self._blocked(neighbour, across, boxes, stood | {box})
-                if holders is not None:
-                    return holders | {neighbour}
+                blockers = self._blocked(neighbour, across, boxes, assumed | {box})
+                if blockers is not None:
+                    return blockers | {neighbour}
         return None
 
 
@@ -228,7 +230,7 @@ def symmetries(rows: Sequence[str]) -> Iterator[list[str]]:
 
 
 def count_pushes(level: Level, state: State, moves: Sequence[int]) -> int:
-    """How many of the moves, played from `state`, push a box.
+    """Number of pushes among the moves, played from `state`.
 
     Raises:
         ValueError: if a move is blocked.

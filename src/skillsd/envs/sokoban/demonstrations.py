@@ -1,8 +1,8 @@
-"""Episodes to imitate in the warm start: weak and strong play, with and without a skill to follow.
+"""Demonstrations for the warm start: weak and strong play, with and without a skill to follow.
 
-A base model for studying skills has to know three things before RL starts: the language of the environment,
-a little of the game (mostly careless play, some of it expert), and how to follow a skill that stands in its
-prompt. The levels are drawn fresh from the preset's distribution, and none of them is in any panel.
+To study skills, a base model needs three things before RL: the environment's language, basic competence (mostly
+careless play, some expert play), and the ability to follow a skill in its prompt. Levels are newly generated from the
+preset's distribution; none is in a panel.
 """
 
 from __future__ import annotations
@@ -12,34 +12,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 from skillsd.envs.sokoban import language
-from skillsd.envs.sokoban.actors import Actor, Expert, Follower, RecklessPusher
 from skillsd.envs.sokoban.board import Level, State
 from skillsd.envs.sokoban.game import Game, task_of
 from skillsd.envs.sokoban.levels import generate, panel_ids, pick, seeds, stable_seed
+from skillsd.envs.sokoban.policies import Expert, Follower, RecklessPusher, ScriptedPolicy
 from skillsd.envs.sokoban.presets import PRESETS, Preset
 from skillsd.envs.sokoban.solver import DistanceTable
 from skillsd.envs.sokoban.summarise import Mistake, find_mistakes, summarise_moves, without_loops
 from skillsd.errors import UserError, unknown_name
 from skillsd.types import TRAIN_SPLIT, Demonstration, DemonstrationTurn, Skill
 
-TRIES = 8
-"""Careless episodes that are played in search of a mistake, and imperfect ones in search of a success."""
+MAX_ATTEMPTS = 8
+"""Episodes played to find one with a mistake (careless play), or a success (imperfect expert play)."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the stream of demonstrations is made of. All shares are in [0, 1].
+    """Composition of the demonstrations. Shares are in [0, 1].
 
     Attributes:
-        expert_share: of the plain demonstrations, those by the expert; a reckless pusher acts in the others.
-        skill_share: of all demonstrations, those with a skill in their prompt.
-        mistake_share: of those with a skill, the ones whose skill holds nothing but a mistake.
-        warned_share: of those with a plan, the ones that also tell of a mistake.
-        noise: chance of a turn that strays from the plan: shown, but not to be learnt.
-        detours: the plans come from an expert that makes up to this share of random moves, since the skills
-        of RL
-            come from students, whose plans are not optimal either.
-        per_level: demonstrations on each level.
+        expert_share: share of expert play among demonstrations without a skill; the rest is careless play.
+        skill_share: share of all demonstrations that have a skill in the prompt.
+        mistake_share: of these, the share whose skill only warns of a mistake.
+        warned_share: of those with a plan, the share that also warns of a mistake.
+        noise: probability that a turn deviates from the plan. Such turns are in the context but not in the loss.
+        detours: plans come from an expert with up to this share of random moves, because the skills in RL come from
+            students, whose plans are not optimal either.
+        per_level: demonstrations per level.
     """
 
     expert_share: float = 0.13
@@ -61,14 +60,14 @@ class Options:
 
 
 def demonstrate(preset: str, rules: Preset, seed: int, **options: float) -> Iterator[Demonstration]:
-    """The endless stream; the same arguments give the same one. See `Options`.
+    """The infinite stream of demonstrations, deterministic given the arguments. See `Options`.
 
     Args:
-        preset: name of the distribution of levels.
-        rules: how episodes are played and worded, if it differs from the preset.
+        preset: name of the level distribution.
+        rules: the episodes' rules and prompt style; may differ from the preset's.
 
     Raises:
-        UserError: for an unknown option or a bad value.
+        UserError: for an unknown option or an invalid value.
     """
     known = [field.name for field in fields(Options)]
     for name in options:
@@ -83,15 +82,14 @@ def _stream(preset: str, rules: Preset, seed: int, options: Options) -> Iterator
         entry, table = generate(PRESETS[preset], level_seed)
         if entry.level.id in panels:
             continue
-        author = _Author(
-            entry.level, entry.moves, table, rules, options, random.Random(stable_seed("actors", level_seed))
-        )
+        rng = random.Random(stable_seed("actors", level_seed))  # part of the seed: renaming it changes the stream
+        author = _Author(entry.level, entry.moves, table, rules, options, rng)
         for _ in range(options.per_level):
             yield author.write()
 
 
 class _Author:
-    """Writes the demonstrations on one level."""
+    """Generates the demonstrations on one level."""
 
     def __init__(
         self,
@@ -118,12 +116,12 @@ class _Author:
         return self._perform(RecklessPusher(self._level, rng), None)
 
     def _warned(self, text: str, mistake: Mistake) -> Demonstration:
-        """Careless play that heeds one warning."""
-        actor = RecklessPusher(self._level, self._rng, refused=(mistake.player, mistake.move))
-        return self._perform(actor, Skill("", text, ""))
+        """Careless play that avoids the mistake its skill warns about."""
+        policy = RecklessPusher(self._level, self._rng, avoid=(mistake.player, mistake.move))
+        return self._perform(policy, Skill("", text, ""))
 
     def _guided(self) -> Demonstration:
-        """The plan of an imperfect success is followed; off the plan, the expert finds the way."""
+        """Play that follows the plan of an imperfect success; in states off the plan, expert play."""
         moves = self._success()
         skill = summarise_moves(self._level, moves, self._rules.style)
         assert skill is not None  # a success always has a plan
@@ -131,25 +129,24 @@ class _Author:
         plan = dict(zip(self._states(path), path, strict=False))
         if self._rng.random() < self._options.warned_share and (failure := self._failure()) is not None:
             text, mistake = failure
-            # A warning is about a push. Where the plan walks the same way, it would contradict it: leave it
-            # out.
+            # The warning concerns a push. If the plan makes the same move there as a step, the two would conflict.
             if (mistake.player, mistake.move) not in {(state[0], move) for state, move in plan.items()}:
                 both = " ".join(filter(None, (text, skill.mistake_analysis)))
                 skill = Skill(skill.success_analysis, both, skill.golden_workflow)
         return self._perform(Follower(plan, Expert(self._table, self._rng)), skill, noise=self._options.noise)
 
     def _success(self) -> list[int]:
-        """The moves of an expert who strays now and then; who does not, if straying fails again and again."""
-        for attempt in range(TRIES):
-            share = self._rng.random() * self._options.detours if attempt < TRIES - 1 else 0.0
+        """The moves of an expert with some random moves mixed in; the last attempt has none."""
+        for attempt in range(MAX_ATTEMPTS):
+            share = self._rng.random() * self._options.detours if attempt < MAX_ATTEMPTS - 1 else 0.0
             moves = self._play(Expert(self._table, self._rng), share)
             if self._level.is_solved(self._states(moves)[-1]):
                 return moves
-        raise AssertionError("an expert solves every level of the preset within max_steps")
+        raise AssertionError("the expert must solve every level of the preset within max_steps")
 
     def _failure(self) -> tuple[str, Mistake] | None:
-        """What a careless episode teaches, in words, and its decisive mistake; None if none was made."""
-        for _ in range(TRIES):
+        """The mistake analysis of a careless episode and its decisive mistake; None if no attempt has a mistake."""
+        for _ in range(MAX_ATTEMPTS):
             moves = self._play(RecklessPusher(self._level, self._rng), 0.0)
             mistakes = find_mistakes(self._level, self._states(moves), moves)
             if mistakes:
@@ -158,29 +155,27 @@ class _Author:
                 return skill.mistake_analysis, mistakes[0]
         return None
 
-    def _play(self, actor: Actor, random_share: float) -> list[int]:
-        """The moves of an episode that nobody is shown; some are random."""
+    def _play(self, policy: ScriptedPolicy, random_share: float) -> list[int]:
+        """The moves of an auxiliary episode, with a share of random moves. It is not part of the demonstrations."""
         state, moves = self._level.start, list[int]()
         while len(moves) < self._rules.max_steps and not self._level.is_solved(state):
-            strays = random_share > 0 and self._rng.random() < random_share
-            moves.append(int(self._rng.random() * 4) if strays else actor.move(state))
+            at_random = random_share > 0 and self._rng.random() < random_share
+            moves.append(int(self._rng.random() * 4) if at_random else policy.move(state))
             state = self._level.play(state, moves[-1]) or state
         return moves
 
-    def _perform(self, actor: Actor, skill: Skill | None, noise: float = 0.0) -> Demonstration:
+    def _perform(self, policy: ScriptedPolicy, skill: Skill | None, noise: float = 0.0) -> Demonstration:
         game = Game(self._level, self._rules)
         turns = []
         while not game.done:
-            stray = self._harmless(game.state) if noise > 0 and self._rng.random() < noise else []
-            move = pick(self._rng, stray) if stray else actor.move(game.state)
-            action = language.say(move, self._rules.style)
-            turns.append(DemonstrationTurn(action, game.step(action).observation, learn=not stray))
+            noisy = self._solvable_moves(game.state) if noise > 0 and self._rng.random() < noise else []
+            move = pick(self._rng, noisy) if noisy else policy.move(game.state)
+            action = language.action_text(move, self._rules.style)
+            turns.append(DemonstrationTurn(action, game.step(action).observation, learn=not noisy))
         return Demonstration(self._task, self._prompt, tuple(turns), skill)
 
-    def _harmless(self, state: State) -> list[int]:
-        """The moves after which the level can still be solved: from a lost one there is nothing to be
-        learnt.
-        """
+    def _solvable_moves(self, state: State) -> list[int]:
+        """The moves that leave the level solvable. Noise must not end in a deadlock: nothing useful follows one."""
         level = self._level
         return [move for move in range(4) if (level.play(state, move) or state) in self._table.moves]
 

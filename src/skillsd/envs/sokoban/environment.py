@@ -1,4 +1,4 @@
-"""The Sokoban task set and its environment, a thin shell around `skillsd.envs.sokoban.game`."""
+"""The Sokoban task set and its environment, a thin wrapper around `skillsd.envs.sokoban.game`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from skillsd.types import TRAIN_SPLIT, Demonstration, Message, Skill, Task, Traj
 
 
 class SokobanEnvironment(Environment):
-    """Plays one `Game` at a time."""
+    """Runs one `Game` at a time."""
 
     def __init__(self, rules: Preset) -> None:
         self._rules = rules
         self._game: Game | None = None
 
     async def reset(self, task: Task, seed: int) -> tuple[Message, ...]:
-        """Start the task's level. Nothing is random, so the seed makes no difference.
+        """Start the task's level. The environment is deterministic: the seed is unused.
 
         Raises:
-            UserError: if the task's payload holds no legal level.
+            UserError: if the task's payload has no valid level.
         """
         self._game = Game(level_of(task), self._rules)
         return self._game.prompt()
@@ -42,13 +42,13 @@ class SokobanEnvironment(Environment):
 
 
 class Sokoban(TaskSet):
-    """Push all boxes onto the targets.
+    """Sokoban: push every box onto a target.
 
     Args:
-        preset: which levels, and the rules of an episode; see `skillsd.envs.sokoban.presets.PRESETS`.
-        style: ``terse``, ``objects`` or ``grid``; by default the preset's.
-        max_steps: moves in an episode; by default the preset's.
-        max_actions_per_turn: moves that one answer may hold; by default the preset's.
+        preset: the levels and rules; see `skillsd.envs.sokoban.presets.PRESETS`.
+        style: prompt style, ``terse``, ``objects`` or ``grid``; default: the preset's.
+        max_steps: maximum moves in an episode; default: the preset's.
+        max_actions_per_turn: maximum moves in one turn; default: the preset's.
 
     Raises:
         UserError: for an unknown preset or style, or a number below 1.
@@ -57,7 +57,7 @@ class Sokoban(TaskSet):
     name: ClassVar[str] = NAME
 
     shortcuts: ClassVar[Mapping[str, str]] = {"w": "Up", "a": "Left", "s": "Down", "d": "Right"}
-    """Keys for people, see `skillsd.envs.play`."""
+    """Keys for human players; see `skillsd.envs.play`."""
 
     def __init__(
         self,
@@ -90,11 +90,11 @@ class Sokoban(TaskSet):
         return self.rules.max_steps
 
     def tasks(self, split: str) -> Sequence[Task]:
-        """The levels of a split, easy to hard."""
+        """The levels of a split, from easy to hard."""
         if split not in self.splits:
             raise unknown_name(f"split of Sokoban {self.preset}", split, self.splits)
         if split not in self._tasks:
-            # Imported late, or `python -m skillsd.envs.sokoban.levels` would run a second copy of itself.
+            # Imported here: at the top, `python -m skillsd.envs.sokoban.levels` would import its own module twice.
             from skillsd.envs.sokoban.levels import panel
 
             entries = panel(self.preset)[split]
@@ -106,7 +106,7 @@ class Sokoban(TaskSet):
         return {"style": rules.style, "max_actions_per_turn": rules.max_actions_per_turn}
 
     def for_people(self) -> Sokoban:
-        """With the room as a picture."""
+        """The same tasks with the room drawn as a grid."""
         rules = self.rules
         return Sokoban(self.preset, "grid", rules.max_steps, rules.max_actions_per_turn)
 
@@ -114,24 +114,24 @@ class Sokoban(TaskSet):
         return SokobanEnvironment(self.rules)
 
     def summariser(self) -> Callable[[Trajectory], Skill | None]:
-        """Rules that word what an episode teaches; they know no better plan than the one that was played."""
+        """The rule-based summariser. It doesn't use the solver: plans come from the trajectory alone."""
         return summariser(self.rules.style)
 
     def oracle(self, task: Task) -> str | None:
-        """An optimal plan, worded like a skill's golden workflow; None if the level can't be solved."""
+        """An optimal plan in the format of a skill's golden workflow; None if the level is unsolvable."""
         level = level_of(task)
         moves = solve(level)
         return None if moves is None else language.plan(level, level.start, moves, self.rules.style)
 
     def demonstrations(self, split: str, *, seed: int, **options: Any) -> Iterator[Demonstration]:
-        """Episodes on fresh levels that are in no panel: careless play, expert play, and skills followed.
+        """Demonstrations on newly generated levels that are in no panel: careless play, expert play, skill following.
 
-        The options (shares, noise) are those of `skillsd.envs.sokoban.demonstrations.Options`.
+        See `skillsd.envs.sokoban.demonstrations.Options` for the options.
 
         Raises:
-            UserError: for any split but ``train``, an unknown option or a bad value.
+            UserError: for a split other than ``train``, an unknown option or an invalid value.
         """
-        from skillsd.envs.sokoban.demonstrations import demonstrate  # late, for the same reason
+        from skillsd.envs.sokoban.demonstrations import demonstrate  # imported here for the same reason as `panel`
 
         if split != TRAIN_SPLIT:
             raise UserError(f"demonstrations are for the split {TRAIN_SPLIT!r} only; got {split!r}")

@@ -1,4 +1,4 @@
-"""One episode of Sokoban, synchronous and in memory, and its task."""
+"""One episode of Sokoban (synchronous), and the conversion between levels and tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAME = "sokoban"
 
 
 class Game:
-    """One episode: a level, its state, and the moves spent, under the rules (budget, style) of a preset."""
+    """One episode: a level, its state and the number of moves made, under a preset's rules (budget, style)."""
 
     def __init__(self, level: Level, rules: Preset) -> None:
         self.level = level
@@ -25,20 +25,21 @@ class Game:
 
     @property
     def done(self) -> bool:
-        """Solved, or no moves are left."""
+        """Whether the level is solved or no moves are left."""
         return self.steps >= self.rules.max_steps or self.level.is_solved(self.state)
 
     def prompt(self) -> tuple[Message, ...]:
-        """The first messages of the episode."""
+        """The episode's first prompt."""
         rules = self.rules
         text = language.prompt(self.level, rules.style, rules.max_steps, rules.max_actions_per_turn)
         return (Message("user", text),)
 
     def step(self, action: str) -> Step:
-        """Take an agent's text. After the end of the episode nothing moves any more.
+        """Apply the agent's text. Has no effect after the end of the episode.
 
-        ``info`` holds ``moves`` (words of the moves carried out, blocked ones included), ``board`` (ASCII
-        rows afterwards), ``boxes_moved`` (pushes), ``invalid`` and ``deadlock`` (the state is surely lost).
+        ``info`` has ``moves`` (names of the moves made, including blocked ones), ``board`` (ASCII rows after the
+        turn), ``boxes_moved`` (number of pushes), ``invalid`` (the text was not parsed) and ``deadlock`` (see
+        `Level.is_dead`).
         """
         level, rules = self.level, self.rules
         parsed = language.parse(action)
@@ -83,7 +84,7 @@ class Game:
 
 
 def level_of(task: Task) -> Level:
-    """The level in a task's payload. Raises UserError if there is none, or it is not legal."""
+    """The level in a task's payload. Raises UserError if it is missing or invalid."""
     rows = task.payload.get("level")
     if not isinstance(rows, str):
         raise UserError(f"Sokoban task {task.id!r} needs payload['level'], ASCII rows; got {task.payload!r}")
@@ -92,11 +93,11 @@ def level_of(task: Task) -> Level:
 
 @lru_cache(maxsize=4096)
 def _level(rows: str) -> Level:
-    # Levels are immutable, and what they derive (neighbours, dead squares) costs more than an episode's moves: a
-    # group's episodes, and a task's visits, share one.
+    # Levels are immutable, and their derived tables (neighbours, dead squares) cost more than an episode's moves:
+    # the episodes of a group, and later visits of the task, share one.
     return Level.from_rows(rows.split("\n"))
 
 
 def task_of(level: Level, split: str, moves: int) -> Task:
-    """The task of playing a level whose optimal solution takes `moves`."""
+    """The task for a level whose optimal solution has `moves` moves (the difficulty)."""
     return Task(level.id, NAME, split, {"level": level.ascii()}, float(moves))

@@ -1,8 +1,9 @@
-"""How levels, states and answers are put into words, and how an agent's text is read.
+"""Prompts and observations as text, and parsing of the agent's text.
 
-Three styles. ``terse`` is for tiny models: a turn is a handful of tokens, and the walls and targets stand in
-the prompt only. ``objects`` and ``grid`` are for language models: plain English, the state as a list or as a
-picture.
+Three styles. ``terse`` is for tiny models: a turn is a few tokens, and walls and targets appear in the prompt only.
+``objects`` and ``grid`` are for language models: English prose, with the state as a list or as an ASCII grid.
+
+Results depend on the exact wording: changing a text invalidates comparisons with earlier results.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ _CLOSING = re.compile("</action>|</answer>")
 
 
 def parse(text: str) -> list[int] | None:
-    """The moves in an agent's text, as indices into `MOVES`; None if it can't be read.
+    """Parse the agent's text into moves (indices into `MOVES`); None if it is invalid.
 
-    Only the last ``<action>`` or ``<answer>`` tag counts, or the whole text if there is none; a tag need not
-    be closed (generation often stops at the closing one). Case does not matter; moves are separated by
-    commas, ``||`` or white space. A single unknown word makes the whole text invalid: guessing what was
-    meant would teach sloppiness.
+    Reads the last ``<action>`` or ``<answer>`` tag, or the whole text if there is none. The closing tag is optional
+    (generation often stops at it). Case-insensitive; moves are separated by commas, ``||`` or white space. One unknown
+    word makes the whole text invalid: a lenient parser would reward sloppy output.
     """
     lowered = text.lower()
     start = max(lowered.rfind(tag) for tag in _OPENING)
@@ -39,13 +39,13 @@ def parse(text: str) -> list[int] | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the answer to a turn has to tell.
+    """The facts of a turn that its observation reports.
 
     Attributes:
-        moves: the moves that were carried out, blocked ones included.
-        blocked: those of them that a wall or a box blocked.
-        invalid: the text could not be read.
-        dropped: number of moves that were given beyond the most that a turn may hold.
+        moves: the moves made, including blocked ones.
+        blocked: the moves blocked by a wall or a box.
+        invalid: whether parsing failed.
+        dropped: number of moves ignored because they exceed the limit per turn.
         steps_left: moves left in the episode.
     """
 
@@ -57,7 +57,7 @@ class Answer:
 
 
 def standing(level: Level, state: State) -> str:
-    """Boxes, then the player: ``$r2c3 @r3c1``; ``*`` is a box on a target, ``+`` the player on one."""
+    """The boxes, then the player: ``$r2c3 @r3c1``; ``*`` is a box on a target, ``+`` the player on one."""
     player, boxes = state
     names, targets = level.names, level.targets
     parts = [("*" if box in targets else "$") + names[box] for box in boxes]
@@ -66,7 +66,7 @@ def standing(level: Level, state: State) -> str:
 
 
 def inner_walls(level: Level) -> list[int]:
-    """The walls that are not part of the room's border."""
+    """The walls that are not part of the border."""
     return [
         cell
         for cell in level.walls
@@ -75,12 +75,12 @@ def inner_walls(level: Level) -> list[int]:
 
 
 def picture(level: Level, state: State) -> str:
-    """The room as rows of symbols, floor as ``_`` (blanks are easily lost on the way to a model)."""
+    """The room as rows of symbols, with floor as ``_`` (blanks are easily lost on the way to the model)."""
     return level.ascii(state).replace(" ", "_")
 
 
 def prompt(level: Level, style: Style, max_steps: int, max_actions: int) -> str:
-    """The only message of a fresh episode's prompt."""
+    """The episode's first prompt, a single message."""
     if style == "terse":
         walls = [f"#{level.names[cell]}" for cell in inner_walls(level)]
         targets = [f".{level.names[cell]}" for cell in level.targets]
@@ -149,16 +149,16 @@ def _objects(level: Level, state: State) -> str:
     return f"Boxes: {listed}\nYou: {level.names[player]}{here}"
 
 
-def say(move: int, style: Style) -> str:
-    """An agent's text that makes one move."""
+def action_text(move: int, style: Style) -> str:
+    """The agent's text for one move."""
     return MOVES[move] if style == "terse" else f"<action>{MOVES[move]}</action>"
 
 
 def plan(level: Level, state: State, moves: Sequence[int], style: Style) -> str:
-    """A way of playing from `state`, in the words of a skill or an oracle.
+    """A sequence of moves from `state` as text, for skills and oracles.
 
-    ``@r2c2 Right @r2c3 Up`` for the terse style. In prose the walks between pushes are named by where they
-    lead, and every push by the box, the direction and the number of cells.
+    Terse style: ``@r2c2 Right @r2c3 Up``. Prose styles: each walk between pushes with its destination, each push with
+    the box, the direction and the number of cells.
     """
     if style == "terse":
         words = []
@@ -169,7 +169,7 @@ def plan(level: Level, state: State, moves: Sequence[int], style: Style) -> str:
         return " ".join(words)
     sentences: list[str] = []
     walk: list[str] = []
-    last: tuple[int, int, int] | None = None  # where the box stands now, direction, cells pushed so far
+    last: tuple[int, int, int] | None = None  # the box's current cell, direction, cells pushed so far
     for move in moves:
         after = level.play(state, move)
         if after is None:

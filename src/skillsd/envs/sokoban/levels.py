@@ -1,12 +1,11 @@
-"""Levels from explicit seeds, and the panels: the fixed sets of levels that ship with the package.
+"""Seeded level generation, and the panels: the fixed sets of levels in the package.
 
-A level is found by playing backwards: in a random room, all states from which it can be solved are reached
-from the solved ones by walking back and pulling, and the start is drawn among those at an allowed distance.
-So the difficulty, the length of the optimal solution, is exact and comes for free.
+Generation works backwards: in a random room, a search from the solved states (stepping back and pulling) enumerates all
+solvable states, and the initial state is drawn from those at an allowed distance. The difficulty (length of the optimal
+solution) is therefore exact and needs no further search.
 
-The same seed gives the same level in every process and every Python version: all randomness is `random()` and
-`getrandbits()` of `random.Random(int)`, whose streams Python guarantees, and no order of a set or a hash is
-used.
+A seed gives the same level in every process and Python version: all randomness comes from `random()` of
+`random.Random(int)`, whose stream Python guarantees, and nothing depends on set order or hashes.
 
 Rebuild the panels with ``python -m skillsd.envs.sokoban.levels build [--preset NAME]``.
 """
@@ -34,18 +33,18 @@ T = TypeVar("T")
 
 
 def pick(rng: random.Random, items: Sequence[T]) -> T:
-    """One of the items, uniformly. Unlike `Random.choice`, the draw never changes between Python versions."""
+    """A uniform random item. Unlike `Random.choice`, stable across Python versions."""
     return items[int(rng.random() * len(items))]
 
 
 def stable_seed(*parts: object) -> int:
-    """A 48-bit seed from words and numbers, the same everywhere (unlike `hash`)."""
+    """A 48-bit seed from strings and numbers; unlike `hash`, the same in every process."""
     return int(hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:12], 16)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A level of a panel, its optimal solution's moves, and that solution's (fewest) pushes."""
+    """A level with the number of moves of its optimal solution, and the fewest pushes among optimal solutions."""
 
     level: Level
     moves: int
@@ -53,7 +52,7 @@ class Entry:
 
 
 def generate(preset: Preset, seed: int) -> tuple[Entry, DistanceTable]:
-    """The level of a seed, and the distances of all solvable states of its room. Any int is a good seed."""
+    """Generate the level of a seed (any int), with the distance table of its room."""
     rng = random.Random(seed)
     while True:
         room = _random_room(preset, rng)
@@ -63,16 +62,16 @@ def generate(preset: Preset, seed: int) -> tuple[Entry, DistanceTable]:
         longest = min(preset.longest, len(table.layers) - 1)
         if longest < preset.shortest:
             continue
-        # First the length, then a state of that length: else the most common length would swamp the others.
+        # Draw the length first, then a state at that distance; otherwise the most common length would dominate.
         moves = preset.shortest + int(rng.random() * (longest - preset.shortest + 1))
         start = pick(rng, table.layers[moves])
-        # A box that starts on a target would be a sub-goal reached for nothing.
+        # A box that starts on a target would earn reward without any action.
         if table.pushes[start] >= preset.min_pushes and room.on_target(start) == 0:
             return Entry(room.at(start), moves, table.pushes[start]), table
 
 
 def _random_room(preset: Preset, rng: random.Random) -> Level | None:
-    """A solved room with random inner walls and targets; None if too little floor is left."""
+    """A solved room with random inner walls and targets; None if it has too little floor."""
     height, width = preset.height, preset.width
     inside = [r * width + c for r in range(1, height - 1) for c in range(1, width - 1)]
     walls = {cell for cell in range(height * width) if cell not in inside}
@@ -84,13 +83,13 @@ def _random_room(preset: Preset, rng: random.Random) -> Level | None:
         return None
     spare = list(floor)
     targets = sorted(spare.pop(int(rng.random() * len(spare))) for _ in range(preset.boxes))
-    # Floor that nobody can ever reach becomes wall, so one puzzle has one picture and one id.
+    # Unreachable floor becomes wall, so that equivalent levels have the same text and id.
     outside = tuple(cell for cell in range(height * width) if cell not in floor)
     return Level(height, width, outside, tuple(targets), tuple(targets), spare[0])
 
 
 def _largest_region(floor: list[int], width: int) -> list[int]:
-    """The largest connected part of the floor (of equals the one with the lowest cell), sorted."""
+    """The largest connected region of the floor, sorted. Ties go to the region with the lowest cell."""
     best: list[int] = []
     left = set(floor)
     for first in floor:
@@ -109,7 +108,7 @@ def _largest_region(floor: list[int], width: int) -> list[int]:
 
 
 def draw(name: str, split: str, count: int, taken: set[str]) -> list[Entry]:
-    """`count` new levels of a split, easy to hard. Levels in `taken` are skipped, and the new ones added."""
+    """Draw `count` levels for a split, sorted from easy to hard. Skips ids in `taken` and adds the new ones to it."""
     entries: list[Entry] = []
     for seed in seeds(name, split):
         if len(entries) == count:
@@ -122,7 +121,7 @@ def draw(name: str, split: str, count: int, taken: set[str]) -> list[Entry]:
 
 
 def seeds(*parts: object) -> Iterator[int]:
-    """An endless stream of seeds that belongs to the given words and numbers."""
+    """An infinite sequence of seeds derived from the given strings and numbers."""
     first = stable_seed(*parts)
     while True:
         yield first
@@ -130,14 +129,14 @@ def seeds(*parts: object) -> Iterator[int]:
 
 
 def build(name: str) -> dict[str, list[Entry]]:
-    """Draw all splits of a preset. Levels in the stored panels of the presets before it are avoided."""
+    """Draw all splits of a preset, without levels that are in the stored panels of earlier presets."""
     earlier = list(PRESETS)[: list(PRESETS).index(name)]
     taken = {entry.level.id for other in earlier for split in panel(other).values() for entry in split}
     return {split: draw(name, split, count, taken) for split, count in PRESETS[name].splits.items()}
 
 
 def to_json(splits: dict[str, list[Entry]]) -> str:
-    """The text of a panel's file: one level a line, so that a diff can be read."""
+    """The content of a panel file: one level per line, for readable diffs."""
     blocks = []
     for split, entries in splits.items():
         lines = ",\n".join(
@@ -153,7 +152,7 @@ def to_json(splits: dict[str, list[Entry]]) -> str:
 
 @cache
 def panel(name: str) -> dict[str, tuple[Entry, ...]]:
-    """The stored panel of a preset: its levels by split. Raises UserError for an unknown preset."""
+    """A preset's stored panel, by split. Raises UserError for an unknown preset."""
     if name not in PRESETS:
         raise unknown_name("Sokoban preset", name, PRESETS)
     stored = json.loads((PANELS / f"{name}.json").read_text())
@@ -165,16 +164,16 @@ def panel(name: str) -> dict[str, tuple[Entry, ...]]:
 
 @lru_cache(maxsize=1)
 def panel_ids() -> frozenset[str]:
-    """Ids of all levels in all panels of all presets: none of them may be seen in the warm start."""
+    """Ids of all levels in all panels. The warm start excludes them."""
     stored = (json.loads((PANELS / f"{name}.json").read_text()) for name in PRESETS)
     return frozenset(row["id"] for splits in stored for rows in splits.values() for row in rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: rebuild one panel, or all in order."""
+    """Command line: rebuild one panel, or all of them in order."""
     parser = argparse.ArgumentParser(prog="python -m skillsd.envs.sokoban.levels")
     parser.add_argument("command", choices=["build"])
-    parser.add_argument("--preset", choices=list(PRESETS), help="only this one (default: all, in order)")
+    parser.add_argument("--preset", choices=list(PRESETS), help="rebuild only this preset [all, in order]")
     options = parser.parse_args(arguments)
     for name in [options.preset] if options.preset else PRESETS:
         splits = build(name)

@@ -1,4 +1,4 @@
-"""What kinds of levels there are, and how an episode on them is played."""
+"""Presets: level distributions with their panels and episode rules."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Preset:
     """A distribution of levels, the panels drawn from it, and the rules of an episode.
 
     Attributes:
-        height, width: size of the room in cells, its border of walls included.
-        boxes: number of boxes, and of targets.
-        max_steps: moves in an episode, blocked and invalid ones included.
+        height, width: size of the room in cells, including its border of walls.
+        boxes: number of boxes (and of targets).
+        max_steps: maximum moves in an episode, counting blocked and invalid ones.
         shortest, longest: range of the optimal solution's length in moves.
-        min_pushes: levels whose optimal solution pushes less often are refused.
-        min_walls, max_walls: a room has this many walls inside its border, all numbers equally likely. Empty
-            rooms are left out: there are so few different levels in them that the panels would use them up.
-        splits: number of levels by split; the order is the order in which they are drawn.
-        style: how states and answers are worded, see `skillsd.envs.sokoban.language`.
-        max_actions_per_turn: moves that one answer may hold.
+        min_pushes: minimum number of pushes in the optimal solution.
+        min_walls, max_walls: range of the number of inner walls, drawn uniformly. Rooms without inner walls are
+            excluded: they allow so few levels that the panels would exhaust them.
+        splits: number of levels by split, in the order in which they are drawn.
+        style: prompt style; see `skillsd.envs.sokoban.language`.
+        max_actions_per_turn: maximum moves in one turn.
         source: where the settings come from.
     """
 
@@ -89,9 +89,9 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             splits={"train": 96, "tune": 128, "test": 64, "test512": 512},
             style="grid",
             max_actions_per_turn=1,
-            # The paper gives room, boxes, steps and the sizes of train and test. Not given, ours: the
-            # lengths, the pushes, the walls, the wording, one move per turn. test512 is ours too: 64 levels
-            # are +-6 points.
+            # From the paper: room size, boxes, steps, sizes of train and test. Our choices, where it is silent:
+            # solution lengths, pushes, walls, prompt wording, one move per turn. test512 is also ours, because 64
+            # levels leave a standard error of about 6 points.
             source="arXiv 2604.10674, section on Sokoban; no code is public",
         ),
         "ragen": Preset(
@@ -108,9 +108,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             style="grid",
             max_actions_per_turn=5,
             # SimpleSokoban: dim 6x6, num_boxes 1, max_actions_per_traj 10 (config/envs.yaml),
-            # max_actions_per_turn 5 (config/base.yaml; its max_turn 5 has no counterpart here). RAGEN does
-            # not limit the solution's length; we keep it within the budget of moves, or a level could not be
-            # solved at all.
+            # max_actions_per_turn 5 (config/base.yaml; its max_turn 5 has no counterpart here). RAGEN doesn't limit
+            # the solution's length; we limit it to the move budget so that every level is solvable.
             source="RAGEN-AI/RAGEN config/envs.yaml (SimpleSokoban) and config/base.yaml; our levels",
         ),
         "verl-agent": Preset(
@@ -126,9 +125,9 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             splits={"train": 96, "tune": 64, "test": 128},
             style="grid",
             max_actions_per_turn=1,
-            # env.max_steps=15 (the script); dim_room [6, 6], num_boxes 1 (the environment's defaults there).
+            # env.max_steps=15 (in the script); dim_room [6, 6], num_boxes 1 (the defaults of its environment).
             source="verl-agent examples/gigpo_trainer/run_sokoban.sh; our levels",
         ),
     }
 )
-"""The presets by name. Panels are drawn in this order, each avoiding the levels of those before."""
+"""The presets by name. Panels are drawn in this order; each excludes the levels of the earlier ones."""

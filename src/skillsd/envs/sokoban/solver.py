@@ -1,4 +1,4 @@
-"""Optimal solutions in moves: A* for one level, and a table of every solvable state for small rooms."""
+"""Optimal solutions, by number of moves: A* for one level, and a table of all solvable states for small rooms."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from skillsd.envs.sokoban.board import OPPOSITE, Level, State
 
 
 def solve(level: Level, state: State | None = None, *, limit: int = 2_000_000) -> list[int] | None:
-    """A shortest solution in moves from `state` (default: the start), by A*; None if there is none.
+    """A shortest solution from `state` (default: the initial state) by A*; None if the level is unsolvable.
 
-    The estimate is the sum over boxes of the pushes that a lone box would need: each is a move, so it never
+    The heuristic is the sum over boxes of the pushes a single box would need. Every push is a move, so it never
     overestimates and the solution is optimal.
 
     Raises:
-        RuntimeError: after looking at `limit` states, so that a huge level can't hang a run.
+        RuntimeError: after visiting `limit` states, so that a large level can't hang a run.
     """
     start = level.start if state is None else state
     if level.is_dead(start):
@@ -23,7 +23,7 @@ def solve(level: Level, state: State | None = None, *, limit: int = 2_000_000) -
     distance = level.push_distance
     came: dict[State, tuple[State, int] | None] = {start: None}
     cost = {start: 0}
-    # Of equal estimates the deeper state goes first; the counter makes the order independent of the states.
+    # Ties: deeper states first, then insertion order (the counter), so states are never compared.
     heap = [(sum(distance[box] for box in start[1]), 0, 0, start)]
     counter = 0
     while heap:
@@ -43,7 +43,7 @@ def solve(level: Level, state: State | None = None, *, limit: int = 2_000_000) -
             cost[after] = moves_so_far + 1
             counter += 1
             if counter > limit:
-                raise RuntimeError(f"no solution within {limit} states; the level is too large for this solver")
+                raise RuntimeError(f"no solution found within {limit} states; the level is too large for this solver")
             estimate = moves_so_far + 1 + sum(distance[box] for box in after[1])
             heapq.heappush(heap, (estimate, -(moves_so_far + 1), counter, after))
     return None
@@ -60,12 +60,12 @@ def _path(came: dict[State, tuple[State, int] | None], end: State) -> list[int]:
 
 @dataclass(frozen=True)
 class DistanceTable:
-    """Every solvable state of a room (given its targets) and how far it is from solved.
+    """All solvable states of a room with its targets, with their distance to a solved state.
 
     Attributes:
-        moves: fewest moves to go; unsolvable states are absent.
-        pushes: fewest pushes among the solutions with the fewest moves.
-        layers: ``layers[d]`` lists the states that are d moves away, in a deterministic order.
+        moves: state -> fewest moves to a solved state; unsolvable states are absent.
+        pushes: state -> fewest pushes among the solutions with the fewest moves.
+        layers: ``layers[d]`` lists the states at distance d, in a deterministic order.
     """
 
     level: Level
@@ -74,7 +74,7 @@ class DistanceTable:
     layers: list[list[State]]
 
     def best_moves(self, state: State) -> list[int]:
-        """The optimal moves in a state, in the order of `MOVES`; empty if it is solved or can't be solved."""
+        """The optimal moves in a state, in the order of `MOVES`; empty if it is solved or unsolvable."""
         to_go = self.moves.get(state, 0)
         if to_go == 0:
             return []
@@ -86,10 +86,10 @@ class DistanceTable:
 
 
 def distance_table(level: Level) -> DistanceTable:
-    """Play backwards (walk back, pull) from all solved states, breadth first.
+    """Breadth-first search backwards (step back, pull) from all solved states.
 
-    Meant for rooms with a few thousand states: cells x ways to place the boxes. About 0.2 ms for one box in a
-    4x4 interior, 1-2 ms for two.
+    For rooms with a few thousand states (cells x box placements). About 0.2 ms for one box in a 4x4 interior, 1-2 ms
+    for two.
     """
     neighbours = level.neighbours
     targets = level.targets

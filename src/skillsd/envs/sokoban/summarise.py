@@ -1,9 +1,7 @@
-"""The rule-based summariser: what a finished episode teaches, in a few words, without a language model or a
-solver.
+"""The rule-based summariser: turns a finished episode into a short skill, without a language model or a solver.
 
-It replays the episode's moves from the task's level. It never looks for a better way than the one that was
-played:
-what the skill knows, the student has found itself.
+It replays the episode's moves on the task's level and never searches for a better solution: a skill contains only what
+the student found itself.
 """
 
 from __future__ import annotations
@@ -17,23 +15,21 @@ from skillsd.envs.sokoban.board import MOVES, Level, State, count_pushes
 from skillsd.envs.sokoban.presets import Style
 from skillsd.types import Skill, Trajectory
 
-MOST_MISTAKES = 2
-"""Pushes that a skill warns of. The first lost the level; what came after it matters little."""
+MAX_MISTAKES = 2
+"""Maximum number of pushes a skill warns about. The first one made the level unsolvable; later ones matter little."""
 
-CLEAR_LOOP = 3
-"""A loop is worth a word when a state was stood in this often."""
+MIN_LOOP_VISITS = 3
+"""A loop is reported once a state was visited this often."""
 
-LONGEST_LOOP = 4
-"""Cells of a loop that are named."""
+MAX_LOOP_CELLS = 4
+"""Maximum number of a loop's cells that a skill names."""
 
 _MOVE = {word: move for move, word in enumerate(MOVES)}
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A push that can't be made good: where the player stood, the move, and the box's cells before and
-    after.
-    """
+    """An irreversible push: the player's cell, the move, and the box's cells before and after."""
 
     player: int
     move: int
@@ -42,11 +38,11 @@ class Mistake:
 
 
 def summariser(style: Style) -> Callable[[Trajectory], Skill | None]:
-    """The summariser that words its skills in the given style."""
+    """The summariser for a prompt style."""
 
     def summarise(trajectory: Trajectory) -> Skill | None:
         if not trajectory.outcome.has_reward:
-            return None  # cut off by the infrastructure: what was left undone is not the student's mistake
+            return None  # an infrastructure failure: the episode is incomplete through no fault of the student
         level = Level.from_rows(str(trajectory.task.payload["level"]).split("\n"))
         moves = [_MOVE[word] for turn in trajectory.turns for word in turn.info.get("moves", ())]
         misread = sum(bool(turn.info.get("invalid")) for turn in trajectory.turns)
@@ -56,10 +52,10 @@ def summariser(style: Style) -> Callable[[Trajectory], Skill | None]:
 
 
 def summarise_moves(level: Level, moves: Sequence[int], style: Style, *, misread: int = 0) -> Skill | None:
-    """The skill of an episode in which `moves` were made, blocked ones included; None if it teaches nothing.
+    """The skill for an episode with these moves (including blocked ones); None if there is nothing to report.
 
     Args:
-        misread: number of answers that could not be read. Only the prose styles mention them.
+        misread: number of turns that could not be parsed. Only the prose styles mention them.
     """
     states = [level.start]
     for move in moves:
@@ -72,11 +68,11 @@ def summarise_moves(level: Level, moves: Sequence[int], style: Style, *, misread
     loop = _find_loop(level, states)
     workflow = language.plan(level, level.start, path, style)
     if style == "terse":
-        said = f"solved {len(path)} moves {count_pushes(level, level.start, path)} pushes" if solved else ""
+        success = f"solved {len(path)} moves {count_pushes(level, level.start, path)} pushes" if solved else ""
         warnings = [f"never @{level.names[m.player]} {MOVES[m.move]}" for m in mistakes]
         if loop:
             warnings.append("loop " + " ".join(f"@{level.names[cell]}" for cell in loop))
-        skill = Skill(said, " ".join(warnings), workflow)
+        skill = Skill(success, " ".join(warnings), workflow)
     else:
         skill = Skill(
             _success_in_prose(level, path, states[end], solved),
@@ -87,19 +83,18 @@ def summarise_moves(level: Level, moves: Sequence[int], style: Style, *, misread
 
 
 def without_loops(states: Sequence[State], moves: Sequence[int]) -> list[int]:
-    """The moves without detours: whenever a state is met again, what happened since the first time is cut
-    out.
+    """The moves without detours: when a state recurs, everything since its first visit is removed.
 
     Args:
-        states: ``states[i]`` is the state before ``moves[i]``; one state more than moves (or more).
+        states: ``states[i]`` is the state before ``moves[i]``; needs at least one state more than moves.
     """
     path: list[int] = []
-    depth = {states[0]: 0}  # state -> number of moves on the path that leads to it
+    depth = {states[0]: 0}  # state -> number of moves on the path to it
     visited = [states[0]]
     for move, state in zip(moves, states[1:], strict=False):
         if state in depth:
-            for forgotten in visited[depth[state] + 1 :]:
-                del depth[forgotten]
+            for removed in visited[depth[state] + 1 :]:
+                del depth[removed]
             del visited[depth[state] + 1 :]
             del path[depth[state] :]
         else:
@@ -110,9 +105,7 @@ def without_loops(states: Sequence[State], moves: Sequence[int]) -> list[int]:
 
 
 def _best_unsolved(level: Level, states: Sequence[State]) -> int:
-    """Index of the first state with the most boxes on targets that is not lost; 0 if none is better than the
-    start.
-    """
+    """Index of the first state, deadlocks excluded, with the most boxes on targets; 0 if none beats the start."""
     best, most = 0, level.on_target(states[0])
     for index, state in enumerate(states):
         if level.on_target(state) > most and not level.is_dead(state):
@@ -121,9 +114,9 @@ def _best_unsolved(level: Level, states: Sequence[State]) -> int:
 
 
 def find_mistakes(level: Level, states: Sequence[State], moves: Sequence[int]) -> list[Mistake]:
-    """The pushes that lost the level, the decisive one first; at most `MOST_MISTAKES`.
+    """The pushes that made the level unsolvable, the decisive one first; at most `MAX_MISTAKES`.
 
-    After the first, another one counts if it brought one more box onto a dead square.
+    A later push counts only if it moved another box onto a dead square.
     """
     mistakes: list[Mistake] = []
     for before, move, after in zip(states, moves, states[1:], strict=False):
@@ -131,7 +124,7 @@ def find_mistakes(level: Level, states: Sequence[State], moves: Sequence[int]) -
             continue
         if not level.is_dead(before) or _boxes_lost(level, after) > _boxes_lost(level, before):
             mistakes.append(Mistake(before[0], move, after[0], level.neighbours[after[0]][move]))
-            if len(mistakes) == MOST_MISTAKES:
+            if len(mistakes) == MAX_MISTAKES:
                 break
     return mistakes
 
@@ -141,10 +134,9 @@ def _boxes_lost(level: Level, state: State) -> int:
 
 
 def _find_loop(level: Level, states: Sequence[State]) -> list[int]:
-    """Where the player stood in the loop that was walked most often; empty if no state came up `CLEAR_LOOP`
-    times.
+    """The player's cells along the most repeated loop; empty if no state occurs `MIN_LOOP_VISITS` times.
 
-    Once the level is lost, walking about is no mistake any more and is not looked at.
+    Only states before the first deadlock count: after it, loops do no further harm.
     """
     alive = []
     for state in states:
@@ -154,14 +146,14 @@ def _find_loop(level: Level, states: Sequence[State]) -> list[int]:
     if not alive:
         return []
     counts = Counter(alive)
-    often = max(counts.values())
-    if often < CLEAR_LOOP:
+    most = max(counts.values())
+    if most < MIN_LOOP_VISITS:
         return []
-    state = next(state for state in alive if counts[state] == often)
+    state = next(state for state in alive if counts[state] == most)
     first = alive.index(state)
     again = alive.index(state, first + 1)
-    cells = dict.fromkeys(visited[0] for visited in alive[first:again])  # in order, each once
-    return list(cells)[:LONGEST_LOOP]
+    cells = dict.fromkeys(visited[0] for visited in alive[first:again])  # in order, without duplicates
+    return list(cells)[:MAX_LOOP_CELLS]
 
 
 def _success_in_prose(level: Level, path: Sequence[int], reached: State, solved: bool) -> str:
@@ -176,13 +168,13 @@ def _success_in_prose(level: Level, path: Sequence[int], reached: State, solved:
 
 def _mistakes_in_prose(level: Level, mistakes: Sequence[Mistake], loop: Sequence[int], misread: int) -> str:
     names = level.names
-    said = [
+    sentences = [
         f"Never push the box at {names[m.box]} {MOVES[m.move]} (standing at {names[m.player]}): "
         f"at {names[m.beyond]} it is stuck for good."
         for m in mistakes
     ]
     if loop:
-        said.append(f"Do not go round in circles: {', '.join(names[cell] for cell in loop)}.")
+        sentences.append(f"Do not go round in circles: {', '.join(names[cell] for cell in loop)}.")
     if misread:
-        said.append("Answer with legal moves only: an answer that can't be read costs a move.")
-    return " ".join(said)
+        sentences.append("Answer with legal moves only: an answer that can't be read costs a move.")
+    return " ".join(sentences)
