@@ -1,4 +1,4 @@
-"""AppWorld: the real engine in its own environment and processes; nothing here imports the package `appworld`."""
+"""AppWorld: the original engine, in its own virtual environment and processes. skillsd never imports `appworld`."""
 
 from skillsd.envs.appworld.environment import AppWorld
 

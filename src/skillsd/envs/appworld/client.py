@@ -1,7 +1,7 @@
-"""The trainer's side: starts the server of worlds and talks to one world an episode. Never imports `appworld`.
+"""The trainer's side of AppWorld: starts the world server and talks to one world per episode.
 
-Everything that a world may do wrong (hang, die, answer nonsense) ends in `WorldBrokenError` and a SIGKILL: the
-episode is lost, and played again in a fresh world. The deadlines are kept here, on the wall clock.
+Any fault of a world (hang, crash, malformed response) raises `WorldBrokenError` and kills the world (SIGKILL): the
+episode is lost, and the collector retries it in a new world. Deadlines are enforced here, by wall-clock time.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from pathlib import Path
 from typing import Any
 
 HOST = Path(__file__).parent / "host"
-MESSAGE = 16 << 20
-"""Bytes of the longest answer that is read."""
+MAX_MESSAGE_BYTES = 16 << 20
+"""Longest response that is read."""
 
 SLACK_SECONDS = 20.0
-"""What a world may take on top of the code's own time: to end a session, begin another, and say so."""
+"""Time a world may take beyond the code's time limit: to end the session, start another, and respond."""
 
 LIMITS: dict[str, Any] = {
     "memory_bytes": 1 << 30,  # of the model's code
-    "scratch_bytes": 64 << 20,  # of its scratch folder, and of the largest file
-    "world_bytes": 3 << 30,  # address space of a world; it needs about 1
-    "start_seconds": 15,  # for a jail to come up; below SLACK_SECONDS
+    "scratch_bytes": 64 << 20,  # of its scratch folder, and of any one file
+    "world_bytes": 3 << 30,  # address space of a world; it needs about 1 GiB
+    "start_seconds": 15,  # for a jail to start; less than SLACK_SECONDS
 }
 
 
 PROTECTIONS = {
-    "files": "AppWorld's data and your files are out of sight, nothing can be written but a scratch folder",
-    "network": "no network, not even loopback",
-    "processes": "what the code starts ends with its episode",
-    "user": "an unprivileged user that can hardly start processes",
-    "syscalls": "no shared memory, kernel keys, vsock, io_uring, tracing",
-    "limits": "memory, file size and open files are limited",
+    "files": "AppWorld's data and your files are hidden; only a scratch folder is writable",
+    "network": "no network, including loopback",
+    "processes": "processes that the code starts end with its episode",
+    "user": "an unprivileged user that can't start more processes or threads",
+    "syscalls": "no shared memory, kernel keys, vsock, io_uring or tracing",
+    "limits": "limits on memory, file size and open files",
 }
-"""What a jail may hold (host/jail.py), in words."""
+"""The protections of a jail (host/jail.py), by name, with a description for users."""
 
 
 class WorldBrokenError(Exception):
-    """The infrastructure failed, not the agent. The world is gone."""
+    """An infrastructure failure, not a mistake of the agent. The world is gone."""
 
 
 class WorldHungError(WorldBrokenError):
-    """It gave no answer in time."""
+    """The world did not respond in time."""
 
 
 def _clean(value: Any) -> Any:
-    """An answer whose texts are text: half a surrogate pair, which code can print, no tokenizer takes."""
+    """Replace lone surrogates in a response's strings: code can print them, but tokenizers reject them."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, list):
@@ -65,7 +65,7 @@ def _clean(value: Any) -> Any:
 
 
 def protections(python: Path) -> list[str]:
-    """What holds on this machine, of the names in `PROTECTIONS`; nothing if not even a jail starts."""
+    """The protections available on this machine, as names from `PROTECTIONS`; empty if no jail starts."""
     command = [str(python), str(HOST / "probe.py"), json.dumps(LIMITS)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -75,13 +75,13 @@ def protections(python: Path) -> list[str]:
 
 
 class Host:
-    """The server of worlds for one root folder: started when it is first needed, again if it died, once a process.
+    """The world server for one root folder: started on first use, and restarted if it died.
 
     Args:
         python: AppWorld's interpreter.
-        root: the folder that holds ``data``.
-        start_seconds: the longest that the imports may take.
-        limits: other values than `LIMITS`; ``namespaces: False`` does without them, as some machines have to.
+        root: the folder that contains ``data``.
+        start_seconds: deadline for the server's start, including imports.
+        limits: overrides of `LIMITS`; ``namespaces: False`` disables namespaces, for machines that forbid them.
     """
 
     def __init__(
@@ -99,22 +99,22 @@ class Host:
         return self._folder / "socket"
 
     def ensure(self) -> None:
-        """Have the server running.
+        """Start the server if it isn't running.
 
         Raises:
-            WorldBrokenError: if it does not start, with the end of its log.
+            WorldBrokenError: if it does not start; the message has the end of its log.
         """
         with self._lock:
             if self._process is not None and self._process.poll() is None:
                 return
             self._stop()
-            self._folder = Path(tempfile.mkdtemp(prefix="skillsd-appworld-"))  # only its owner may enter
+            self._folder = Path(tempfile.mkdtemp(prefix="skillsd-appworld-"))  # accessible to its owner only
             options = self._limits | {"root": str(self._root), "data": str(self._root), "socket": str(self.address)}
             environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
             with (self._folder / "log").open("wb") as log:
                 self._process = subprocess.Popen(
                     [str(self._python), str(HOST / "forkserver.py"), json.dumps(options)],
-                    stdin=subprocess.PIPE,  # closed when this process ends, and then the server ends too
+                    stdin=subprocess.PIPE,  # closed when this process ends, which ends the server
                     stdout=subprocess.PIPE,
                     stderr=log,
                     env=environment | {"APPWORLD_ROOT": str(self._root), "PYTHONDONTWRITEBYTECODE": "1"},
@@ -128,10 +128,10 @@ class Host:
             if not started.poll(self._start_seconds * 1000) or self._process.stdout.readline() != b"ready\n":
                 tail = (self._folder / "log").read_text(errors="replace").strip().splitlines()[-3:]
                 self._stop()
-                raise WorldBrokenError(f"AppWorld's server did not start: {' '.join(tail) or 'it said nothing'}")
+                raise WorldBrokenError(f"AppWorld's server did not start: {' '.join(tail) or 'its log is empty'}")
 
     def stop(self) -> None:
-        """Kill every world and the server. Stopping twice is harmless."""
+        """Kill the server and all its worlds. Idempotent."""
         with self._lock:
             self._stop()
 
@@ -155,62 +155,62 @@ _hosts: dict[tuple[Path, Path], Host] = {}
 
 
 def host(python: Path, root: Path) -> Host:
-    """The one server of this process for `root`."""
+    """This process's server for `root`; created on the first call."""
     return _hosts.setdefault((python, root), Host(python, root))
 
 
 class World:
-    """One open world. Made by `World.open`."""
+    """One open world. Create it with `World.open`."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self._pid: int | None = None
         self.apps: list[str] = []
-        self.held: list[str] = []
+        self.protections: list[str] = []
 
     @classmethod
     async def open(cls, server: Host, task_id: str, seconds: float) -> World:
-        """A fresh world of a task.
+        """Open a new world for a task.
 
         Raises:
-            WorldBrokenError: if there is none within `seconds`.
+            WorldBrokenError: if that fails or takes longer than `seconds`.
         """
         await asyncio.to_thread(server.ensure)
         try:
-            reader, writer = await asyncio.open_unix_connection(server.address, limit=MESSAGE)
+            reader, writer = await asyncio.open_unix_connection(server.address, limit=MAX_MESSAGE_BYTES)
         except OSError as error:
             raise WorldBrokenError(f"AppWorld's server can't be reached: {error}") from error
         world = cls(reader, writer)
         try:
             hello = await world._ask(seconds, "hello", expected={"pid": int})
         except WorldHungError:
-            await asyncio.to_thread(server.stop)  # it does not even fork: the next one begins with a new server
+            await asyncio.to_thread(server.stop)  # the server itself hangs: start a new one next time
             raise
         world._pid = hello["pid"]
-        answer = await world._ask(seconds, "open", expected={"apps": list, "held": list}, task_id=task_id)
-        world.apps, world.held = answer["apps"], answer["held"]
+        answer = await world._ask(seconds, "open", expected={"apps": list, "protections": list}, task_id=task_id)
+        world.apps, world.protections = answer["apps"], answer["protections"]
         return world
 
     async def execute(self, code: str, seconds: float) -> dict[str, Any]:
-        """Run `code`; it has `seconds`, the world a little more to say so. See `Episode.execute` in host/world.py."""
+        """Run `code` with a limit of `seconds`; the response may take a little longer. See host/world.py."""
         kinds = {"output": str, "error": (str, type(None)), "calls": list, "completed": bool}
         return await self._ask(seconds + SLACK_SECONDS, "execute", expected=kinds, code=code, seconds=seconds)
 
     async def evaluate(self, seconds: float = 30.0) -> dict[str, Any]:
-        """What the task's tests say of the databases now. See `Episode.evaluate` in host/world.py."""
+        """Run the task's tests on the current databases. See `Episode.evaluate` in host/world.py."""
         return await self._ask(seconds, "evaluate", expected={"success": bool, "passes": list, "failures": list})
 
     async def close(self) -> None:
-        """End the world. Closing twice is harmless."""
+        """Close the world. Idempotent."""
         self._writer.close()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
     def kill(self) -> None:
-        """End it without asking."""
+        """Kill the world's process."""
         if self._pid is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(self._pid, signal.SIGKILL)  # the server kills what is left of its process group
+                os.kill(self._pid, signal.SIGKILL)  # the server kills the rest of its process group
         self._writer.close()
 
     async def _ask(self, within: float, op: str, *, expected: dict[str, Any], **arguments: Any) -> dict[str, Any]:
@@ -220,28 +220,28 @@ class World:
                 await self._writer.drain()
                 line = await self._reader.readline()
             if not line:
-                self._pid = None  # ended by itself, and its number may be another's by now
+                self._pid = None  # the process has ended, and its pid may be reused
                 raise WorldBrokenError(f"AppWorld's world died during {op!r}")
             try:
                 answer = json.loads(line)
             except ValueError:
                 answer = None
             if not isinstance(answer, dict) or not ({"ok", "error"} & answer.keys()):
-                raise WorldBrokenError(f"AppWorld's world answered {op!r} with nonsense: {line[:80]!r}")
+                raise WorldBrokenError(f"AppWorld's world sent a malformed response to {op!r}: {line[:80]!r}")
             if "error" in answer:
                 raise WorldBrokenError(f"AppWorld's world failed at {op!r}: {answer['error']}")
             found = _clean(answer["ok"])
             fits = isinstance(found, dict)
             wrong = [key for key, kind in expected.items() if not (fits and isinstance(found.get(key), kind))]
             if wrong:
-                raise WorldBrokenError(f"AppWorld's world answered {op!r} without a usable {wrong[0]!r}")
+                raise WorldBrokenError(f"AppWorld's world sent a response to {op!r} without a valid {wrong[0]!r}")
             return found
         except TimeoutError:
             self.kill()
             raise WorldHungError(f"AppWorld's world took longer than {within:g} s for {op!r}: killed") from None
-        except (OSError, ValueError) as error:  # a broken connection, or a line without end
+        except (OSError, ValueError) as error:  # a broken connection, or a line that is too long
             self.kill()
             raise WorldBrokenError(f"AppWorld's world broke during {op!r}: {error}") from error
-        except BaseException:  # our own WorldBrokenError, and being cancelled: nothing may be left behind
+        except BaseException:  # WorldBrokenError from above, and cancellation: leave no process behind
             self.kill()
             raise

@@ -1,7 +1,7 @@
-"""What an AppWorld root folder holds: splits, tasks and, where it is there, their ground truth.
+"""Reads an AppWorld root folder: splits, tasks and, if present, their ground truth.
 
-It reads AppWorld's own format (``ROOT/data``) without the engine, so the official data and the worlds that we build
-look the same from here.
+It parses AppWorld's own format (``ROOT/data``) without the engine, so the official data and our own task world are read
+in the same way.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from skillsd.errors import UserError, unknown_name
 from skillsd.types import TRAIN_SPLIT, Task
 
 NAME = "appworld"
-"""The environment's name, as it stands in `Task.env`."""
+"""The environment's name, as in `Task.env`."""
 
 DB_VERSION = "0.1.0"
-"""The version of the tasks that the pinned engine opens; it refuses all others."""
+"""The task data version that the pinned engine accepts; it rejects all others."""
 
 APPS = (
     *("amazon", "api_docs", "file_system", "gmail", "phone", "simple_note", "splitwise", "spotify", "supervisor"),
     *("todoist", "venmo"),
 )
-"""The engine's apps, in the order in which the agent is told of them."""
+"""The engine's apps, in the order of the prompt."""
 
 SPLITS = (TRAIN_SPLIT, "dev", "test", "dev_scenario", "test_scenario", "test_normal", "test_challenge")
-"""The order in which splits are listed. Those of other names come after them."""
+"""The order in which splits are listed. Splits with other names follow."""
 
-_SETUP = f"Run `{SETUP}`, or point to a folder that holds AppWorld's `data`."
+_SETUP = f"Run `{SETUP}`, or give a folder that contains AppWorld's `data`."
 _CHECKS = ("evaluation.py", "test_data.json", "answer.json", "public_data.json", "private_data.json", "metadata.json")
 _NEEDED = ("evaluation.py", "test_data.json", "answer.json")
 _CANARY = re.compile(r"^# Canary String:.*\n?", re.MULTILINE)
@@ -43,21 +43,21 @@ _CANARY = re.compile(r"^# Canary String:.*\n?", re.MULTILINE)
 
 @dataclass(frozen=True)
 class SolutionTurn:
-    """One turn of a reference solution: what is thought, and the code that is run."""
+    """One turn of a reference solution: a thought and the code to run."""
 
     thought: str
     code: str
 
 
 class World:
-    """The tasks in an AppWorld root folder. Nothing is written, and no task is opened.
+    """The tasks in an AppWorld root folder. Read-only; doesn't open any task.
 
     Args:
-        root: the folder that holds ``data``, i.e. ``APPWORLD_ROOT``.
+        root: the folder that contains ``data``, i.e. ``APPWORLD_ROOT``.
 
     Raises:
-        UserError: if it is no such folder, a split names a task that is not there or names one twice, or a task of
-            ``train`` is in another split as well.
+        UserError: if the folder isn't an AppWorld root, a split lists a missing or duplicate task, or a task of
+            ``train`` is also in another split.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -66,12 +66,12 @@ class World:
         for part in ("datasets", "tasks"):
             if not (self._data / part).is_dir():
                 raise UserError(
-                    f"{str(self.root)!r} is no AppWorld root: expected a folder data/{part} in it. {_SETUP}"
+                    f"{str(self.root)!r} is not an AppWorld root: expected a folder data/{part} in it. {_SETUP}"
                 )
         read = {split: self._read_split(split) for split in self._find_splits()}
         self._ids = {split: ids for split, ids in read.items() if ids}
         if TRAIN_SPLIT not in self._ids:
-            raise UserError(f"expected the ids of the tasks to train on in {self._dataset(TRAIN_SPLIT)}. {_SETUP}")
+            raise UserError(f"expected the ids of the training tasks in {self._dataset(TRAIN_SPLIT)}. {_SETUP}")
         self._tasks: dict[str, tuple[Task, ...]] = {}
         train = set(self._ids[TRAIN_SPLIT])
         for split, ids in self._ids.items():
@@ -79,19 +79,20 @@ class World:
             if shared:
                 raise UserError(
                     f"{len(shared)} tasks are in the split {split!r} and in {TRAIN_SPLIT!r} ({', '.join(shared[:3])}): "
-                    f"what is evaluated must not be trained on. Remove {self._dataset(split)}, or the ids from it."
+                    f"evaluation tasks must not be in the training split. Remove {self._dataset(split)}, or the ids "
+                    "from it."
                 )
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits, ``train`` first. An empty dataset is none."""
+        """Names of the non-empty splits, ``train`` first."""
         return tuple(self._ids)
 
     def tasks(self, split: str) -> tuple[Task, ...]:
-        """The tasks of a split, easy to hard; those of unknown difficulty count as easiest.
+        """The tasks of a split, from easy to hard; tasks of unknown difficulty come first.
 
         Raises:
-            UserError: for an unknown split, or a task that cannot be read or was made for another engine.
+            UserError: for an unknown split, or a task that can't be read or is for another version of the engine.
         """
         if split not in self._ids:
             raise unknown_name(f"split of the AppWorld data in {str(self.root)!r}", split, self._ids)
@@ -101,15 +102,15 @@ class World:
         return self._tasks[split]
 
     def has_ground_truth(self, task_id: str) -> bool:
-        """Whether an episode of the task can be evaluated here. The official test splits come without."""
+        """Whether the task can be graded with these data. The official test splits have no ground truth."""
         return all(os.access(self._truth(task_id) / name, os.R_OK) for name in _NEEDED)
 
     def answer(self, task_id: str) -> Any:
-        """The answer that the task asks for; None if it asks for none, or there is no ground truth."""
+        """The task's expected answer; None if it asks for none or there is no ground truth."""
         return self._read_json(self._truth(task_id) / "answer.json")
 
     def solution(self, task_id: str) -> tuple[SolutionTurn, ...] | None:
-        """The reference solution: our ``solution.json``, or AppWorld's solution program as one turn; else None.
+        """The reference solution, or None: from our ``solution.json``, or AppWorld's solution program as one turn.
 
         Raises:
             UserError: for a ``solution.json`` that is not a list of ``thought`` and ``code``.
@@ -127,7 +128,7 @@ class World:
             except OSError:
                 continue
             code = _CANARY.sub("", code).strip()
-            # The program defines a function, which AppWorld calls with what every task's shell has at hand.
+            # The program defines a function, which AppWorld calls with two objects of the task's shell.
             if re.search(r"^def solution\(", code, re.MULTILINE):
                 code += "\n\nsolution(apis, requester)"
             return (SolutionTurn("I know how to do the whole task in one program.", code),)
@@ -135,10 +136,10 @@ class World:
 
     @cached_property
     def fingerprint_source(self) -> Mapping[str, Any]:
-        """What makes results on two worlds comparable or not, beside the tasks' texts; JSON-able.
+        """What identifies the world for comparing results, besides the tasks' texts; JSON-serialisable.
 
-        The base databases are told apart by their files' names and sizes: the official ones are too large to be read.
-        Solutions are left out, since they change no result.
+        Base databases are identified by file names and sizes, because the official ones are too large to hash.
+        Solutions are excluded, because they don't affect results.
         """
         digest = hashlib.sha256()
         for task_id in sorted({task_id for ids in self._ids.values() for task_id in ids}):
@@ -158,14 +159,14 @@ class World:
 
     def _read_split(self, split: str) -> tuple[str, ...]:
         path = self._dataset(split)
-        # AppWorld lets a line carry a tag, `<id>:<tag>`, that means nothing to whoever plays.
+        # A line may have a tag, `<id>:<tag>`, which has no meaning for playing the task.
         lines = [line.split(":")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
         ids = [line for line in lines if line]
         for task_id in ids:
             if not re.fullmatch(r"\w+_\d+", task_id):
-                raise UserError(f"{path} names {task_id!r}, which is no AppWorld id; expected <scenario>_<number>")
+                raise UserError(f"{path} names {task_id!r}, which is not an AppWorld id; expected <scenario>_<number>")
             if not self._specs(task_id).is_file():
-                raise UserError(f"{path} names the task {task_id!r}, but there is no {self._specs(task_id)}. {_SETUP}")
+                raise UserError(f"{path} names the task {task_id!r}, but {self._specs(task_id)} is missing. {_SETUP}")
         if len(set(ids)) < len(ids):
             twice = next(task_id for place, task_id in enumerate(ids) if task_id in ids[:place])
             raise UserError(f"{path} names the task {twice!r} twice")
@@ -178,8 +179,8 @@ class World:
             raise UserError(f"cannot read the task {path}: expected a JSON object. {_SETUP}")
         if specs.get("db_version") != DB_VERSION:
             raise UserError(
-                f"the task {task_id!r} in {str(self.root)!r} is of version {specs.get('db_version')}; the engine opens "
-                f"{DB_VERSION} only. {_SETUP}"
+                f"the task {task_id!r} in {str(self.root)!r} is of version {specs.get('db_version')}; expected "
+                f"{DB_VERSION}, the version of the engine. {_SETUP}"
             )
         metadata = self._read_json(self._truth(task_id) / "metadata.json")
         difficulty = metadata.get("difficulty") if isinstance(metadata, dict) else None
@@ -193,7 +194,7 @@ class World:
                 "difficulty": difficulty,
             }
         except (KeyError, TypeError) as error:
-            raise UserError(f"the task {path} is not as AppWorld writes it: {error!r} is missing. {_SETUP}") from error
+            raise UserError(f"the task {path} is not in AppWorld's format: {error!r} is missing. {_SETUP}") from error
         return Task(task_id, NAME, split, payload, float(difficulty or 0))
 
     def _version(self) -> str:
@@ -211,21 +212,21 @@ class World:
 
     @staticmethod
     def _read_json(path: Path) -> Any:
-        """The content of a JSON file; None if it is not there or may not be read (the executor's user may not)."""
+        """The content of a JSON file; None if it is missing or not readable (ground truth may be restricted)."""
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except OSError:
             return None
         except ValueError as error:
-            raise UserError(f"{path} is no JSON: {error}. {_SETUP}") from error
+            raise UserError(f"{path} is not valid JSON: {error}. {_SETUP}") from error
 
 
 def scenario_of(task_id: str) -> str:
-    """The scenario that a task is an instance of: its id without the number at the end."""
+    """The scenario of a task: its id without the number at the end."""
     return task_id.rpartition("_")[0]
 
 
 def _natural(task_id: str) -> tuple[str, int]:
-    """Sorts the tenth instance of a scenario after the second."""
+    """Sort key: numbers in numeric order, so that the tenth instance comes after the second."""
     scenario, _, number = task_id.rpartition("_")
     return scenario, int(number)

@@ -1,8 +1,8 @@
-"""Episodes to imitate in the warm start: the reference solutions of the train tasks, as the real engine answers them.
+"""Demonstrations for the warm start: reference solutions of the training tasks, with the engine's real outputs.
 
-The engine is needed once: what it answered is kept in the cache folder (never in the repository: transcripts of
-AppWorld may not be published in the clear). A base model has to learn how a turn is written, what the APIs are called
-and how to follow a skill that stands in its prompt.
+Solutions are played once and recorded in the cache folder (never in the repository: AppWorld's terms don't allow
+publishing transcripts unencrypted). They teach a base model the format of a turn, the names of the APIs, and how to
+follow a skill in its prompt.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from skillsd.seeds import derive_seed
 from skillsd.types import TRAIN_SPLIT, Demonstration, DemonstrationTurn, Message, Skill, Task
 
 Play = Callable[[Task, Sequence[str]], Awaitable[list[Step]]]
-"""Plays a task with these actions in the engine, until they or the episode end; gives the answers."""
+"""Plays a task with these actions in the engine, until they or the episode end; returns the steps."""
 
 SAVE_EVERY = 10
-"""Episodes after which a recording is saved, so that an interrupted one goes on from there."""
+"""Episodes between saves, so that an interrupted recording can resume."""
 
-TRIES = 3
-"""Episodes that a reference solution gets."""
+MAX_ATTEMPTS = 3
+"""Attempts to play a reference solution successfully."""
 
-_ANSWERING = ("host/*.py", "environment.py", "prompt.py")
-"""The sources that shape what an episode answers: where they change, recordings are made anew."""
+_OUTPUT_SOURCES = ("host/*.py", "environment.py", "prompt.py")
+"""Sources that determine an episode's outputs. A change to them invalidates the recordings."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A reference solution as it was played: its actions and the engine's answers, one for each."""
+    """A played reference solution: the actions and the resulting steps, one per action."""
 
     task: Task
     actions: tuple[str, ...]
@@ -57,22 +57,22 @@ class Recording:
         return bool(self.steps) and self.steps[-1].success
 
     def skill(self, style: Style) -> Skill | None:
-        """What the rules of `summarise` say of this episode; None if that is nothing."""
+        """The rule-based summariser's skill for this episode, or None."""
         return summarise_turns([step.info for step in self.steps], self.success, style)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the stream of demonstrations is made of. All shares are in [0, 1].
+    """Composition of the demonstrations. Shares are in [0, 1].
 
     Attributes:
-        skill_share: of all demonstrations, those with a skill in their prompt, as the rule-based summariser writes it
-            of a reference solution. Those of `guided_only` come on top.
-        same_task_share: of those, the ones whose skill is from the very task. The others' is from another instance
-            of the scenario, where there is one: the steps are to be followed, not copied.
-        guided_only: share of the scenarios that are never shown without a skill. There, the plain policy stays weak
-            while the teacher, who reads skills, is strong: the gap that Skill-SD closes.
-        difficulties: only tasks of these difficulties; None for all.
+        skill_share: share of all demonstrations that have a skill in the prompt: the rule-based summariser's skill for
+            a reference solution. Scenarios selected by `guided_only` are added to it.
+        same_task_share: of these, the share whose skill comes from the same task. The others use another instance of
+            the scenario, if there is one, so that the model learns to follow steps instead of copying them.
+        guided_only: share of the scenarios that are only shown with a skill. On these the student stays weak without
+            a skill and the teacher, which has one, is strong: the gap that Skill-SD closes.
+        difficulties: use only tasks of these difficulties; None for all.
     """
 
     skill_share: float = 0.5
@@ -106,13 +106,13 @@ def demonstrate(
     rules: Mapping[str, Any],
     **options: Any,
 ) -> Iterator[Demonstration]:
-    """The endless stream, every train task once an epoch; the same arguments give the same one. See `Options`.
+    """The infinite stream, each training task once per epoch; deterministic given the arguments. See `Options`.
 
-    What is not recorded yet is recorded now, in an event loop of its own.
+    Missing recordings are made first, in a new event loop.
 
     Raises:
-        UserError: for any split but ``train``, an unknown option or a bad value, or where no task has a solution that
-            the engine takes for one.
+        UserError: for a split other than ``train``, an unknown option, an invalid value, or if no task has a reference
+            solution that succeeds in the engine.
     """
     if split != TRAIN_SPLIT:
         raise UserError(f"demonstrations are for the split {TRAIN_SPLIT!r} only; got {split!r}")
@@ -131,27 +131,29 @@ def demonstrate(
         raise UserError(
             f"no demonstrations: no task of {TRAIN_SPLIT!r} in {str(world.root)!r}"
             + (f" of difficulty {', '.join(map(str, chosen.difficulties))}" if chosen.difficulties else "")
-            + " has a reference solution that solves it. Use other tasks, or leave the warm start out."
+            + " has a reference solution that solves it. Use other tasks, or skip the warm start."
         )
     return _stream(recordings, prompt, style, seed, chosen)
 
 
 def recording_path(rules: Mapping[str, Any]) -> Path:
-    """Where the recording of episodes played by these rules is kept; `rules` identify the world too."""
+    """The recording's file for episodes under these rules; `rules` also identify the world."""
     here = Path(__file__).parent
-    sources = [hashlib.sha256(file.read_bytes()).hexdigest() for glob in _ANSWERING for file in sorted(here.glob(glob))]
+    sources = [
+        hashlib.sha256(file.read_bytes()).hexdigest() for glob in _OUTPUT_SOURCES for file in sorted(here.glob(glob))
+    ]
     name = hashlib.sha256(json.dumps([VERSION, sources, dict(rules)], sort_keys=True).encode()).hexdigest()[:16]
     return cache() / "appworld-recordings" / f"{name}.json"
 
 
 async def record(world: World, play: Play, style: Style, path: Path) -> list[Recording]:
-    """The reference solutions of the train tasks as the engine answers them, in the tasks' order.
+    """The recorded reference solutions of the training tasks, in the order of the tasks.
 
-    Each is played until it solves its task, as far as `TRIES` go, and then kept: what `path` holds is taken from there,
-    unless the solution has changed since. Another process that records into the same file is waited for.
+    Solutions that `path` doesn't have, or that have changed since, are played (up to `MAX_ATTEMPTS` times, until one
+    attempt succeeds) and saved. Waits for another process that is recording to the same file.
 
     Raises:
-        UserError: if the infrastructure breaks in every try.
+        UserError: if the infrastructure fails in every attempt.
     """
     tasks = world.tasks(TRAIN_SPLIT)
     solutions = {task.id: world.solution(task.id) for task in tasks}
@@ -162,8 +164,8 @@ async def record(world: World, play: Play, style: Style, path: Path) -> list[Rec
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        kept = _load(path)
-        missing = [task for task in tasks if task.id in actions and not _holds(kept, task.id, actions[task.id])]
+        saved = _load(path)
+        missing = [task for task in tasks if task.id in actions and not _is_recorded(saved, task.id, actions[task.id])]
         unsaved = 0
         if missing:
             print(f"recording {len(missing)} reference solutions in AppWorld, about a second each ...", file=sys.stderr)
@@ -171,33 +173,33 @@ async def record(world: World, play: Play, style: Style, path: Path) -> list[Rec
             for task in missing:
                 steps = await solved(play, task, actions[task.id])
                 if not steps:
-                    continue  # a slow machine may have been why: it is tried again by the next run
-                # Through JSON even now, so that the first run sees what later ones read.
+                    continue  # possibly a slow machine: the next run tries again
+                # Converted to JSON and back, so that the first run gets the same values as later ones.
                 entry = {"actions": actions[task.id], "steps": [asdict(step) for step in steps]}
-                kept[task.id] = json.loads(json.dumps(entry))
+                saved[task.id] = json.loads(json.dumps(entry))
                 unsaved += 1
                 if unsaved == SAVE_EVERY:
-                    _save(path, kept)
+                    _save(path, saved)
                     unsaved = 0
         finally:
             if unsaved:
-                _save(path, kept)
+                _save(path, saved)
     recordings = []
     for task in tasks:
-        if task.id in actions and _holds(kept, task.id, actions[task.id]):
-            steps_of = tuple(Step(**step) for step in kept[task.id]["steps"])
-            recordings.append(Recording(task, tuple(actions[task.id][: len(steps_of)]), steps_of))
+        if task.id in actions and _is_recorded(saved, task.id, actions[task.id]):
+            recorded = tuple(Step(**step) for step in saved[task.id]["steps"])
+            recordings.append(Recording(task, tuple(actions[task.id][: len(recorded)]), recorded))
     return recordings
 
 
 async def solved(play: Play, task: Task, actions: Sequence[str]) -> list[Step]:
-    """The engine's answers in an episode that solved the task; none if none of `TRIES` did.
+    """The steps of an episode that solves the task; empty if none of `MAX_ATTEMPTS` attempts does.
 
     Raises:
-        UserError: if the infrastructure breaks in every try.
+        UserError: if the infrastructure fails in every attempt.
     """
     broken: WorldBrokenError | None = None
-    for _ in range(TRIES):
+    for _ in range(MAX_ATTEMPTS):
         try:
             steps = await play(task, actions)
         except WorldBrokenError as error:
@@ -207,7 +209,7 @@ async def solved(play: Play, task: Task, actions: Sequence[str]) -> list[Step]:
             return steps
         broken = None
     if broken is not None:
-        raise UserError(f"AppWorld did not play the task {task.id!r} in {TRIES} tries: {broken}") from broken
+        raise UserError(f"AppWorld failed on the task {task.id!r} in {MAX_ATTEMPTS} attempts: {broken}") from broken
     return []
 
 
@@ -222,7 +224,7 @@ def _stream(
     scenarios: dict[str, list[Recording]] = {}
     for recording in recordings:
         scenarios.setdefault(scenario_of(recording.task.id), []).append(recording)
-    # The same scenarios whatever the seed is: another one must not show them after all.
+    # The selection doesn't depend on the seed: with another seed, the same scenarios must stay guided-only.
     ranked = sorted(scenarios, key=lambda scenario: derive_seed("guided only", scenario))
     guided_only = set(ranked[: round(options.guided_only * len(ranked))])
     order = list(recordings)
@@ -233,8 +235,8 @@ def _stream(
             skill = None
             if scenario in guided_only or rng.random() < options.skill_share:
                 others = [other for other in scenarios[scenario] if other is not recording]
-                itself = not others or rng.random() < options.same_task_share
-                skill = (recording if itself else rng.choice(others)).skill(style)
+                same_task = not others or rng.random() < options.same_task_share
+                skill = (recording if same_task else rng.choice(others)).skill(style)
             turns = tuple(
                 DemonstrationTurn(action, step.observation)
                 for action, step in zip(recording.actions, recording.steps, strict=True)
@@ -247,21 +249,21 @@ def _wanted(task: Task, options: Options) -> bool:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """What is recorded already; nothing, if the file is not there or cannot be read."""
+    """The saved recordings; empty if the file is missing or unreadable."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        saved = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return kept if isinstance(kept, dict) else {}
+    return saved if isinstance(saved, dict) else {}
 
 
-def _save(path: Path, kept: Mapping[str, Any]) -> None:
-    """All at once: a reader never meets half a file."""
-    half = path.with_suffix(".tmp")
-    half.write_text(json.dumps(kept), encoding="utf-8")
-    os.replace(half, path)
+def _save(path: Path, recordings: Mapping[str, Any]) -> None:
+    """Write atomically, so that readers never see a partial file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(recordings), encoding="utf-8")
+    os.replace(temporary, path)
 
 
-def _holds(kept: Mapping[str, Any], task_id: str, actions: Sequence[str]) -> bool:
-    entry = kept.get(task_id)
+def _is_recorded(saved: Mapping[str, Any], task_id: str, actions: Sequence[str]) -> bool:
+    entry = saved.get(task_id)
     return isinstance(entry, dict) and entry.get("actions") == list(actions) and isinstance(entry.get("steps"), list)

@@ -1,4 +1,4 @@
-"""The AppWorld task set, and an episode in it: code in, what it printed out."""
+"""The AppWorld task set and its environment: the action is Python code, the observation is what it prints."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ OFFICIAL = "official"
 
 
 class AppWorldEnvironment(Environment):
-    """One episode at a time, each in a world of its own."""
+    """Runs one episode at a time, each in a new world."""
 
     def __init__(self, task_set: AppWorld) -> None:
         self._set = task_set
         self._world: client.World | None = None
 
     async def reset(self, task: Task, seed: int) -> tuple[Message, ...]:
-        """Open the task's world. Nothing in it is random, so the seed makes no difference.
+        """Open the task's world. The environment is deterministic: the seed is unused.
 
         Raises:
-            WorldBrokenError: if it does not open; the collector tries again.
+            WorldBrokenError: if it does not open; the collector retries.
         """
         await self.close()
         options = self._set
         self._world = await client.World.open(options.host(), task.payload["task_id"], options.open_seconds)
-        _warn_once(tuple(name for name in client.PROTECTIONS if name not in self._world.held))
-        self._turns, self._score, self._done = 0, 0.0, False
+        _warn_once(tuple(name for name in client.PROTECTIONS if name not in self._world.protections))
+        self._turns, self._reward, self._done = 0, 0.0, False
         return options.prompt(task)
 
     async def step(self, action: str) -> Step:
         """Run the action's code.
 
-        ``info`` has the code, the API calls, the error if there was one; once the databases were compared with what
-        the task asks for, also how many tests pass of those that a no-op fails.
+        ``info`` has the code, the API calls and the error, if any. After an evaluation it also has the tests that
+        passed and failed, and how many of the tests that a no-op fails have passed.
         """
         if self._world is None or self._done:
             raise RuntimeError("step() before reset(), or after the episode's end")
@@ -49,12 +49,12 @@ class AppWorldEnvironment(Environment):
         code = prompt.code_of(action, self._set.style)
         info: dict[str, Any] = {"code": None, "calls": [], "error": None, "completed": False, "output_chars": 0}
         if isinstance(code, prompt.Unusable):
-            words, changed = code.reason, False
+            text, changed = code.reason, False
             info["error"] = "no code"
         else:
             answer = await self._world.execute(code.text, self._set.code_seconds)
-            words = prompt.observation(answer["output"].rstrip("\n"), self._set.max_observation_chars)
-            words = "\n".join(filter(None, (words, code.note)))
+            text = prompt.observation(answer["output"].rstrip("\n"), self._set.max_observation_chars)
+            text = "\n".join(filter(None, (text, code.note)))
             changed = any(call["ok"] and call["changes"] for call in answer["calls"])
             info |= {"code": code.text, "output_chars": len(answer["output"])}
             info |= {key: answer[key] for key in ("calls", "error", "completed")}
@@ -62,19 +62,20 @@ class AppWorldEnvironment(Environment):
         if changed or info["completed"] or last:
             success = await self._evaluate(info)
         self._done = info["completed"] or (last and success)
-        return Step(words, self._done, self._score, success and self._done, info)
+        return Step(text, self._done, self._reward, success and self._done, info)
 
     async def _evaluate(self, info: dict[str, Any]) -> bool:
-        """Bring the score up to date: the share of the tests that a no-op fails (it would earn the others for nothing).
+        """Update the reward: the share of passed tests among those that a no-op fails.
 
-        A test that a no-op passes and this episode does not counts as one more that failed: damage costs.
+        Tests that a no-op passes earn nothing, but one that fails here counts as an additional failed test, so side
+        effects cost reward.
         """
         assert self._world is not None
         verdict = await self._world.evaluate()
         passed = sum(label == "no_op_fail" for _, label in verdict["passes"])
         tests = passed + len(verdict["failures"])
-        self._score = passed / tests if tests else float(verdict["success"])
-        # What is tested stays hidden from the agent and from skills; it is for whoever reads the trajectories.
+        self._reward = passed / tests if tests else float(verdict["success"])
+        # For people who read trajectories. The agent and the skills never see the tests.
         info |= {key: [requirement for requirement, _ in verdict[key]] for key in ("passes", "failures")}
         info |= {"tests": tests, "passed": passed}
         return bool(verdict["success"])
@@ -86,20 +87,20 @@ class AppWorldEnvironment(Environment):
 
 
 class AppWorld(TaskSet):
-    """Tasks in the apps of AppWorld, on its real engine: our own task world, or the official data.
+    """Tasks in AppWorld's apps, on its original engine: our own task world, or the official data.
 
     Args:
-        root: folder that holds ``data``; ``official`` for what ``$APPWORLD_ROOT`` names. None is the task world that
-            `skillsd envs setup appworld` builds; results on it are no results on the AppWorld benchmark.
-        style: ``react`` or ``short``, see `skillsd.envs.appworld.prompt`.
-        max_turns: code blocks in an episode; the paper's 40.
-        max_observation_chars: an output is cut to so many characters, and says so.
-        max_difficulty: only tasks up to this one.
-        code_seconds: wall-clock seconds that a code block may run.
-        open_seconds: wall-clock seconds that a world may take to open.
+        root: folder that contains ``data``; ``official`` for the folder in ``$APPWORLD_ROOT``; None for the task world
+            that `skillsd envs setup appworld` builds. Results on that world are not results on the AppWorld benchmark.
+        style: prompt style, ``react`` or ``short``; see `skillsd.envs.appworld.prompt`.
+        max_turns: maximum code blocks in an episode; 40 in the paper.
+        max_observation_chars: longer outputs are truncated, with a note.
+        max_difficulty: use only tasks up to this difficulty.
+        code_seconds: wall-clock limit of a code block.
+        open_seconds: wall-clock limit for opening a world.
 
     Raises:
-        UserError: for a bad value, or if the tasks are not there.
+        UserError: for an invalid value, or if the tasks are not available.
     """
 
     name: ClassVar[str] = data.NAME
@@ -134,22 +135,24 @@ class AppWorld(TaskSet):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Those that can be played and graded here."""
+        """The splits that can be graded with these data."""
         return tuple(split for split in self.data.splits if self._why_not(split) is None)
 
     @property
     def slowest_call(self) -> float:
-        return max(self.open_seconds, self.code_seconds + client.SLACK_SECONDS + 10)  # 10: grading, which takes tenths
+        return max(
+            self.open_seconds, self.code_seconds + client.SLACK_SECONDS + 10
+        )  # 10: grading, usually well below 1 s
 
     @property
     def max_turns(self) -> int:
         return self._max_turns
 
     def tasks(self, split: str) -> Sequence[Task]:
-        """The tasks of a split, easy to hard.
+        """The tasks of a split, from easy to hard.
 
         Raises:
-            UserError: for an unknown split, one that can't be evaluated here, or one that `max_difficulty` empties.
+            UserError: for an unknown split, one that can't be graded, or one with no task up to `max_difficulty`.
         """
         self.data.tasks(split)
         if (why := self._why_not(split)) is not None:
@@ -159,15 +162,15 @@ class AppWorld(TaskSet):
     def _why_not(self, split: str) -> str | None:
         if not self._of_difficulty(split):
             return f"has no task of difficulty {self.max_difficulty} or less"
-        blind = [task.id for task in self.data.tasks(split) if not self.data.has_ground_truth(task.id)]
-        return f"can't be graded: {len(blind)} tasks have no ground truth ({blind[0]} ...)" if blind else None
+        ungraded = [task.id for task in self.data.tasks(split) if not self.data.has_ground_truth(task.id)]
+        return f"can't be graded: {len(ungraded)} tasks have no ground truth ({ungraded[0]} ...)" if ungraded else None
 
     def _of_difficulty(self, split: str) -> list[Task]:
         most = self.max_difficulty
         return [task for task in self.data.tasks(split) if most is None or task.difficulty <= most]
 
     def host(self) -> client.Host:
-        """The server of worlds.
+        """The world server.
 
         Raises:
             UserError: if AppWorld is not installed.
@@ -175,7 +178,7 @@ class AppWorld(TaskSet):
         return client.host(paths.python(), self.data.root.absolute())
 
     def make(self) -> Environment:
-        self.host()  # not installed: said now, and not once an episode
+        self.host()  # raises here if AppWorld isn't installed, rather than in every episode
         return AppWorldEnvironment(self)
 
     def rules_in_words(self) -> Mapping[str, Any]:
@@ -183,7 +186,7 @@ class AppWorld(TaskSet):
         return rules | {"code_seconds": self.code_seconds, "world": self.data.fingerprint_source}
 
     def summariser(self) -> Callable[[Trajectory], Skill | None]:
-        """Rules that name APIs, errors and a workflow; no language model."""
+        """The rule-based summariser: API names, errors and a workflow."""
         return summarise.summariser(self.style)
 
     def oracle(self, task: Task) -> str | None:
@@ -192,10 +195,10 @@ class AppWorld(TaskSet):
         return None if turns is None else "\n".join(turn.code for turn in turns)
 
     def golden_skill(self, task: Task) -> Skill | None:
-        """What the rules write of the reference solution, which is played for that; None if it solves nothing.
+        """The summariser's skill for the reference solution, which is played in the engine; None if it fails.
 
         Raises:
-            UserError: if the infrastructure breaks again and again.
+            UserError: if the infrastructure fails in every attempt.
         """
         from skillsd.envs.appworld.demonstrations import solved
 
@@ -204,16 +207,16 @@ class AppWorld(TaskSet):
         return summarise.summarise_turns([step.info for step in steps], True, self.style)
 
     def scenario(self, task: Task) -> str:
-        """What the id says before its number."""
+        """The task's id without its number."""
         return data.scenario_of(task.id)
 
     def secrets(self, task: Task) -> Sequence[str]:
-        """The answer, where it is telling."""
+        """The answer, if it is distinctive (more than 3 characters)."""
         answer = str(self.data.answer(task.id) or "")
         return (answer,) if len(answer) > 3 else ()
 
     def demonstrations(self, split: str, *, seed: int, **options: Any) -> Iterator[Demonstration]:
-        """Reference solutions of the training tasks with the engine's own answers. See `demonstrations.Options`."""
+        """Reference solutions of the training tasks, with the engine's real outputs. See `demonstrations.Options`."""
         from skillsd.envs.appworld.demonstrations import demonstrate
 
         return demonstrate(
@@ -228,11 +231,11 @@ class AppWorld(TaskSet):
         )
 
     def prompt(self, task: Task) -> tuple[Message, ...]:
-        """What the agent is told first."""
+        """The episode's first prompt."""
         return prompt.first_prompt(task, self.style, data.APPS, self.max_turns)
 
     async def play(self, task: Task, actions: Sequence[str]) -> list[Step]:
-        """The engine's answers to a script, in a fresh world."""
+        """Play a fixed list of actions in a new world, until they or the episode end."""
         environment = self.make()
         try:
             await environment.reset(task, 0)
@@ -254,8 +257,8 @@ def _root(given: str | None) -> Path:
     root = paths.official()
     if root is None:
         raise UserError(
-            "root is 'official', but $APPWORLD_ROOT names no folder with AppWorld's data: "
-            f"`{paths.SETUP}` says how to get them. Our own tasks: environment.options.root=null"
+            "root is 'official', but $APPWORLD_ROOT is not a folder with AppWorld's data: "
+            f"`{paths.SETUP}` prints how to get them. For our own tasks: environment.options.root=null"
         )
     return root
 

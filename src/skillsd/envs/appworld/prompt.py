@@ -1,7 +1,9 @@
-"""What the agent is told, and how its answers are read: one block of Python a turn.
+"""The prompt, and extraction of code from the agent's reply: one block of Python per turn.
 
-``react`` is for real language models: role, rules and an example of a turn. ``short`` is for a tiny model that was
-shown in a warm start what to do: who it works for and the task, and its answer is plain code.
+``react`` is for capable language models: role, rules and an example turn. ``short`` is for a tiny model after a warm
+start: only the supervisor and the task, and the reply is plain code.
+
+Results depend on the exact wording: changing a text invalidates comparisons with earlier results.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ Style = Literal["react", "short"]
 STYLES: tuple[Style, ...] = ("react", "short")
 
 MAX_PLAIN_CHARS = 20_000
-"""A longer answer is not tried as Python without a fence: nobody writes such a program by hand."""
+"""Replies longer than this are not parsed as unfenced Python."""
 
 _PYTHON = ("", "python", "py", "python3")
 
@@ -61,23 +63,23 @@ _SHORT = "I am {first_name} {last_name}, {email}, {phone_number}. Today: {date}.
 
 
 def first_prompt(task: Task, style: Style, apps: Sequence[str], max_turns: int) -> tuple[Message, ...]:
-    """The messages that an episode of `task` begins with.
+    """The first messages of an episode.
 
     Args:
-        apps: names of the apps; `short` leaves them, and `max_turns`, out.
+        apps: names of the apps; the style `short` doesn't mention them, nor `max_turns`.
     """
     supervisor, moment = task.payload["supervisor"], str(task.payload["datetime"])
     instruction = str(task.payload["instruction"]).strip()
     if style == "short":
         return (Message("user", _SHORT.format(**supervisor, date=moment[:10], instruction=instruction)),)
     rules = _RULES.format(apps=", ".join(apps), max_turns=max_turns)
-    words = _TASK.format(**supervisor, datetime=moment.replace("T", " "), instruction=instruction)
-    return Message("system", rules), Message("user", words)
+    text = _TASK.format(**supervisor, datetime=moment.replace("T", " "), instruction=instruction)
+    return Message("system", rules), Message("user", text)
 
 
 @dataclass(frozen=True)
 class Code:
-    """Code to run, and what the observation has to say beside its output, if anything."""
+    """Code to run, and a note to append to its output in the observation."""
 
     text: str
     note: str = ""
@@ -85,17 +87,17 @@ class Code:
 
 @dataclass(frozen=True)
 class Unusable:
-    """An answer without code, and what the agent is told about it."""
+    """A reply without runnable code, and the observation that explains why."""
 
     reason: str
 
 
 def code_of(reply: str, style: Style = "react") -> Code | Unusable:
-    """The code in an agent's answer, whatever text that is; never raises.
+    """Extract the code from an agent's reply. Accepts any text and never raises.
 
-    In the style `short` an answer without a fence is code, however broken: Python says best what is wrong with it.
-    Otherwise an answer that is a Python program as a whole is one. Otherwise its first fenced block counts, if it is
-    marked as Python or not at all; an unclosed one goes on to the end. What is before ``</think>`` does not count.
+    Text up to ``</think>`` is ignored. If the whole reply is a Python program, that is the code. Otherwise it is the
+    first fenced block marked as Python or unmarked; an unclosed block extends to the end. In the style `short`, a reply
+    without such a block is code even if it doesn't parse: Python's error message is the best feedback.
     """
     reply = reply.rpartition("</think>")[2].strip()
     if not reply:
@@ -114,10 +116,10 @@ def code_of(reply: str, style: Style = "react") -> Code | Unusable:
 
 
 def turn_text(thought: str, code: str, style: Style) -> str:
-    """A turn as a demonstration writes it; `code_of` gives the code back.
+    """The text of a demonstration's turn; `code_of` inverts it.
 
-    In the style `short`, the code alone without a fence: the fewest tokens, and a program is told from prose by
-    parsing it.
+    In the style `short`, only the code, without a fence: this takes the fewest tokens, and parsing can distinguish
+    programs from prose.
     """
     code = code.strip()
     if style == "short" and _is_program(code):
@@ -129,8 +131,10 @@ def turn_text(thought: str, code: str, style: Style) -> str:
 
 
 def observation(output: str, limit: int) -> str:
-    """What the agent is shown of an output: all of it, or two thirds of `limit` characters from its beginning and one
-    third from its end, where tracebacks say what is wrong, with a note of how much is left out in between."""
+    """Truncate an output to `limit` characters: two thirds from the start and one third from the end.
+
+    A note in between gives the number of characters left out. The end is kept because tracebacks have the error there.
+    """
     if len(output) <= limit:
         return output
     tail = limit // 3
@@ -148,7 +152,7 @@ _OPENING = re.compile(r"(`{3,})[ \t]*([\w+-]*)[^`]*")
 
 
 def _blocks(reply: str) -> Iterator[_Block]:
-    """The fenced blocks in order. A fence may open behind words ("Code: ```python") and close behind code."""
+    """The fenced blocks in order. A fence may open after text ("Code: ```python") and close after code."""
     fence, language, indent, lines = "", "", 0, list[str]()
     for raw in reply.split("\n"):
         line = raw.rstrip()
@@ -164,7 +168,7 @@ def _blocks(reply: str) -> Iterator[_Block]:
             if not closes:
                 lines.append(_dedent(line[: -len(fence)], indent))
             yield _Block(language, "\n".join(lines).strip("\n"))
-            # A block that was forgotten to be closed before the next one.
+            # A new opening fence also closes a block that was left open.
             again = closes and opening is not None and opening[2] != ""
             fence, language, lines = (fence, opening[2].lower(), []) if again and opening else ("", "", [])
         else:
@@ -174,12 +178,12 @@ def _blocks(reply: str) -> Iterator[_Block]:
 
 
 def _dedent(line: str, indent: int) -> str:
-    """A list item's block is indented as a whole; its code is not."""
+    """Remove the indentation of a block inside a list item."""
     return line[indent:] if not line[:indent].strip() else line
 
 
 def _is_program(text: str) -> bool:
-    """Whether the text is Python that does something: a lone word, "Thought: none" or a comment would parse, too."""
+    """Whether the text parses as Python and has an effect: a single word or "Thought: none" also parses."""
     if len(text) > MAX_PLAIN_CHARS:
         return False
     try:
@@ -197,7 +201,7 @@ def _does_something(statement: ast.stmt) -> bool:
 
 
 def _readable(code: Code) -> Code | Unusable:
-    """Refuses what cannot even be sent to an interpreter: lone surrogates and null characters."""
+    """Reject characters that can't be sent to an interpreter: lone surrogates and null characters."""
     if "\0" in code.text or any("\ud800" <= character <= "\udfff" for character in code.text):
         return Unusable("Your code holds characters that Python cannot read, so nothing was run.")
     return code

@@ -1,7 +1,7 @@
-"""`skillsd envs setup appworld`: AppWorld in an environment of its own, unpacked, and our task world built.
+"""`skillsd envs setup appworld`: installs AppWorld in its own virtual environment, and builds our task world.
 
-Each step leaves a mark when it has ended, so one that was interrupted is done again and one that is done costs nothing.
-What AppWorld allows to pass on only encrypted is unpacked in the cache folder and nowhere else.
+Each step leaves a marker when it completes: interrupted steps are repeated, completed ones are skipped. AppWorld's
+protected parts, which may only be redistributed encrypted, are unpacked in the cache folder and nowhere else.
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ from skillsd.errors import UserError
 
 REQUIREMENT = f"appworld=={paths.VERSION}"
 BOUNDS = ("anyio<5", "click<9", "ipython<10", "pendulum<4", "trio<1")
-"""Where AppWorld and its typer<0.17 name no upper bound: no later than the major release that was tried."""
+"""Upper bounds for dependencies that AppWorld (or its typer<0.17) leaves open: the major releases tested."""
 
 OLDEST, NEWEST = (3, 11), (3, 13)
-"""Pythons for AppWorld. For 3.14 its uvloop<0.22 was never built."""
+"""Python versions that AppWorld supports. Its uvloop<0.22 has no wheels for 3.14."""
 
-ROOM = 400 << 20
-"""Bytes that must be free to install: 230 MB stay, the rest is what pip downloads."""
+REQUIRED_BYTES = 400 << 20
+"""Free disk space required to install: 230 MB for the installation, the rest for pip's downloads."""
 
-_INSTALLED = ".skillsd-installed"  # before paths.MARK: pip has ended, nothing is unpacked yet
+_INSTALLED = ".skillsd-installed"  # written when pip is done; paths.MARK follows after unpacking
 _STEPS = ("virtual environment", f"install {REQUIREMENT}", "unpack AppWorld", "build the task world")
 
 _REMEDIES = {
     r"No space left|Disk quota": "Free 600 MB there, or set SKILLSD_CACHE to a folder that has them",
     r"Permission denied|Read-only file system": "Set SKILLSD_CACHE to a folder that you may write to",
-    r"ensurepip|No module named '?venv": "This Python can't make virtual environments: install its package for that "
+    r"ensurepip|No module named '?venv": "This Python can't create virtual environments: install its venv package "
     "(Debian and Ubuntu: apt install python3-venv) or give another Python with --python",
-    r"Failed building wheel|Failed to build|error: metadata-generation": "A package has nothing ready-made for this "
-    "Python on this machine: give another Python with --python",
-    r"resolution|[Cc]onnection|[Tt]imed? ?out|SSL|No matching distribution|Could not find a version": "pip found no "
-    "index that has it: check the network, or name an index (PIP_INDEX_URL) or a folder of wheels (PIP_FIND_LINKS)",
-    r"MemoryError|Killed": "It ran out of memory: try with more of it free",
+    r"Failed building wheel|Failed to build|error: metadata-generation": "A package has no wheel for this Python on "
+    "this machine: give another Python with --python",
+    r"resolution|[Cc]onnection|[Tt]imed? ?out|SSL|No matching distribution|Could not find a version": "pip can't "
+    "download it: check the network, or set an index (PIP_INDEX_URL) or a folder of wheels (PIP_FIND_LINKS)",
+    r"MemoryError|Killed": "It ran out of memory: free some and run the command again",
 }
 
 Say = Callable[[str], None]
 
 
 def setup(say: Say, *, data: Path | None = None, python: str | None = None) -> None:
-    """Do what is not yet done, and say what is there.
+    """Run the steps that are not done yet, and report the result.
 
     Args:
-        say: gets a line at a time.
-        data: a folder that should hold AppWorld's official data; only checked.
-        python: the Python to make the environment with; by default the one that runs this.
+        say: receives one line of output at a time.
+        data: a folder with AppWorld's official data; it is only checked.
+        python: the Python for the virtual environment; default: the running one.
 
     Raises:
-        UserError: if `data` holds no official data, the Python does not fit, or a step fails.
+        UserError: if `data` has no official data, the Python is not supported, or a step fails.
     """
     data = data and data.expanduser()
     if data is not None and (wrong := paths.why_not_official(data)):
@@ -67,33 +67,32 @@ def setup(say: Say, *, data: Path | None = None, python: str | None = None) -> N
     home = paths.home()
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with _alone(home / ".lock", say) as lock:
+        with _exclusive(home / ".lock", say) as lock:
             say(f"AppWorld {paths.VERSION} in {home}")
             _install(say, lock, python)
             _build(say, lock)
     except OSError as error:
         raise UserError(
-            f"can't set AppWorld up in {str(home)!r}: {error}. Set SKILLSD_CACHE to a folder that you may write to, "
-            "with 600 MB to spare"
+            f"can't set up AppWorld in {str(home)!r}: {error}. Set SKILLSD_CACHE to a writable folder with 600 MB free"
         ) from error
-    _tell_data(say, data)
+    _report_data(say, data)
 
 
 def _install(say: Say, lock: int, python: str | None) -> None:
     folder = paths.venv()
     if paths.installed():
-        with_what = f", with the Python it was made with (for another: rm -r {folder})" if python else ""
+        ignored = f"; --python has no effect on it (to change it: rm -r {folder})" if python else ""
         for number in (1, 2, 3):
-            say(f"[{number}/4] {_STEPS[number - 1]}: there already{with_what if number == 1 else ''}")
+            say(f"[{number}/4] {_STEPS[number - 1]}: already done{ignored if number == 1 else ''}")
         return
     interpreter = str(folder / "bin" / "python")
     if not ((folder / _INSTALLED).is_file() and Path(interpreter).exists()):
         base = _checked(python)
-        if (free := shutil.disk_usage(paths.home()).free) < ROOM:
-            raise UserError(f"AppWorld takes {ROOM >> 20} MB while it is installed, and {str(paths.home())!r} has "
+        if (free := shutil.disk_usage(paths.home()).free) < REQUIRED_BYTES:
+            raise UserError(f"installing AppWorld takes {REQUIRED_BYTES >> 20} MB, but {str(paths.home())!r} has "
                             f"{free >> 20} MB free. Set SKILLSD_CACHE to a folder with more")  # fmt: skip
         if folder.exists():
-            shutil.rmtree(folder)  # half of one: pip would take its half packages for whole ones
+            shutil.rmtree(folder)  # incomplete: pip would treat partly installed packages as installed
         _run(say, 1, [base, "-I", "-m", "venv", str(folder)], lock, hint=base)
         bounds = folder / "bounds.txt"
         bounds.write_text("".join(f"{bound}\n" for bound in BOUNDS), encoding="utf-8")
@@ -107,23 +106,23 @@ def _install(say: Say, lock: int, python: str | None) -> None:
 def _build(say: Say, lock: int) -> None:
     root = paths.world_folder()
     if paths.built_by(root) == paths.builder_version():
-        say(f"[4/4] {_STEPS[3]}: there already")
+        say(f"[4/4] {_STEPS[3]}: already done")
         return
     if root.exists():
         shutil.rmtree(root)
-    workers = str(min(4, os.cpu_count() or 1))  # 250 MB each
+    workers = str(min(4, os.cpu_count() or 1))  # each takes 250 MB
     command = [str(paths.python()), str(paths.BUILDER), "--root", str(root), "--workers", workers]
-    hint = "a minute or two, again when skillsd builds other tasks"
+    hint = "one to two minutes; repeated when skillsd's tasks change"
     _run(say, 4, command, lock, {"APPWORLD_ROOT": str(root)}, hint=hint, show=True)
     if (found := paths.built_by(root)) != paths.builder_version():
         raise UserError(
-            f"{_at(4)} failed: what it built is of version {found!r}, expected {paths.builder_version()!r}. Were its "
-            "sources changed meanwhile? Run the command again"
+            f"{_at(4)} failed: it built version {found!r}, expected {paths.builder_version()!r}. Did the sources "
+            "change in the meantime? Run the command again"
         )
 
 
-def _tell_data(say: Say, given: Path | None) -> None:
-    say(f"tasks of our own (real engine, self-made tasks): {paths.world()}")
+def _report_data(say: Say, given: Path | None) -> None:
+    say(f"our own tasks (on the original engine): {paths.world()}")
     if root := given.absolute() if given else paths.official():
         say(f"official data: {root}; in a recipe: environment.options.root={root}")
         return
@@ -131,20 +130,20 @@ def _tell_data(say: Say, given: Path | None) -> None:
     why = (
         f"$APPWORLD_ROOT is {named!r}, {paths.why_not_official(Path(named).expanduser())}"
         if named
-        else "$APPWORLD_ROOT not set"
+        else "$APPWORLD_ROOT is not set"
     )
-    say(f"official data: not found ({why}). Only you can fetch them, under AppWorld's licence:")
+    say(f"official data: not found ({why}). To download them yourself, under AppWorld's licence:")
     say(f"    {_download(Path('~/appworld'))}")
     say("    then set APPWORLD_ROOT to that folder, or environment.options.root in the recipe")
 
 
 def _download(root: Path) -> str:
-    # Told with --root: without it `appworld download` takes the working folder, whatever $APPWORLD_ROOT says.
+    # With --root: without it, `appworld download` uses the working folder and ignores $APPWORLD_ROOT.
     return f"{paths.venv()}/bin/appworld download data --root {root}"
 
 
 def _checked(python: str | None) -> str:
-    """The Python to make the environment with, if AppWorld runs on it."""
+    """The path of the Python for the virtual environment, after checking its version."""
     found = shutil.which(Path(python).expanduser()) if python else sys.executable
     version: tuple[int, ...] = sys.version_info[:2]
     if python:
@@ -156,18 +155,18 @@ def _checked(python: str | None) -> str:
             version = ()
         if len(version) != 2:
             raise UserError(
-                f"--python is {python!r}, which is no Python that runs: give a path or a name like python3.12"
+                f"--python is {python!r}, which is not a working Python: give a path or a name like python3.12"
             )
     if not OLDEST <= version <= NEWEST:
         raise UserError(
-            f"AppWorld {paths.VERSION} needs Python 3.{OLDEST[1]} to 3.{NEWEST[1]}, and {found} is "
-            f"{'.'.join(map(str, version))}. Give one that fits, e.g. --python python3.12"
+            f"AppWorld {paths.VERSION} needs Python 3.{OLDEST[1]} to 3.{NEWEST[1]}, but {found} is "
+            f"{'.'.join(map(str, version))}. Give a supported one, e.g. --python python3.12"
         )
     return str(found)
 
 
 def _at(number: int) -> str:
-    return f"setting AppWorld up: step {number}/4 ({_STEPS[number - 1]})"
+    return f"AppWorld set-up: step {number}/4 ({_STEPS[number - 1]})"
 
 
 def _run(
@@ -180,13 +179,13 @@ def _run(
     hint: str = "",
     show: bool = False,
 ) -> None:
-    """Run a step's command, say how long it took, and put what it says into setup.log.
+    """Run a step's command, report its duration, and write its output to setup.log.
 
-    It inherits `lock`: were this process killed, the next set-up waits until the orphan has ended, too.
+    The command inherits `lock`: if this process is killed, the next set-up waits until the orphan has ended.
     """
     say(f"[{number}/4] {_STEPS[number - 1]}{f' ({hint})' if hint else ''} ...")
     start = time.monotonic()
-    log, said = paths.home() / "setup.log", deque[str](maxlen=60)
+    log, output = paths.home() / "setup.log", deque[str](maxlen=60)
     inherited = {name: value for name, value in os.environ.items() if name not in _UNWANTED}
     process = subprocess.Popen(
         command, cwd=paths.home(), env={**inherited, "APPWORLD_CACHE": str(paths.unpacked()), **(env or {})},
@@ -198,45 +197,47 @@ def _run(
         with process.stdout, open(log, "w", encoding="utf-8") as file:
             for line in process.stdout:
                 file.write(line)
-                said.append(line.rstrip())
+                output.append(line.rstrip())
                 if show and line.strip():
                     say(f"      {line.rstrip()}")
         code = process.wait()
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+            os.killpg(process.pid, signal.SIGKILL)  # including its children
             process.wait()
     if code:
-        raise UserError(_why(number, code, said, log))
+        raise UserError(_failure(number, code, output, log))
     say(f"      done in {time.monotonic() - start:.0f} s")
 
 
 _UNWANTED = ("PYTHONPATH", "PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX")
-"""Settings that would put packages elsewhere, or elsewhere's here."""
+"""Variables that would make the step use packages from elsewhere, or install them elsewhere."""
 
 
-def _why(number: int, code: int, said: Sequence[str], log: Path) -> str:
-    """Two lines: which step failed and with what last words; what to do."""
-    words = [line.strip() for line in said if line.strip() and not re.match(r"\s*(WARNING|DEPRECATION|\[notice)", line)]
-    words = [line for line in words if line.startswith("ERROR")] or words
-    last = " ".join(words[-2:])[-400:] or "it said nothing"
-    text = "Killed" if code == -9 else "\n".join(said)
-    again = "Run the command again; the steps before this one are kept"
+def _failure(number: int, code: int, output: Sequence[str], log: Path) -> str:
+    """Two lines: the failed step with the end of its output, and what to do."""
+    noise = r"\s*(WARNING|DEPRECATION|\[notice)"
+    lines = [line.strip() for line in output if line.strip() and not re.match(noise, line)]
+    lines = [line for line in lines if line.startswith("ERROR")] or lines
+    last = " ".join(lines[-2:])[-400:] or "no output"
+    text = "Killed" if code == -9 else "\n".join(output)
+    again = "Run the command again; completed steps are kept"
     remedy = next((do for pattern, do in _REMEDIES.items() if re.search(pattern, text)), again)
     ended = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
-    return f"{_at(number)} failed, {ended}: {last}\n{remedy}. All that it said: {log}"
+    return f"{_at(number)} failed, {ended}: {last}\n{remedy}. Full output: {log}"
 
 
 @contextlib.contextmanager
-def _alone(path: Path, say: Say) -> Iterator[int]:
-    import fcntl  # here: not on Windows, where AppWorld's time limits (SIGALRM) aren't either
+def _exclusive(path: Path, say: Say) -> Iterator[int]:
+    """Hold a lock on the file, waiting for other processes; yields its descriptor."""
+    import fcntl  # imported here: missing on Windows, where AppWorld itself (SIGALRM) doesn't run either
 
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another process is setting AppWorld up: waiting for it")
+            say("another process is setting up AppWorld: waiting for it")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:

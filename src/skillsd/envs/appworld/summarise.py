@@ -1,12 +1,11 @@
-"""The rule-based summariser: what a finished episode teaches, from the environment's account of its turns alone.
+"""The rule-based summariser: turns a finished episode into a skill, using only the ``info`` of its turns.
 
-It never reads what was written or printed. A skill holds names of apps, APIs and arguments and words of this module,
-so passwords, tokens, addresses, ids and the answer cannot get into one; neither can the hidden checks' texts, of which
-only the number is told. It knows no better way than the one that was taken: what the skill says, the student has found
-out itself.
+It ignores the agent's text and the printed output. A skill consists of names of apps, APIs and arguments, and of this
+module's own phrases. So it can't contain passwords, tokens, addresses, ids or the answer, nor the text of the hidden
+tests (only their number). It never searches for a better solution: a skill contains only what the student found itself.
 
-What it reads of a turn's ``info``: ``code`` (None if there was none), ``calls`` (each with ``app``, ``api``, ``args``,
-``ok``, ``error`` and, if known, ``changes``), ``error``, ``completed``; of the last one also ``passes``, ``failures``.
+Keys used from ``info``: ``code`` (None if the turn had none), ``calls`` (each with ``app``, ``api``, ``args``, ``ok``,
+``error`` and, if known, ``changes``), ``error``, ``completed``; from the last turn also ``passes`` and ``failures``.
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ from typing import Any
 from skillsd.envs.appworld.prompt import Style
 from skillsd.types import Skill, Trajectory
 
-MOST_SUCCESS_CHARS = 180
-MOST_MISTAKE_CHARS = 440
-MOST_WORKFLOW_CHARS = 570
-MOST_SHORT_CHARS = 290
-"""The longest fields, so that a skill stays below 1,200 characters, and a short one below 300."""
+MAX_SUCCESS_CHARS = 180
+MAX_MISTAKE_CHARS = 440
+MAX_WORKFLOW_CHARS = 570
+MAX_SHORT_CHARS = 290
+"""Maximum lengths of the fields. They keep a skill below 1,200 characters, and a short one below 300."""
 
-MOST_MISTAKES = 4
-"""Failed calls that are told of, the first ones: what comes later is often their consequence."""
+MAX_MISTAKES = 4
+"""Maximum number of failed calls that a skill reports. The first ones: later failures often follow from them."""
 
-LONGEST_NAME = 60
-"""A call whose name is longer is not told: no API is called so."""
+MAX_NAME_CHARS = 60
+"""Calls with longer names are skipped; no real API has one."""
 
 _DOCS = "api_docs"
 _COMPLETE = "supervisor.complete_task"
 _READING = ("show_", "search_", "login")
-_GIVES = {"supervisor.show_account_passwords": "password", "login": "access_token"}
+_RESULTS = {"supervisor.show_account_passwords": "password", "login": "access_token"}
 _PAGES = ("page_index", "page_limit")
 _STATUS = {
     "400": "bad request",
@@ -70,38 +69,38 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Step:
-    """A step of a workflow: calls that are made together, again and again where `loop` is set."""
+    """A step of a workflow: one or more calls, repeated if `loop` is set."""
 
     calls: tuple[_Call, ...]
     loop: bool
 
 
 def summariser(style: Style) -> Callable[[Trajectory], Skill | None]:
-    """The summariser in one of two wordings: ``react`` in full, ``short`` a success's workflow and nothing else."""
+    """The summariser for a prompt style: ``react`` fills all fields, ``short`` only the workflow of a success."""
 
     def summarise(trajectory: Trajectory) -> Skill | None:
         if not trajectory.outcome.has_reward:
-            return None  # cut off by the infrastructure: what was left undone is not the student's mistake
+            return None  # an infrastructure failure: the episode is incomplete through no fault of the student
         return summarise_turns([turn.info for turn in trajectory.turns], trajectory.success, style)
 
     return summarise
 
 
 def summarise_turns(infos: Sequence[Mapping[str, Any]], success: bool, style: Style) -> Skill | None:
-    """The skill of an episode with these turns; None if no API was called, or nothing useful can be said.
+    """The skill for an episode with these turns; None if it made no API call or there is nothing to report.
 
-    Of a failure, nothing is said in the style ``short``.
+    In the style ``short``, failures give no skill.
     """
     calls = list(_calls(infos))
     if not calls:
         return None
     steps = _steps(calls, success)
     if style == "short":
-        # It has no words for what went wrong, and a failure's calls, told as a workflow, would say never to finish.
-        skill = Skill("", "", _workflow(steps, MOST_SHORT_CHARS, _in_short) if success else "")
+        # The short style can't express mistakes, and a failure's calls as a workflow would lack the final call.
+        skill = Skill("", "", _workflow(steps, MAX_SHORT_CHARS, _in_short) if success else "")
     else:
-        # One that failed is told as far as it looked around: what it changed may be what was wrong.
-        plan = _workflow(steps, MOST_WORKFLOW_CHARS - len(_START), _in_words)
+        # For a failure, `steps` has only the calls that read: those that made changes may have been the mistake.
+        plan = _workflow(steps, MAX_WORKFLOW_CHARS - len(_START), _in_prose)
         workflow = plan if success or not plan else _START + plan
         skill = Skill(_success(calls, steps, infos, success), _mistakes(calls, infos, success), workflow)
     return None if skill.is_empty else skill
@@ -121,20 +120,20 @@ def _calls(infos: Sequence[Mapping[str, Any]]) -> Iterable[_Call]:
 
 
 def _is_name(text: str) -> bool:
-    return text.isidentifier() and text.isascii() and len(text) <= LONGEST_NAME
+    return text.isidentifier() and text.isascii() and len(text) <= MAX_NAME_CHARS
 
 
 def _steps(calls: Sequence[_Call], success: bool) -> list[_Step]:
-    """The successful calls as steps: every API once, where it was first called; the end at the end.
+    """The successful calls as steps: each API once, at the position of its first call; complete_task last.
 
-    An episode finds its way by trying: the same API is called to look, and again to work. Looking into the
-    documentation is left out, since the steps say what was found there.
+    Agents explore: they call an API once to inspect the result, and again to use it. Calls to the documentation are
+    left out, since the steps already contain what was found there.
     """
     useful = [call for call in calls if call.ok and call.app != _DOCS and (success or call.reads)]
     by_name: dict[str, list[_Call]] = {}
     for call in useful:
         by_name.setdefault(call.name, []).append(call)
-    end = by_name.pop(_COMPLETE, [])
+    completing = by_name.pop(_COMPLETE, [])
     steps: list[_Step] = []
     for made in by_name.values():
         in_turn = Counter(call.turn for call in made)
@@ -144,18 +143,18 @@ def _steps(calls: Sequence[_Call], success: bool) -> list[_Step]:
             steps[-1] = _Step((*steps[-1].calls, *step.calls), True)
         else:
             steps.append(step)
-    return [*steps, *([_Step((end[-1],), False)] if end else [])]
+    return [*steps, *([_Step((completing[-1],), False)] if completing else [])]
 
 
 def _merged(made: Sequence[_Call]) -> _Call:
-    """One call for many: with the arguments of the turn that came last, by when it was known how to call it."""
+    """Merge calls of one API, with the arguments of the last turn, when the agent knew how to call it."""
     last = [call for call in made if call.turn == made[-1].turn]
     args = dict.fromkeys(name for call in last for name in call.args)
     return replace(made[0], args=tuple(args))
 
 
 def _interleaved(first: Sequence[_Call], second: Sequence[_Call], order: Sequence[_Call]) -> bool:
-    """Whether the two were called by turns within one turn's code, as in the body of a loop."""
+    """Whether calls of the two APIs alternate within one turn, as in the body of a loop."""
     for turn in {call.turn for call in first} & {call.turn for call in second}:
         names = [call.name for call in order if call.turn == turn]
         last_of_first = len(names) - 1 - names[::-1].index(first[0].name)
@@ -164,29 +163,29 @@ def _interleaved(first: Sequence[_Call], second: Sequence[_Call], order: Sequenc
     return False
 
 
-def _workflow(steps: Sequence[_Step], limit: int, word: Callable[[Sequence[_Step], int], str]) -> str:
-    """The steps in words, with ever less detail until they fit; then without steps in the middle."""
-    kept = list(steps)
-    while kept:
+def _workflow(steps: Sequence[_Step], limit: int, render: Callable[[Sequence[_Step], int], str]) -> str:
+    """The steps as text within `limit` characters: reduces detail first, then drops steps from the middle."""
+    remaining = list(steps)
+    while remaining:
         for detail in (2, 1, 0):
-            text = word(kept, detail)
+            text = render(remaining, detail)
             if len(text) <= limit:
                 return text
-        del kept[len(kept) // 2]
+        del remaining[len(remaining) // 2]
     return ""
 
 
-def _in_words(steps: Sequence[_Step], detail: int) -> str:
+def _in_prose(steps: Sequence[_Step], detail: int) -> str:
     texts = []
     for number, step in enumerate(steps, 1):
-        said = [f"apis.{call.name}({_args(call, detail)}){_gives(call)}" for call in step.calls]
-        if len(said) > 1:
-            text = f"for each: {', '.join(said)}"
+        calls = [f"apis.{call.name}({_args(call, detail)}){_result(call)}" for call in step.calls]
+        if len(calls) > 1:
+            text = f"for each: {', '.join(calls)}"
         elif step.loop:
             paged = "page_index" in step.calls[0].args
-            text = f"{said[0]} {'page by page' if paged else 'in a loop'}"
+            text = f"{calls[0]} {'page by page' if paged else 'in a loop'}"
         else:
-            text = said[0]
+            text = calls[0]
         texts.append(f"{number}. {text}")
     return "; ".join(texts)
 
@@ -194,20 +193,20 @@ def _in_words(steps: Sequence[_Step], detail: int) -> str:
 def _in_short(steps: Sequence[_Step], detail: int) -> str:
     texts = []
     for step in steps:
-        said = " ".join(f"{call.name}({_args(call, detail)})" for call in step.calls)
-        texts.append(f"loop {said}" if step.loop else said)
+        calls = " ".join(f"{call.name}({_args(call, detail)})" for call in step.calls)
+        texts.append(f"loop {calls}" if step.loop else calls)
     return "; ".join(texts)
 
 
 def _args(call: _Call, detail: int) -> str:
-    """The names of the arguments: all, without those that go without saying, or none."""
+    """The argument names. Detail 2: all; 1: without the access token and paging arguments; 0: none."""
     names = [name for name in call.args if detail == 2 or name not in ("access_token", *_PAGES)]
     return ", ".join(names) if detail else ""
 
 
-def _gives(call: _Call) -> str:
-    gives = _GIVES.get(call.name) or _GIVES.get(call.api)
-    return f" -> {gives}" if gives else ""
+def _result(call: _Call) -> str:
+    result = _RESULTS.get(call.name) or _RESULTS.get(call.api)
+    return f" -> {result}" if result else ""
 
 
 def _success(calls: Sequence[_Call], steps: Sequence[_Step], infos: Sequence[Mapping[str, Any]], success: bool) -> str:
@@ -216,39 +215,40 @@ def _success(calls: Sequence[_Call], steps: Sequence[_Step], infos: Sequence[Map
     if not success:
         worked = list(dict.fromkeys(call.name for call in calls if call.ok and call.app != _DOCS))
         listed = f"These calls worked: {', '.join(worked[:4])}." if worked else ""
-        return _fit([f"Not solved{used}.", listed], MOST_SUCCESS_CHARS)
-    said = [f"Solved{used} in {len(infos)} {'turn' if len(infos) == 1 else 'turns'}."]
+        return _fit([f"Not solved{used}.", listed], MAX_SUCCESS_CHARS)
+    sentences = [f"Solved{used} in {len(infos)} {'turn' if len(infos) == 1 else 'turns'}."]
     if any("page_index" in call.args for step in steps if step.loop for call in step.calls):
-        said.append("Reading all pages was right.")
-    ends = [call for call in calls if call.name == _COMPLETE and call.ok]
-    if ends:
-        said.append("The task wanted an answer." if "answer" in ends[-1].args else "The task wanted no answer.")
-    return _fit(said, MOST_SUCCESS_CHARS)
+        sentences.append("Reading all pages was right.")
+    completing = [call for call in calls if call.name == _COMPLETE and call.ok]
+    if completing:
+        answered = "answer" in completing[-1].args
+        sentences.append("The task wanted an answer." if answered else "The task wanted no answer.")
+    return _fit(sentences, MAX_SUCCESS_CHARS)
 
 
 def _mistakes(calls: Sequence[_Call], infos: Sequence[Mapping[str, Any]], success: bool) -> str:
-    told = [] if success else [_ending(calls, infos)]
+    sentences = [] if success else [_ending(calls, infos)]
     failed: dict[str, None] = {}
     for place, call in enumerate(calls):
         if not call.ok:
             failed.setdefault(_failure(call, calls[place + 1 :]))
-    told += list(failed)[:MOST_MISTAKES]
-    blamed = {call.turn for call in calls if not call.ok}
+    sentences += list(failed)[:MAX_MISTAKES]
+    reported = {call.turn for call in calls if not call.ok}
     others = [
         str(info["error"])
         for turn, info in enumerate(infos)
-        if info.get("error") and turn not in blamed and info.get("code") is not None
+        if info.get("error") and turn not in reported and info.get("code") is not None
     ]
     for kind, count in Counter(_kind(error) for error in others).items():
-        told.append(f"{count} {'turn' if count == 1 else 'turns'} failed with {kind}.")
-    mute = sum(info.get("code", "") is None for info in infos)
-    if mute:
-        told.append(f"{mute} {'answer' if mute == 1 else 'answers'} held no code to run.")
-    return _fit(told, MOST_MISTAKE_CHARS)
+        sentences.append(f"{count} {'turn' if count == 1 else 'turns'} failed with {kind}.")
+    codeless = sum(info.get("code", "") is None for info in infos)
+    if codeless:
+        sentences.append(f"{codeless} {'answer' if codeless == 1 else 'answers'} held no code to run.")
+    return _fit(sentences, MAX_MISTAKE_CHARS)
 
 
 def _ending(calls: Sequence[_Call], infos: Sequence[Mapping[str, Any]]) -> str:
-    """How the episode missed its aim."""
+    """How an unsuccessful episode ended."""
     if not any(info.get("completed") for info in infos):
         return "complete_task was never called, so the task stayed unfinished."
     failures, passes = (infos[-1].get(name) or () for name in ("failures", "passes"))
@@ -256,14 +256,14 @@ def _ending(calls: Sequence[_Call], infos: Sequence[Mapping[str, Any]]) -> str:
         return "The task was called complete when it was not."
     text = f"{len(failures)} of {len(failures) + len(passes)} checks failed after the task was called complete"
     if any("answer" in str(failure).lower() for failure in failures):
-        ends = [call for call in calls if call.name == _COMPLETE and call.ok]
-        given = bool(ends) and "answer" in ends[-1].args
+        completing = [call for call in calls if call.name == _COMPLETE and call.ok]
+        given = bool(completing) and "answer" in completing[-1].args
         text += "; the answer was wrong" if given else "; no answer was given"
     return f"{text}."
 
 
 def _failure(call: _Call, later: Sequence[_Call]) -> str:
-    """A failed call, what was the matter, and how it was got over. Arguments are named only where they worked."""
+    """A failed call, the kind of error, and whether a later call succeeded. Names only arguments that worked."""
     text = f"apis.{call.name} failed ({_kind(call.error)})"
     again = next((other for other in later if other.ok and other.name == call.name), None)
     if again is None:
@@ -274,7 +274,7 @@ def _failure(call: _Call, later: Sequence[_Call]) -> str:
 
 
 def _kind(error: str) -> str:
-    """What kind of error a text tells of, in words that come from here and not from the text."""
+    """Classify an error message. The result is a phrase of this module or a known exception name, never other text."""
     if re.match(r"\W*time(d )?out", error, re.IGNORECASE):
         return _TIMEOUT
     if "No API named" in error or "No app named" in error:
@@ -286,7 +286,7 @@ def _kind(error: str) -> str:
 
 
 def _fit(sentences: Sequence[str], limit: int) -> str:
-    """As many sentences, in order, as fit."""
+    """Join the sentences in order, skipping those that would exceed the limit."""
     text = ""
     for sentence in sentences:
         longer = f"{text} {sentence}".strip()

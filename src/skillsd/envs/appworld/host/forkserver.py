@@ -1,9 +1,9 @@
-"""Worlds by the dozen: AppWorld is imported once, then every episode is a fork. Run by AppWorld's own Python.
+"""The world server: imports AppWorld once, then forks a process per episode. Run by AppWorld's Python.
 
-``python forkserver.py OPTIONS`` listens on a Unix socket (nobody but its owner can reach it, unlike a port on
-loopback); each connection gets a fresh process with a world of its own, which ends with the connection. So no world can
-leak into the next, and a hung one is killed without anyone noticing. The server itself ends when its standard input
-does, that is when the trainer is gone, however it went; or when the server of jails does.
+``python forkserver.py OPTIONS`` listens on a Unix socket (unlike a loopback port, only its owner can connect). Each
+connection gets a new process with its own world, which ends with the connection. So worlds share no state, and a hung
+one can be killed without affecting others. The server ends when its standard input is closed, i.e. when the trainer has
+ended for whatever reason, or when the jail server has ended.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(options["socket"])
     listener.listen(1024)
-    jails = Jails(options)  # imports what it needs while we do
+    jails = Jails(options)  # its imports run in parallel with ours
     world.preload(Path(options["root"]))
     options = jails.strongest()
     print("ready", flush=True)
@@ -42,7 +42,7 @@ def main() -> None:
     signal.set_wakeup_fd(woken)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer handles Ctrl-C
     try:
         while True:
             ready, _, _ = select.select([listener, sys.stdin, wake], [], [])
@@ -57,13 +57,13 @@ def main() -> None:
                 connection, _ = listener.accept()
                 try:
                     child = os.fork()
-                except OSError as error:  # no room for one more: whoever asked is told by the connection's end
-                    print(f"no fork: {error}", file=sys.stderr, flush=True)
+                except OSError as error:  # out of processes or memory: the client sees the connection close
+                    print(f"fork failed: {error}", file=sys.stderr, flush=True)
                     connection.close()
                     continue
                 if child == 0:
                     listener.close()
-                    _be_a_world(connection, options)
+                    _run_world(connection, options)
                 children.add(child)
                 connection.close()
     finally:
@@ -71,7 +71,7 @@ def main() -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
         jails.process.kill()
-        shutil.rmtree(Path(options["socket"]).parent, ignore_errors=True)  # a trainer that was killed can't
+        shutil.rmtree(Path(options["socket"]).parent, ignore_errors=True)  # in case the trainer was killed
 
 
 def _reap(children: set[int], options: dict[str, Any]) -> None:
@@ -79,19 +79,20 @@ def _reap(children: set[int], options: dict[str, Any]) -> None:
         if os.waitpid(child, os.WNOHANG)[0] == child:
             children.discard(child)
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(child, signal.SIGKILL)  # whatever is left of its group; its jail goes by itself
-            for left in (world.outputs(options, child), *Path(options["socket"]).parent.glob(f"jail-{child}-*")):
-                shutil.rmtree(left, ignore_errors=True)
+                os.killpg(child, signal.SIGKILL)  # the rest of its group; its jail ends by itself
+            folder = Path(options["socket"]).parent
+            for remains in (world.outputs(options, child), *folder.glob(f"jail-{child}-*")):
+                shutil.rmtree(remains, ignore_errors=True)
 
 
-def _be_a_world(connection: socket.socket, options: dict[str, Any]) -> None:
+def _run_world(connection: socket.socket, options: dict[str, Any]) -> None:
     code = 1
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        nothing = os.open(os.devnull, os.O_RDWR)
-        os.dup2(nothing, 0)
-        os.dup2(nothing, 1)  # the engine prints; errors go on to standard error, the server's log
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)  # discard what the engine prints; standard error still goes to the server's log
         resource.setrlimit(resource.RLIMIT_AS, (options["world_bytes"], options["world_bytes"]))
         world.serve(connection, options)
         code = 0

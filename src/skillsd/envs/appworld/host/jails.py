@@ -1,7 +1,7 @@
-"""Jails from the outside: the server that they are forked from, and a world's end of one of them.
+"""Clients of jails: starting the server they are forked from, and a world's connection to one jail.
 
-See jail.py for what a jail is, and world.py for who talks to it. Deadlines are read from the kernel's clock: in an open
-world Python's own stand still (freezegun).
+See jail.py for the jail itself and world.py for its use. Deadlines use the kernel's clock, because Python's clocks are
+frozen in an open world (freezegun).
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from typing import Any
 now = functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
 
 HERE = Path(__file__).parent
-MESSAGE = 4 << 20
-"""Bytes of the longest message that a jail may send."""
+MAX_MESSAGE_BYTES = 4 << 20
+"""Longest message accepted from a jail."""
 _MODULES = ("copy", "datetime")
-"""What the session is given of ``appworld.common``: the agent's dates and times."""
-_ATTEMPTS: tuple[dict[str, bool], ...] = (
+"""Modules of ``appworld.common`` that the session gets: the date and time classes for the agent."""
+_KINDS: tuple[dict[str, bool], ...] = (
     {"namespaces": True, "user": True},
     {"namespaces": False, "user": True},
     {"namespaces": False, "user": False},
 )
-"""What a jail is asked to do without, if it does not come up otherwise."""
-_TRIES = 3
-"""Of each, so that what is wrong for a moment takes no protection away."""
+"""Kinds of jails to try, strongest first."""
+_ATTEMPTS_PER_KIND = 3
+"""So that a transient failure doesn't cost a protection."""
 
 
 class JailBrokenError(Exception):
-    """The model's session is lost; the message is for the model."""
+    """The model's session is lost. Most messages are shown to the model, so results depend on their wording."""
 
 
 def _package() -> Path:
-    """Where the engine lies, without the seconds that it takes to import."""
+    """The engine's folder, found without importing it (which takes seconds)."""
     spec = importlib.util.find_spec("appworld")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("No module named 'appworld'")
@@ -51,7 +51,7 @@ def _package() -> Path:
 
 
 class Jails:
-    """The server that jails are forked from: a Python without the engine, the data or anything else of ours in it."""
+    """The server that jails are forked from: a Python process without the engine, the data or skillsd in it."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         package = _package()
@@ -73,21 +73,22 @@ class Jails:
         }
 
     def strongest(self) -> dict[str, Any]:
-        """The options of this machine's jails; ``held`` among them says what they hold.
+        """Options for the strongest kind of jail that starts on this machine, with its ``protections``.
 
-        Found out once, so that no jail that fails for another reason, want of memory say, comes up with less.
+        Determined once: later, a jail that fails for another reason (e.g. lack of memory) must not start as a weaker
+        kind.
 
         Raises:
-            JailBrokenError: if there are none at all.
+            JailBrokenError: if no kind of jail starts.
         """
         broken = JailBrokenError("no kind of jail is allowed")
-        for attempt in _ATTEMPTS:
-            for _ in range(_TRIES if attempt["namespaces"] <= self._options.get("namespaces", True) else 0):
-                jail = Jail(self._options | attempt)
+        for kind in _KINDS:
+            for _ in range(_ATTEMPTS_PER_KIND if kind["namespaces"] <= self._options.get("namespaces", True) else 0):
+                jail = Jail(self._options | kind)
                 try:
                     jail.start()
                     jail.greet({"apis": {}, "datetime": "2023-05-18T12:00:00"})
-                    return self._options | attempt | {"held": jail.held}
+                    return self._options | kind | {"protections": jail.protections}
                 except JailBrokenError as error:
                     broken = error
                 finally:
@@ -96,18 +97,18 @@ class Jails:
 
 
 class Jail:
-    """The process that the model's code runs in; started again when it was lost."""
+    """A connection to the process that runs the model's code. Can be restarted if the process is lost."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
         self._keeper: socket.socket | None = None
-        self.held: list[str] = []
+        self.protections: list[str] = []
 
     def start(self) -> None:
-        """Ask for it; `greet` waits until it is there.
+        """Request a jail. `greet` waits until it is running.
 
         Raises:
-            JailBrokenError: if nobody is there to be asked.
+            JailBrokenError: if the jail server can't be reached.
         """
         folder = Path(self._options["socket"]).parent
         self._root = tempfile.mkdtemp(prefix=f"jail-{os.getpid()}-", dir=folder)
@@ -119,20 +120,20 @@ class Jail:
             self._keeper.connect(str(folder / "jails"))
             socket.send_fds(self._keeper, [json.dumps(request).encode() + b"\n"], [theirs.fileno()])
         except OSError as error:
-            raise JailBrokenError("there is no Python session to be had") from error
+            raise JailBrokenError("the server of Python sessions can't be reached") from error
         finally:
             theirs.close()
 
     def greet(self, hello: dict[str, Any]) -> None:
-        """Tell the session which APIs there are and what time it is.
+        """Wait for the jail, check its protections, and send the APIs and the time.
 
         Raises:
-            JailBrokenError: if it does not come up, or with less than this machine's jails hold.
+            JailBrokenError: if it doesn't start, or starts with fewer protections than this machine's jails have.
         """
         deadline = now() + self._options["start_seconds"]
-        self.held = self.receive(deadline)["held"]
-        if missing := set(self._options.get("held", ())) - set(self.held):
-            raise JailBrokenError(f"the Python session came up without {', '.join(sorted(missing))}")
+        self.protections = self.receive(deadline)["protections"]
+        if missing := set(self._options.get("protections", ())) - set(self.protections):
+            raise JailBrokenError(f"the Python session started without {', '.join(sorted(missing))}")
         self.send(hello, deadline)
 
     @property
@@ -155,24 +156,24 @@ class Jail:
         """The next message.
 
         Raises:
-            TimeoutError: if there is none before `deadline`.
-            JailBrokenError: if there will be none, or it is no message.
+            TimeoutError: if none arrives before `deadline`.
+            JailBrokenError: if the session has ended or sent an invalid message.
         """
-        if now() >= deadline:  # whatever is waiting: a flood of calls is no way round it
+        if now() >= deadline:  # even if a message is waiting: a flood of calls must not bypass the deadline
             raise TimeoutError
         while b"\n" not in self._buffer:
-            if len(self._buffer) > MESSAGE:
+            if len(self._buffer) > MAX_MESSAGE_BYTES:
                 raise JailBrokenError("the Python session sent too much")
             self._wait(select.POLLIN, deadline)
             try:
-                piece = self._channel.recv(1 << 16)
+                chunk = self._channel.recv(1 << 16)
             except BlockingIOError:
                 continue
             except OSError:
-                piece = b""
-            if not piece:
+                chunk = b""
+            if not chunk:
                 raise JailBrokenError("the Python session ended")
-            self._buffer += piece
+            self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
         try:
             message = json.loads(line)
@@ -189,12 +190,12 @@ class Jail:
             raise TimeoutError
 
     def stop(self) -> None:
-        """End it; it is gone afterwards. Stopping twice is harmless."""
+        """End the jail and wait until all its processes are gone. Idempotent."""
         if self._keeper is None:
             return
         with contextlib.suppress(OSError):
             self._keeper.shutdown(socket.SHUT_WR)
-            self._keeper.recv(1)  # hangs up when nothing of the jail is left
+            self._keeper.recv(1)  # closed once all processes of the jail are gone
         self._keeper.close()
         self._keeper = None
         self._channel.close()

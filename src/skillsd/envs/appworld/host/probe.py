@@ -1,4 +1,4 @@
-"""What a jail holds on this machine: prints the list as JSON. Run by AppWorld's own Python; opens no world."""
+"""Print the protections that jails have on this machine, as JSON. Run by AppWorld's Python; opens no world."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="skillsd-appworld-") as folder:
         jails = Jails(json.loads(sys.argv[1]) | {"socket": f"{folder}/socket", "data": folder})
         try:
-            print(json.dumps(jails.strongest()["held"]))
+            print(json.dumps(jails.strongest()["protections"]))
         finally:
             jails.process.kill()
             jails.process.wait()

@@ -1,7 +1,9 @@
-"""The Python session that the model acts in. Runs inside jail.py, and trusts nobody to be there but the model's code.
+"""The model's Python session. Runs inside the jail (jail.py), so it contains nothing that needs protection.
 
-It answers as AppWorld's own `execute` does (the same words for what was printed, for errors, for nothing at all), so
-that an agent can't tell the two apart; tests compare them. The APIs are called by messages to world.py.
+It produces the same output text as AppWorld's own `execute`, for printed values, errors and empty output, so that an
+agent can't tell the two apart; a test compares them. API calls are messages to world.py.
+
+The output text is what the model reads: results depend on its exact wording.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ import types
 from typing import Any
 
 FILE = "<python-input>"
-OUTPUT = 200_000
-"""Characters of output that are kept; more are counted."""
+MAX_OUTPUT_CHARS = 200_000
+"""Output beyond this is counted but discarded."""
 
 PREAMBLE = """
 import builtins
@@ -49,7 +51,7 @@ from appworld.common.datetime import VanillaTime as Time
 
 
 def prepare(modules: dict[str, str]) -> None:
-    """Import what a session needs; `modules` are sources of ``appworld.common``, the rest of which is not here."""
+    """Import what a session needs. `modules`: name -> source of the parts of ``appworld.common`` that it gets."""
     from freezegun import freeze_time
 
     for name in ("appworld", "appworld.common"):
@@ -58,12 +60,12 @@ def prepare(modules: dict[str, str]) -> None:
         module = sys.modules[f"appworld.common.{name}"] = types.ModuleType(f"appworld.common.{name}")
         exec(compile(source, f"{name}.py", "exec"), module.__dict__)
     exec(PREAMBLE, {})
-    with freeze_time("2023-05-18"):  # it looks through all modules, and remembers what it found
+    with freeze_time("2023-05-18"):  # fills freezegun's cache of the loaded modules
         pass
 
 
 class _Output(io.TextIOBase):
-    """Standard output that forgets what is beyond the limit, so that a flood fills no memory."""
+    """Standard output with a size limit, so that large outputs don't fill the memory."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []
@@ -73,8 +75,8 @@ class _Output(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        if self.size < OUTPUT:
-            self.parts.append(text[: OUTPUT - self.size])
+        if self.size < MAX_OUTPUT_CHARS:
+            self.parts.append(text[: MAX_OUTPUT_CHARS - self.size])
         self.size += len(text)
         return len(text)
 
@@ -83,7 +85,7 @@ class _Output(io.TextIOBase):
 
 
 class _Wire:
-    """Messages: JSON, one a line."""
+    """Messages: JSON, one per line."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._file = channel.makefile("rwb")
@@ -100,7 +102,7 @@ class _Wire:
 
 
 class _Names(dict):
-    """What `apis` and `apis.spotify` are: names to be had as attributes or as items."""
+    """The type of `apis` and `apis.spotify`: names accessible as attributes or items."""
 
     def __init__(self, complaint: str, items: dict[str, Any]) -> None:
         super().__init__(items)
@@ -123,7 +125,7 @@ def _plain(value: Any) -> Any:
 
 def _api(wire: _Wire, app: str, name: str) -> Any:
     def call(**arguments: Any) -> Any:
-        # Encoded once more below; this way what can't be sent is the caller's error.
+        # Converted to JSON here, so that arguments that can't be sent raise in the caller's code.
         wire.send({"call": [app, name, json.loads(json.dumps(arguments, default=_plain))]})
         answer = wire.receive()
         if "error" in answer:
@@ -135,7 +137,7 @@ def _api(wire: _Wire, app: str, name: str) -> Any:
 
 
 def _show(*values: Any, **options: Any) -> None:
-    """AppWorld's `print`: a lone list or dictionary is shown as JSON."""
+    """AppWorld's `print`: a single list, tuple or dictionary is printed as JSON."""
     if not options and len(values) == 1 and isinstance(values[0], (list, tuple, dict)):
         indent = 1 if len(json.dumps(values[0])) >= 100 else None
         builtins.print(json.dumps(values[0], indent=indent))
@@ -152,7 +154,7 @@ def _no_sleep(*_: Any) -> None:
 
 
 class Session:
-    """A namespace that lasts from turn to turn."""
+    """A namespace that persists between turns."""
 
     def __init__(self, wire: _Wire, apis: dict[str, list[str]]) -> None:
         names = {
@@ -162,12 +164,12 @@ class Session:
         self._space: dict[str, Any] = {"__name__": "__main__"}
         exec(PREAMBLE, self._space)
         self._space |= {"apis": _Names("No app named '{}' found.", names), "print": _show, "input": _no_input}
-        self._space["requester"] = None  # what official solutions are handed and rarely use
-        random.seed(100)  # AppWorld's; with a fixed hash seed, an episode is the same whenever it is played
-        time.sleep = _no_sleep  # time stands still here
+        self._space["requester"] = None  # a parameter of official solutions, which rarely use it
+        random.seed(100)  # AppWorld's seed; with a fixed hash seed, episodes are deterministic
+        time.sleep = _no_sleep  # the clock is frozen
 
     def run(self, code: str) -> dict[str, Any]:
-        """What the agent is shown, and the last line of the error, if there was one."""
+        """Run code. Returns the ``output`` for the agent and the last line of the ``error``, or None."""
         code = code.strip()
         if not code:
             return {"output": "No code available to execute.", "error": None}
@@ -184,8 +186,8 @@ class Session:
         sys.stdout, sys.stderr = output, _Output()
         try:
             exec(program, self._space)
-        except BaseException as error:  # whatever the code raises, exits and interrupts too, is an answer
-            return _failure(_words(error), traceback.format_exception_only(error)[-1].strip())
+        except BaseException as error:  # anything the code raises, including SystemExit and KeyboardInterrupt
+            return _failure(_traceback(error), traceback.format_exception_only(error)[-1].strip())
         finally:
             sys.stdout, sys.stderr = streams
         text = output.text()
@@ -193,15 +195,15 @@ class Session:
         return answer | ({"lost": output.size - len(text)} if output.size > len(text) else {})
 
 
-def _failure(words: str, error: str) -> dict[str, Any]:
-    return {"output": ("Execution failed. Traceback:\n" + words)[:OUTPUT], "error": error[:1000]}
+def _failure(text: str, error: str) -> dict[str, Any]:
+    return {"output": ("Execution failed. Traceback:\n" + text)[:MAX_OUTPUT_CHARS], "error": error[:1000]}
 
 
-def _words(error: BaseException) -> str:
-    """The traceback without any frame but the model's own."""
+def _traceback(error: BaseException) -> str:
+    """The traceback, reduced to the frames of the model's code."""
     try:
         lines = "".join(traceback.TracebackException.from_exception(error).format()).splitlines()
-    except BaseException:  # an exception of the model's own that can't be printed
+    except BaseException:  # an exception class of the model's that can't be printed
         return type(error).__name__
     kept, own = [], False
     for line in lines:
@@ -216,12 +218,12 @@ def _words(error: BaseException) -> str:
     return textwrap.dedent("\n".join(kept[first:]))
 
 
-def serve(channel: socket.socket, held: list[str]) -> None:
-    """Run what the world sends until it hangs up."""
+def serve(channel: socket.socket, protections: list[str]) -> None:
+    """Run the code that the world sends, until it closes the connection."""
     from freezegun import freeze_time
 
     wire = _Wire(channel)
-    wire.send({"held": held})
+    wire.send({"protections": protections})
     start = wire.receive()
     session = Session(wire, start["apis"])
     with freeze_time(start["datetime"]):
