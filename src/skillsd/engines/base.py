@@ -34,7 +34,8 @@ class SampleRequest:
             time have no influence (but for rounding, which in bfloat16 can tip a close choice).
         temperature: of the sampling distribution; 0 takes the most likely token.
         session: name of the episode. A sampler may keep its KV cache between the requests of one session; each
-            request's tokens must then extend the last one's tokens and sample.
+            request's tokens must then extend the last one's tokens and sample. Student and teacher have separate
+            sessions.
         weights: whose weights sample.
     """
 
@@ -60,6 +61,29 @@ class Sample:
     logprobs: tuple[float, ...]
     stop_reason: Literal["stop", "length"]
     version: int = 0
+
+
+def check_request(request: SampleRequest, max_length: int, held: Sequence[int] = ()) -> None:
+    """Refuse what `Sampler.sample` promises to refuse.
+
+    Args:
+        held: the tokens of the request's session so far.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    if not request.tokens or request.max_tokens < 1:
+        raise ValueError(
+            f"{len(request.tokens)} tokens to continue and {request.max_tokens} asked for: each must be at least one token"
+        )
+    needed = len(request.tokens) + request.max_tokens
+    if needed > max_length:
+        raise ValueError(f"{needed} tokens are asked of a model that takes {max_length}")
+    if request.tokens[: len(held)] != tuple(held):
+        raise ValueError(
+            f"session {request.session!r}: the request's tokens do not extend what the session holds ({len(held)} "
+            "tokens); a trajectory's prefix must never change"
+        )
 
 
 @dataclass(frozen=True)
