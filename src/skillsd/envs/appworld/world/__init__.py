@@ -1,14 +1,17 @@
-"""Our own task world for the real AppWorld engine.
+"""Our own task world for the original AppWorld engine.
 
-The official tasks of AppWorld have to be downloaded by whoever uses them, and cannot be reached from everywhere. So
-that the engine can be used without them, this folder builds data of its own in AppWorld's format: invented people
-with invented songs, notes, payments and mails, and tasks over them with a reference solution and an evaluation each.
-It is *not* the AppWorld benchmark, and results on it say nothing about results there.
+AppWorld's official tasks have to be downloaded by each user and are not always available. This package builds a
+replacement in AppWorld's format: invented people with songs, notes, payments and mails, and tasks about them, each with
+a reference solution and an evaluation. It is *not* the AppWorld benchmark, and results on it don't transfer to it.
 
-Two scripts are run by AppWorld's own Python (its dependencies cannot live beside ours):
+Two scripts, run by AppWorld's Python (its dependencies conflict with ours):
 
     python build.py --root ROOT     writes ROOT/data
-    python verify.py --root ROOT    plays every task: the solution must score, mistakes must not
+    python verify.py --root ROOT    plays every task: the solution must succeed, mistakes must not
 
-What needs no AppWorld (people, lives, scenarios, tasks) imports nothing but the standard library.
+Modules that don't need AppWorld (people, lives, scenarios, tasks) import only the standard library.
+
+A change to any source here but verify.py, comments included, changes the world's version and requires a rebuild. The
+texts of tasks, tests and checks.py are also part of the tasks' fingerprint: changing them invalidates comparisons with
+earlier results.
 """

@@ -1,7 +1,7 @@
 """Writes our own task world in AppWorld's format: ``python build.py --root ROOT [--workers N]``.
 
-Run by AppWorld's own Python. Everything is drawn from fixed seeds, so two builds have the same content. The data is
-built beside its place and renamed into it at the end: ``ROOT/data`` is whole or it is not there.
+Run by AppWorld's Python. All randomness has fixed seeds, so every build has the same content. The data are built in a
+temporary folder and renamed at the end, so that ``ROOT/data`` is either complete or absent.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 NAME = "skillsd task world"
 _HERE = Path(__file__).resolve().parent
-# What does not change the data does not change the version.
+# Sources that don't affect the data, and so not the version.
 _NOT_BUILDING = {"verify.py"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, required=True, help="the folder that is to hold data/")
-    parser.add_argument("--workers", type=int, default=1, help="processes for the tasks' databases")
+    parser.add_argument("--root", type=Path, required=True, help="folder to write data/ into")
+    parser.add_argument("--workers", type=int, default=1, help="number of processes that write task databases")
     arguments = parser.parse_args()
     sys.path.append(str(_HERE.parent))
     build(arguments.root.resolve(), arguments.workers)
@@ -71,7 +71,7 @@ def build(root: Path, workers: int) -> None:
 
 
 def run_each(what: str, tasks: Iterable[TaskSpec], job: Callable[[TaskSpec], Any], workers: int) -> dict[str, Any]:
-    """A job for each task in a process of its own; the outcomes by task id."""
+    """Run a job for each task, each in its own process. Returns the outcomes by task id."""
     from world.episode import fork_each
 
     outcomes = dict(fork_each([(task.id, lambda task=task: job(task)) for task in tasks], workers))
@@ -90,7 +90,7 @@ def check(what: str, outcome: Any) -> None:
 
 
 def version() -> str:
-    """A hash over the sources that make the data."""
+    """Hash of the sources that determine the data."""
     digest = hashlib.sha256()
     for path in sorted(_HERE.rglob("*.py")):
         if path.name not in _NOT_BUILDING:
@@ -99,7 +99,7 @@ def version() -> str:
 
 
 def write_foundation(world: Any, data: Path) -> None:
-    """What all tasks share: the version, the documentation of the APIs and the base databases."""
+    """Write what all tasks share: the version, the API documentation and the base databases."""
     from appworld.apps import get_all_apps
     from appworld.apps.api_lib import set_local_date_and_time
     from appworld.collections.api_docs import ApiDocCollection
@@ -116,7 +116,7 @@ def write_foundation(world: Any, data: Path) -> None:
 
 
 def write_tasks(tasks: list[TaskSpec], labels: dict[str, dict[str, str]]) -> None:
-    """The folders of tasks; ``labels`` are those of each scenario's tests, as far as they are known yet."""
+    """Write task folders. ``labels``: scenario id -> label of each test, for those already known."""
     from appworld.apps.api_lib import set_local_date_and_time
     from world.database import NOW
 
@@ -127,7 +127,7 @@ def write_tasks(tasks: list[TaskSpec], labels: dict[str, dict[str, str]]) -> Non
 
 
 def write_databases(task: TaskSpec) -> None:
-    """What the task changes in the base databases: the supervisor, who exists in one task only."""
+    """Write the task's changes to the base databases: the supervisor record, which differs per task."""
     from appworld.apps import get_all_apps
     from appworld.collections.models import ModelCollection
     from appworld.common.constants import DB_VERSION
@@ -167,7 +167,7 @@ def write_databases(task: TaskSpec) -> None:
 
 
 def write_ground_truth(task: TaskSpec, labels: dict[str, str]) -> None:
-    """The evaluation and what it needs, and the reference solution. Unknown labels are written as "no_op_fail"."""
+    """Write the evaluation with its data, and the reference solution. Unknown labels become "no_op_fail"."""
     from appworld.common.path_store import path_store
     from world.tasks import evaluation_source, requirements
 
@@ -194,7 +194,7 @@ def write_ground_truth(task: TaskSpec, labels: dict[str, str]) -> None:
 
 
 def no_op_labels(task: TaskSpec) -> dict[str, str]:
-    """Which tests pass when the agent does nothing but say that it is done: those earn no credit."""
+    """Label the tests by whether a no-op passes them (the agent only completes the task). Those earn no reward."""
     from world.episode import play
     from world.scenarios.base import FINISH
 
@@ -204,7 +204,7 @@ def no_op_labels(task: TaskSpec) -> dict[str, str]:
 
 
 def write_index(tasks: list[TaskSpec], data: Path) -> None:
-    """The splits, for the engine as lists of ids and for us with what one wants to know about each task."""
+    """Write the splits: lists of ids for the engine, and an index with facts about each task for skillsd."""
     from world.tasks import SPLITS
 
     splits = {split: [task.id for task in tasks if task.split == split] for split in SPLITS}
@@ -223,10 +223,10 @@ def write_index(tasks: list[TaskSpec], data: Path) -> None:
 
 
 def put_in_place(new: Path, place: Path) -> None:
-    """Renames the finished data into its place; earlier data of ours makes room, anybody else's does not."""
+    """Rename the finished data into place. Replaces data written by this script, but no other data."""
     if place.exists():
         if not (place / "skillsd.json").exists():
-            raise SystemExit(f"{place} holds data that this script did not write (the official data?); not touching it")
+            raise SystemExit(f"{place} has data that this script did not write (official data?): not replaced")
         old = new.parent / "old"
         place.rename(old)
     new.rename(place)

@@ -1,4 +1,4 @@
-"""Writes the world into AppWorld's databases with the engine's own models. Run by AppWorld's Python only."""
+"""Writes the world into AppWorld's databases, using the engine's models. Needs AppWorld's Python."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from appworld.common.datetime import DateTime
 from .lives import World
 from .people import APPS, Person
 
-# The moment at which every episode takes place; the engine freezes the clock there.
+# The time of every episode; the engine freezes the clock at it.
 NOW = datetime(2023, 5, 18, 12, 0, 0)
 
 
@@ -26,7 +26,7 @@ def ago(days: int, minutes: int = 0) -> DateTime:
 
 
 def write_base(world: World, folder: Path, api_docs: dict[str, dict[str, dict]]) -> None:
-    """Fills empty databases with everything that holds in all tasks, and saves them in ``folder``."""
+    """Create the databases with everything that the tasks share, and save them in ``folder``."""
     home = ":memory:base"
     models = ModelCollection.load(
         to_db_home_path=home, from_db_home_path=home, load_apps=get_all_apps(), create_db=True
@@ -44,14 +44,14 @@ def write_base(world: World, folder: Path, api_docs: dict[str, dict[str, dict]])
 
 
 def _save(model: Any, rows: Iterable[dict[str, Any]]) -> list[Any]:
-    """Creates one record per row in a single transaction, and returns them with their ids."""
+    """Create one record per row in a single transaction. Returns the records, with ids."""
     records = [model.create(**row) for row in rows]
     model.save_all(records)
     return records
 
 
 def _api_docs(models: Any, api_docs: dict[str, dict[str, dict]]) -> None:
-    """The agent reads the documentation through an app, which keeps it in a table of its own."""
+    """Fill the table of the app through which the agent reads the API documentation."""
     model = models.api_docs.ApiDoc
     rows = []
     for docs in api_docs.values():
@@ -107,7 +107,7 @@ def _user_row(user_model: Any, app: str, person: Person, world: World) -> dict[s
 
 
 def _ids(user_model: Any) -> dict[str, int]:
-    """The id of everybody's account in one app, by e-mail address."""
+    """E-mail address -> account id in one app, for all people."""
     return {user.email: user.id for user in user_model.all()}
 
 
@@ -221,7 +221,7 @@ def _todoist(models: Any, world: World) -> None:
 
 
 def _gmail(models: Any, world: World) -> None:
-    """Every mail is a thread of its own, which sender and receiver see each in their way."""
+    """Each mail is its own thread, with one view for the sender and one for the receiver."""
     gmail, users = models.gmail, _ids(models.gmail.User)
     times = [ago(mail.days_ago, index % 600) for index, mail in enumerate(world.mails)]
     emails = _save(

@@ -1,7 +1,7 @@
-"""One episode in a process of its own.
+"""Plays each episode in its own process.
 
-AppWorld keeps one world per process and freezes that process's clock, so nothing is played twice in one. Importing it
-costs seconds; ``preload`` pays them once and every episode is then a fork of the process that did.
+AppWorld keeps one world per process and freezes the process's clock, so a process plays only one episode. Importing
+AppWorld takes seconds: ``preload`` does it once, and every episode is a fork of that process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def preload() -> None:
-    """Imports everything that an episode needs. Call it once, after APPWORLD_ROOT is set and before ``fork_each``."""
+    """Import everything that an episode needs. Call it once, after setting APPWORLD_ROOT and before ``fork_each``."""
     from appworld.api_docs import prepare_api_docs
     from appworld.apps import get_all_apps
     from appworld.collections.api_docs import ApiDocCollection
@@ -28,7 +28,7 @@ def preload() -> None:
     for app in get_all_apps():
         import_models_module(app)
         import_apis_module(app)
-    # It is cached by its arguments as they are written, so they are written as the engine does.
+    # The cache key is the arguments as passed, so they must be passed exactly as the engine does.
     ApiDocCollection.load(load_apps=tuple(get_all_apps(skip_admin=True)), include_response_schemas=True)
     for app in get_all_apps():
         prepare_api_docs(app, include_private_apis=True)
@@ -38,7 +38,7 @@ def preload() -> None:
 
 
 def play(task_id: str, blocks: list[str]) -> dict[str, Any]:
-    """Runs code blocks in one task's world; returns what they printed and how the engine judges the result."""
+    """Run code blocks in a task's world. Returns their outputs and the engine's evaluation."""
     from appworld.environment import AppWorld
 
     world = AppWorld(task_id=task_id, experiment_name=f"episode-{os.getpid()}", timeout_seconds=None)
@@ -50,9 +50,9 @@ def play(task_id: str, blocks: list[str]) -> dict[str, Any]:
 
 
 def fork_each(jobs: list[tuple[Any, Callable[[], Any]]], workers: int) -> Iterator[tuple[Any, Any]]:
-    """Runs each job in a fork of this process, ``workers`` at a time; yields (key, result) as they end.
+    """Run each job in a fork of this process, up to ``workers`` in parallel. Yields (key, result) pairs.
 
-    A job that raises or dies yields {"error": text}.
+    A job that raises or crashes yields {"error": text} as the result.
     """
     waiting, running = list(reversed(jobs)), {}
     while waiting or running:
@@ -65,21 +65,21 @@ def fork_each(jobs: list[tuple[Any, Callable[[], Any]]], workers: int) -> Iterat
                 _child(job, writer)
             os.close(writer)
             running[pid] = (key, os.fdopen(reader))
-        # The oldest first: its pipe is read to the end, so a child never blocks on a full one for ever.
+        # Wait for the oldest job: reading its pipe to the end ensures that no child blocks forever on a full pipe.
         pid, (key, pipe) = next(iter(running.items()))
         with pipe:
             text = pipe.read()
         os.waitpid(pid, 0)
         del running[pid]
-        yield key, json.loads(text) if text else {"error": "the process died without a word"}
+        yield key, json.loads(text) if text else {"error": "the process ended without a result"}
 
 
 def _child(job: Callable[[], Any], writer: int) -> None:
-    """Never returns: the parent's open files and buffers are not the child's to close."""
+    """Run the job and exit. Never returns, so that the child doesn't close the parent's files or flush its buffers."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    silent = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 1)
-    os.dup2(silent, 2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
     try:
         result = job()
     except BaseException:
@@ -91,7 +91,7 @@ def _child(job: Callable[[], Any], writer: int) -> None:
 
 
 class Clock:
-    """Seconds of real time since it was made."""
+    """Elapsed wall-clock seconds since its creation."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()

@@ -1,7 +1,7 @@
-"""What everybody has in the apps, drawn once from fixed seeds: the content of the base databases.
+"""The people's data in the apps, generated from fixed seeds: the content of the base databases.
 
-It is plain data on purpose. Ground truth is computed from it, so an answer never comes from the API calls that the
-reference solution makes, and the solution's success is a real check of both.
+Kept as plain data on purpose: ground truth is computed from it, independently of the API calls in the reference
+solution. So a successful solution verifies both.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class Mail:
 
 @dataclass
 class Life:
-    """The belongings of one person; songs by title, notes as title -> content, files as folder -> names."""
+    """One person's data: songs by title, notes as title -> content, files as folder -> names."""
 
     library: list[str] = field(default_factory=list)
     liked: list[str] = field(default_factory=list)
     balance: int = 0
     notes: dict[str, str] = field(default_factory=dict)
     debts: dict[str, tuple[str, int]] = field(default_factory=dict)  # note title -> (e-mail of the debtor, dollars)
-    facts: list[str] = field(default_factory=list)  # titles of notes that are worth telling
+    facts: list[str] = field(default_factory=list)  # titles of notes that state a fact
     projects: dict[str, list[Todo]] = field(default_factory=dict)
     folders: dict[str, list[str]] = field(default_factory=dict)
 
@@ -77,7 +77,7 @@ class World:
 
 
 def make_world() -> World:
-    """The whole world; equal at every call."""
+    """Generate the world; deterministic."""
     people = {person.email: person for person in make_people()}
     songs = _songs()
     lives = {email: _life(person, people, songs) for email, person in people.items()}
@@ -85,7 +85,7 @@ def make_world() -> World:
 
 
 def _songs() -> dict[str, Song]:
-    """Six songs of each artist, under titles of two words."""
+    """Six songs per artist, with two-word titles."""
     rng = random.Random("songs")
     titles = [f"{first} {second}" for first in texts.SONG_FIRST for second in texts.SONG_SECOND]
     rng.shuffle(titles)
@@ -105,7 +105,7 @@ def _life(person: Person, people: dict[str, Person], songs: dict[str, Song]) -> 
         by_artist = [song.title for song in songs.values() if song.artist == artist]
         life.library += rng.sample(by_artist, rng.randrange(1, 5))
     rng.shuffle(life.library)
-    # Liked songs come from outside the library, so "like these songs of my library" never meets a like.
+    # Liked songs are not in the library, so tasks that like library songs never find one already liked.
     life.liked = rng.sample(sorted(set(songs) - set(life.library)), rng.randrange(2, 6))
 
     for title in rng.sample(list(texts.FACTS), 4):
@@ -121,7 +121,7 @@ def _life(person: Person, people: dict[str, Person], songs: dict[str, Song]) -> 
 
     for project in rng.sample(list(texts.TODOS), 3):
         titles = rng.sample(texts.TODOS[project], rng.randrange(5, 8))
-        # Two to four are urgent and open, the others are anything.
+        # Two to four tasks are open with high priority; the others vary.
         urgent = set(rng.sample(titles, rng.randrange(2, 5)))
         life.projects[project] = [
             Todo(title, "high", False)
@@ -136,7 +136,7 @@ def _life(person: Person, people: dict[str, Person], songs: dict[str, Song]) -> 
 
 
 def _payments(people: dict[str, Person]) -> list[Payment]:
-    """Between any two who know each other; enough that a person's payments fill more than one page of 20."""
+    """Payments between contacts; enough that each person's fill more than one page of 20."""
     rng = random.Random("payments")
     payments = []
     for person in people.values():
@@ -149,7 +149,7 @@ def _payments(people: dict[str, Person]) -> list[Payment]:
 
 
 def _mails(people: dict[str, Person]) -> list[Mail]:
-    """Each person hears from three contacts: two to four unread threads from each, and one or two read ones."""
+    """Mails to each person from three contacts: two to four unread threads from each, and one or two read ones."""
     rng = random.Random("mails")
     mails = []
     for person in people.values():

@@ -1,7 +1,7 @@
-"""The people of the world: who they are, how they know each other, and which of them are kept for evaluation.
+"""The people of the world: their data, their relations, and the pools reserved for evaluation.
 
-Relations stay inside a pool, so neither the supervisor of an evaluation task nor anybody in that supervisor's phone
-occurs in a training task.
+Relations stay within a pool, so neither the supervisor of an evaluation task nor any of their contacts occurs in a
+training task.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 APPS = ("amazon", "file_system", "gmail", "phone", "simple_note", "splitwise", "spotify", "todoist", "venmo")
 
-# AppWorld wants first names to be unique: a home directory is named after one.
+# First names must be unique: AppWorld names home directories after them.
 _NAMES = {
     "train": (
         "Alma Brandt f, Boris Kellner m, Celia Moreno f, Dario Fenwick m, Edda Lindqvist f, Falko Reyes m, "
@@ -26,7 +26,7 @@ _WORDS = ("maple", "harbor", "copper", "violet", "meadow", "lantern", "pepper", 
 
 @dataclass
 class Person:
-    """One inhabitant; ``contacts`` maps the e-mail of another one to what that person is to this one."""
+    """One person. ``contacts`` maps the e-mail addresses of others to their relations to this person."""
 
     first_name: str
     last_name: str
@@ -44,7 +44,7 @@ class Person:
 
 
 def make_people() -> list[Person]:
-    """Everybody, in a fixed order, with the relations filled in."""
+    """All people with their relations, in a fixed order."""
     people = [_person(entry.strip(), pool) for pool, names in _NAMES.items() for entry in names.split(",")]
     for pool in _NAMES:
         _relate([person for person in people if person.pool == pool])
@@ -67,9 +67,9 @@ def _person(entry: str, pool: str) -> Person:
 
 
 def _relate(pool: list[Person]) -> None:
-    """Roommates and siblings in pairs, one manager each for half of them, two friends each (and two coworkers).
+    """Set the relations: pairs of roommates and of siblings, managers and employees, two friends each (two coworkers).
 
-    Every relation but friend and coworker is held by one contact only, so "my roommate" names one person.
+    Relations other than friend and coworker are unique, so that "my roommate" identifies one person.
     """
     size, half = len(pool), len(pool) // 2
     for index, person in enumerate(pool):

@@ -1,4 +1,4 @@
-"""The tasks: which supervisor gets which instance of a scenario, in which split, with which parameters."""
+"""The tasks: assigns a supervisor, a split and parameters to each instance of each scenario."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .scenarios import SCENARIOS, Scenario
 
 INSTANCES = 12
 SPLITS = ("train", "dev", "test", "dev_scenario", "test_scenario")
-# Of the 12 instances of a training scenario: 1-8 for training, then two for each of the other splits.
+# The 12 instances of a training scenario: 1 to 8 for training, then two each for dev and test.
 _INSTANCE_SPLITS = ("train",) * 8 + ("dev",) * 2 + ("test",) * 2
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task, complete but for the databases; ``solution`` is the reference solution turn by turn."""
+    """One task, without its databases; ``solution`` is the reference solution, turn by turn."""
 
     id: str
     scenario: Scenario
@@ -46,10 +46,10 @@ def make_tasks(world: World) -> list[TaskSpec]:
 
 
 def _place(world: World, scenario: Scenario, position: int, number: int) -> tuple[str, Person]:
-    """The split of one instance and its supervisor, drawn in turn from the pool of people kept for that split."""
+    """The split of an instance and its supervisor, taken in rotation from the split's pool of people."""
     split = _INSTANCE_SPLITS[number - 1] if scenario.kind == "train" else f"{scenario.kind}_scenario"
     pool = world.pool(split.removesuffix("_scenario"))
-    # Steps coprime to the pool sizes (18 and 6), so that each scenario meets other people, in another order.
+    # Steps coprime to the pool sizes (18 and 6), so that scenarios use different people in different orders.
     return split, pool[(5 * position + 7 * number) % len(pool)]
 
 
@@ -64,7 +64,7 @@ def _make_task(
             taken.add(key)
             break
     else:
-        raise ValueError(f"{scenario.id}_{number}: no unused parameters are left for {person.name}")
+        raise ValueError(f"{scenario.id}_{number}: no unused parameters left for {person.name}")
     instruction = scenario.instructions[(number - 1) % len(scenario.instructions)]
     return TaskSpec(
         id=f"{scenario.id}_{number}",
@@ -80,7 +80,7 @@ def _make_task(
 
 
 def fill(text: str, parameters: dict[str, Any]) -> str:
-    """Puts parameters in the place of ``<name>``; values stand inside double quotes of code, so they hold none."""
+    """Replace each ``<name>`` with its parameter. Values go inside double quotes in code, so they can't contain any."""
     for name, value in parameters.items():
         if '"' in str(value) or "\\" in str(value):
             raise ValueError(f"the parameter {name}={value!r} cannot be written inside double quotes")
@@ -89,7 +89,7 @@ def fill(text: str, parameters: dict[str, Any]) -> str:
 
 
 def evaluation_source(scenario: Scenario) -> str:
-    """The text of a task's evaluation.py: our helpers, then the scenario's tests under the engine's name."""
+    """The text of a task's evaluation.py: checks.py, then the scenario's tests as the function ``evaluate``."""
     helpers = (Path(__file__).parent / "checks.py").read_text()
     tests = inspect.getsource(scenario.evaluate).replace("  # noqa: F821", "")
     tests = re.sub(r"^def \w+\(", "def evaluate(", tests)
@@ -97,5 +97,5 @@ def evaluation_source(scenario: Scenario) -> str:
 
 
 def requirements(scenario: Scenario) -> list[str]:
-    """The texts of a scenario's tests, in order."""
+    """The requirement texts of a scenario's tests, in order."""
     return re.findall(r'with test\("([^"]+)"\)', inspect.getsource(scenario.evaluate))

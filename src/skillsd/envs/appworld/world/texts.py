@@ -1,6 +1,6 @@
-"""The words that the world is made of. All of them are invented here; none is taken from AppWorld's data.
+"""The vocabulary of the world. All of it is invented here; nothing is taken from AppWorld's data.
 
-Words of one pool do not occur in another where an app searches by text, so that a search has one best hit.
+Where an app searches by text, the pools share no words, so that a search has one best match.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Plays every task and checks what it promises: ``python verify.py --root ROOT``.
+"""Plays every task and verifies its evaluation: ``python verify.py --root ROOT``.
 
-Run by AppWorld's own Python. For each task, each in a process of its own:
+Run by AppWorld's Python. Checks for each task, each in its own process:
 
 - the reference solution, turn by turn, passes every test;
-- doing nothing does not, and passes none of the tests that the dense reward counts (label ``no_op_fail``);
-- the solution with a wrong answer does not, where the task asks for one;
-- the solution with any of the scenario's spoiling side effects does not, nor with the supervisor's account deleted.
+- a no-op fails, and passes none of the tests that the dense reward counts (label ``no_op_fail``);
+- the solution with a wrong answer fails, if the task asks for an answer;
+- the solution with any of the scenario's harmful side effects fails, as does deleting the supervisor's account.
 
-Exits 1 and names the tasks that break a promise.
+Exits with status 1 and lists the tasks that fail a check.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _HERE = Path(__file__).resolve().parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, required=True, help="the folder that holds data/")
+    parser.add_argument("--root", type=Path, required=True, help="folder that contains data/")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--split", help="only the tasks of this split")
-    parser.add_argument("--tasks", nargs="+", help="only these tasks")
-    parser.add_argument("--json", type=Path, help="writes what was found, as one object per task")
+    parser.add_argument("--split", help="check only the tasks of this split")
+    parser.add_argument("--tasks", nargs="+", help="check only these tasks")
+    parser.add_argument("--json", type=Path, help="write the findings to this file, one object per task")
     arguments = parser.parse_args()
     sys.path.append(str(_HERE.parent))
     root = arguments.root.resolve()
@@ -39,25 +39,25 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(findings, indent=1) + "\n")
     print_table(index, findings)
-    broken = {task: finding["broken"] for task, finding in findings.items() if finding["broken"]}
-    for task, reasons in broken.items():
+    failed = {task: finding["failed"] for task, finding in findings.items() if finding["failed"]}
+    for task, reasons in failed.items():
         print(f"{task}: {'; '.join(reasons)}")
-    print(f"{len(findings) - len(broken)} of {len(findings)} tasks keep their promises")
-    sys.exit(1 if broken else 0)
+    print(f"{len(findings) - len(failed)} of {len(findings)} tasks pass all checks")
+    sys.exit(1 if failed else 0)
 
 
 def verify(root: Path, ids: list[str], workers: int) -> dict[str, dict[str, Any]]:
-    """What was found about each task: its figures, and under "broken" the promises that it breaks."""
+    """Findings for each task: sizes, and under "failed" the failed checks."""
     from world.episode import fork_each, play, preload
 
     os.environ["APPWORLD_ROOT"] = str(root)
     preload()
     plans = {(task, check): blocks for task in ids for check, blocks in checks_of(root, task).items()}
     jobs = [(key, lambda key=key, blocks=blocks: play(key[0], blocks)) for key, blocks in plans.items()]
-    findings: dict[str, dict[str, Any]] = {task: {"broken": []} for task in ids}
+    findings: dict[str, dict[str, Any]] = {task: {"failed": []} for task in ids}
     for number, ((task, check), result) in enumerate(fork_each(jobs, workers), 1):
         finding = findings[task]
-        finding["broken"] += judge(check, result)
+        finding["failed"] += failures(check, result)
         if check == "solution" and "error" not in result:
             finding["turns"] = len(result["outputs"])
             finding["tests"] = result["num_tests"]
@@ -69,7 +69,7 @@ def verify(root: Path, ids: list[str], workers: int) -> dict[str, dict[str, Any]
 
 
 def checks_of(root: Path, task: str) -> dict[str, list[str]]:
-    """The episodes to play in one task, each as the blocks of code to run."""
+    """The episodes to play for a task: check name -> code blocks to run."""
     from world.scenarios import SCENARIOS
     from world.scenarios.base import FINISH, FINISH_WITH_ANSWER
 
@@ -85,21 +85,21 @@ def checks_of(root: Path, task: str) -> dict[str, list[str]]:
     scenario = SCENARIOS[task.split("_")[0]]
     for number, harm in enumerate(scenario.harms, 1):
         checks[f"side effect {number}"] = [*work, harm, finish]
-    # An evaluation has to survive that, too.
+    # The evaluation must handle this without an error.
     gone = f"apis.{scenario.apps[-1]}.delete_account(access_token=token)"
     checks["account deleted"] = [*work, gone, finish]
     return checks
 
 
 def wrong_answer(answer: Any) -> Any:
-    """As near to the right one as it gets."""
+    """A wrong answer close to the right one."""
     if isinstance(answer, int | float):
         return answer + 1
     return str(int(answer) + 1) if str(answer).isdigit() else f"{answer} or not"
 
 
-def judge(check: str, result: dict[str, Any]) -> list[str]:
-    """The promises that one episode breaks."""
+def failures(check: str, result: dict[str, Any]) -> list[str]:
+    """The reasons why an episode fails its check."""
     if "error" in result:
         return [f"{check}: {result['error'].strip().splitlines()[-1]}"]
     reasons = []
@@ -114,24 +114,24 @@ def judge(check: str, result: dict[str, Any]) -> list[str]:
     if result["success"]:
         reasons.append(f"{check}: succeeds")
     if check in ("no-op", "silence"):
-        free = [passed["requirement"] for passed in result["passes"] if passed["label"] == "no_op_fail"]
-        if free:
-            reasons.append(f"{check}: earns credit for {free}")
+        earned = [test["requirement"] for test in result["passes"] if test["label"] == "no_op_fail"]
+        if earned:
+            reasons.append(f"{check}: earns reward for {earned}")
     return reasons
 
 
 def print_table(index: dict[str, Any], findings: dict[str, dict[str, Any]]) -> None:
-    """One line per scenario; the figures are those of its longest solution."""
+    """Print one line per scenario, with the largest sizes among its tasks."""
     by_scenario: dict[str, list[str]] = defaultdict(list)
     for task in findings:
         by_scenario[index["tasks"][task]["scenario"]].append(task)
-    header = ("scenario", "difficulty", "tasks", "sound", "tests", "turns", "code", "output", "apps")
+    header = ("scenario", "difficulty", "tasks", "passed", "tests", "turns", "code", "output", "apps")
     rows = []
     for scenario, tasks in by_scenario.items():
-        entry, sound = index["tasks"][tasks[0]], sum(not findings[task]["broken"] for task in tasks)
+        entry, passed = index["tasks"][tasks[0]], sum(not findings[task]["failed"] for task in tasks)
         names = ("tests", "turns", "code_characters", "output_characters")
-        figures = [max(findings[task].get(name, 0) for task in tasks) for name in names]
-        rows.append((scenario, entry["difficulty"], len(tasks), sound, *figures, ", ".join(entry["apps"])))
+        sizes = [max(findings[task].get(name, 0) for task in tasks) for name in names]
+        rows.append((scenario, entry["difficulty"], len(tasks), passed, *sizes, ", ".join(entry["apps"])))
     widths = [max(len(str(row[column])) for row in (header, *rows)) for column in range(len(header))]
     for row in (header, *rows):
         print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,4 +1,4 @@
-"""All scenarios, by their ids: one module per app, and ``joins`` for those that need two."""
+"""All scenarios by id: one module per app, and ``joins`` for scenarios with two apps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a scenario is: a family of tasks that differ in supervisor, data and parameters."""
+"""Scenarios: families of tasks that differ in supervisor, data and parameters."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from ..lives import World
 from ..people import Person
 
-# Which kind of answer a task wants: none, or the value that the turns bind to the name ``answer``.
+# Completing a task without an answer, or with the value of the variable ``answer``.
 FINISH = "apis.supervisor.complete_task()"
 FINISH_WITH_ANSWER = "apis.supervisor.complete_task(answer=answer)"
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One step of the reference solution: a short sentence, then code. ``<name>`` stands for a parameter."""
+    """One turn of the reference solution: a short sentence and code. ``<name>`` is replaced by a parameter."""
 
     thought: str
     code: str
@@ -25,10 +25,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Draw:
-    """What makes one task out of a scenario.
+    """The data that turn a scenario into a task.
 
-    ``parameters`` fill instruction and solution (the agent is told them); ``expected`` is what only the evaluation
-    knows; ``answer`` is None where the task asks nothing.
+    ``parameters`` are inserted into the instruction and the solution; ``expected`` is used by the evaluation only;
+    ``answer`` is None if the task asks for none.
     """
 
     parameters: dict[str, Any]
@@ -40,10 +40,10 @@ class Draw:
 class Scenario:
     """A family of tasks.
 
-    ``kind`` says where its tasks go: "train" scenarios are split by instance over train, dev and test; "dev" and
-    "test" scenarios are never trained on. ``evaluate`` is the source of the task's evaluation: it is copied, not
-    called, from here. ``harms`` are pieces of code that spoil a right solution when run just before its last turn;
-    ``verify.py`` demands that none of them succeeds.
+    ``kind`` determines the splits: instances of "train" scenarios are divided among train, dev and test; "dev" and
+    "test" scenarios are never used for training. ``evaluate`` is the source of the task's evaluation: it is copied, not
+    called. ``harms`` are code snippets with a side effect that makes a correct solution fail when run just before its
+    last turn; ``verify.py`` checks this.
     """
 
     id: str
@@ -58,7 +58,7 @@ class Scenario:
 
 
 def login(app: str, thought: str | None = None) -> Turn:
-    """The first turn of every solution and the same everywhere but for the app: learnt once, used throughout."""
+    """The first turn of every solution. The same everywhere except for the app, so that it is easy to learn."""
     username = "phone_number" if app == "phone" else "email"
     return Turn(
         thought or f"I log in to {app} with my supervisor's account.",
@@ -69,7 +69,7 @@ def login(app: str, thought: str | None = None) -> Turn:
 
 
 def relogin(app: str) -> Turn:
-    """Into the second app of a task: supervisor and passwords are known by then."""
+    """Log in to the second app of a task, reusing the profile and passwords from `login`."""
     username = "phone_number" if app == "phone" else "email"
     return Turn(
         f"Now I log in to {app}.",

@@ -1,4 +1,4 @@
-"""Tasks that need what one app knows in order to act in another."""
+"""Tasks that use data from one app to act in another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks in the phone: its address book and its text messages."""
+"""Tasks in the phone app: contacts and text messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..lives import World
 from ..people import Person
 from .base import ANSWER, DONE, Draw, Scenario, Turn, evaluate_question, login
 
-# Relations that name one contact only.
+# Relations that identify a single contact.
 SINGLE = ("roommate", "brother", "sister", "manager", "employee")
 LOST_CONTACT = """contacts = apis.phone.search_contacts(access_token=token)
 apis.phone.delete_contact(contact_id=contacts[0]["contact_id"], access_token=token)"""
@@ -18,7 +18,7 @@ apis.phone.send_text_message(phone_number=contacts[0]["phone_number"], message="
 
 
 def draw_relation(world: World, person: Person, rng: Random) -> tuple[str, Person]:
-    """Somebody whom the supervisor can name by a relation alone."""
+    """A contact whom a relation alone identifies."""
     known = {relations[0]: email for email, relations in person.contacts.items() if relations[0] in SINGLE}
     relation = rng.choice(sorted(known))
     return relation, world.people[known[relation]]
