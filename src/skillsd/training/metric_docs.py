@@ -171,7 +171,10 @@ def describe(name: str) -> MetricDoc | None:
 def markdown() -> str:
     """A table of all metrics."""
     rows = [
-        f"| `{d.name}` | {d.symbol and f'`{d.symbol}`'} | {d.meaning} | {d.healthy} |".replace("|| ", "\\|\\| ")
-        for d in DOCS
+        f"| `{d.name}` | {d.symbol and f'`{d.symbol}`'} | {_cell(d.meaning)} | {_cell(d.healthy)} |" for d in DOCS
     ]
     return "\n".join(["| metric | symbol | meaning | healthy |", "|---|---|---|---|", *rows])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
