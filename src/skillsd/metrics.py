@@ -12,6 +12,9 @@ BINS_PER_DECADE = 32
 ZERO_BIN = -(10**6)
 """The bin that counts exact zeros."""
 
+INFINITE_BIN = 10**6
+"""The bin that counts infinite values and nan."""
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -42,7 +45,7 @@ class Histogram:
 
     Attributes:
         counts: bin -> number of values. Bin b holds the values in ``[10^(b / n), 10^((b + 1) / n))`` with
-            n = `BINS_PER_DECADE`; exact zeros are in `ZERO_BIN`.
+            n = `BINS_PER_DECADE`; exact zeros are in `ZERO_BIN`, infinite values in `INFINITE_BIN`.
         high: the largest value, exact. A nan counts as infinite.
     """
 
@@ -69,6 +72,8 @@ class Histogram:
             seen += self.counts[bin_]
             if seen > rank:
                 break
+        if bin_ == INFINITE_BIN:
+            return math.inf
         return 0.0 if bin_ == ZERO_BIN else min(self.high, 10 ** ((bin_ + 1) / BINS_PER_DECADE))
 
 

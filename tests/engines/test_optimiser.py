@@ -1,4 +1,4 @@
-"""AdamW over float32 masters: what bfloat16 alone would lose is kept."""
+"""AdamW over float32 master weights keeps updates that bfloat16 alone would lose."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _adamw(*parameters: Tensor, weight_decay: float = 0.0) -> MasterAdamW:
 
 
 def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
-    """As a backward pass does."""
+    """Add a gradient, as a backward pass does."""
     (parameter * gradient.to(parameter.dtype)).sum().backward()
 
 
@@ -34,7 +34,7 @@ def _train(parameter: Tensor, optimiser: MasterAdamW, steps: int, learning_rate:
 
 
 def test_tiny_updates_add_up_in_bfloat16() -> None:
-    """A hundred steps of 1e-5 each are well above the resolution at 0.5; one is far below it."""
+    """Hundreds of steps of 1e-5 add up to more than the resolution at 0.5; a single one is far below it."""
     parameter = _parameter(torch.bfloat16)
     start = parameter.detach().clone()
     wide = start.float().requires_grad_()
@@ -46,9 +46,9 @@ def test_tiny_updates_add_up_in_bfloat16() -> None:
         _accumulate(naive, torch.ones(10))
         plain.step()
         plain.zero_grad()
-    # Bfloat16's spacing at 1 is 2**-7 below and 2**-8 above half of it: 4e-3 is a step or none for the largest.
-    assert torch.equal(naive[5:], start[5:])  # plain AdamW stands still
-    assert torch.equal(parameter, wide.to(torch.bfloat16))  # the nearest that bfloat16 has to the float32 run
+    # The spacing of bfloat16 numbers between 0.5 and 1 is 2**-8, so 4e-3 in all is about one such step.
+    assert torch.equal(naive[5:], start[5:])  # plain AdamW does not move
+    assert torch.equal(parameter, wide.to(torch.bfloat16))  # the float32 run, rounded
     assert (parameter != start).sum() >= 8
 
 
@@ -72,7 +72,7 @@ def test_the_master_is_what_float32_training_gives() -> None:
 
 
 def test_gradients_are_summed_in_float32() -> None:
-    """Micro-batches that nearly cancel, as advantages of both signs do: their sum in bfloat16 would be 0 or wrong."""
+    """Micro-batches that nearly cancel, as with advantages of both signs: summed in bfloat16 they would be wrong."""
     parameter = _parameter(torch.bfloat16)
     optimiser = _adamw(parameter)
     parts = [torch.full((10,), value) for value in (256.0, 1.0, 0.5, -256.0)]
@@ -96,7 +96,7 @@ def test_float32_weights_have_no_copy() -> None:
     assert parameter.grad is None
 
 
-def test_what_needs_no_gradient_is_left_alone() -> None:
+def test_frozen_weights_are_left_alone() -> None:
     frozen, trained = torch.ones(3), _parameter(torch.float32)
     optimiser = _adamw(frozen, trained)
     _train(trained, optimiser, 1, 0.01)
@@ -104,8 +104,8 @@ def test_what_needs_no_gradient_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_goes_round_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Moments, step count and masters: the copies know digits that the bfloat16 weights do not."""
+def test_state_round_trips_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Moments, step count and masters, which have digits that the bfloat16 weights lack."""
     through = _parameter(dtype)
     first = _adamw(through)
     _train(through, first, 7, 1e-4)

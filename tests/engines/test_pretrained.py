@@ -1,7 +1,8 @@
-"""Fetching a pretrained model: whole or not at all, once, and in words when it can't be."""
+"""Fetching a pretrained model: completely or not at all, once, and with a clear error if it fails."""
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import threading
@@ -29,7 +30,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, *, seconds: float = 0) -> list[Path]:
-    """No download: a folder with one file is the model. Returns where it was made, a line each time."""
+    """Replace download and conversion: the model is a folder with one file. Returns a list of where it was made."""
     made: list[Path] = []
 
     def convert(source: Path, target: Path) -> None:
@@ -51,7 +52,7 @@ def _left(cache: Path) -> list[str]:
 def test_fetched_once_and_with_its_licence(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = _pretend(monkeypatch)
     assert pretrained.kept(NAME) is None
-    killed = cache / f".{pretrained._KEPT}.partial" / "made"  # by a process that was killed
+    killed = cache / f".{pretrained._KEPT}.partial" / "made"  # left by a process that was killed
     killed.mkdir(parents=True)
     (killed / "model.safetensors").touch()
     folder = pretrained.fetch(NAME)
@@ -169,9 +170,9 @@ def test_the_packed_pass_gives_its_own_logits_on_a_long_text(smollm2: Path) -> N
     ids = tokenizer.encode(text)
     assert len(ids) > 1000
     mask = (False, *[True] * (len(ids) - 1))
-    (scored,) = engine.score([TokenSequence(tuple(ids), mask)])
+    [scored] = asyncio.run(engine.logprobs([TokenSequence(tuple(ids), mask)]))
     plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.inference_mode():
         logits = plain(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
     expected = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    torch.testing.assert_close(scored, expected, atol=2e-4, rtol=0)
+    torch.testing.assert_close(scored.chosen, expected, atol=2e-4, rtol=0)

@@ -1,10 +1,12 @@
-"""What sequences begin with alike is computed once, and nothing else changes."""
+"""Prefixes that sequences share are computed once, and nothing else changes."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engines.conformance import _weighted
-from engines.tiny import ARCHITECTURES, Plain
-from skillsd.engines.base import TokenSequence, TrainItem
-from skillsd.engines.torch.engine import TorchEngine, _common_prefix
+from engines.tiny import ARCHITECTURES, Plain, chosen, embedded, torch_engine
+from skillsd.engines.base import Engine, TokenSequence, TrainItem
+from skillsd.engines.conformance.kit import WEIGHTED
+from skillsd.engines.torch.micro_batches import common_prefix, micro_batches
 
 Folder = Callable[[str], Path]
 
@@ -29,7 +31,7 @@ def _ids(count: int, seed: int) -> tuple[int, ...]:
 
 
 def _groups() -> list[TokenSequence]:
-    """Two groups; members that part at once, later, or never, one that is another's beginning; a loner."""
+    """Two groups, with members that diverge at once, later or never, one a prefix of another; and a sequence alone."""
     a, b = _ids(20, 1), _ids(7, 2)
     played = _ids(9, 3)
     sequences = [
@@ -46,38 +48,40 @@ def _groups() -> list[TokenSequence]:
     return sequences
 
 
-def _gradients(engine: TorchEngine, sequences: list[TokenSequence]) -> dict[str, Tensor]:
+def _gradients(engine: Engine, sequences: list[TokenSequence]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
     weights = [torch.rand(s.marked, generator=generator) - 0.3 for s in sequences]
-    engine.forward_backward([TrainItem(s, {"weight": w}) for s, w in zip(sequences, weights, strict=True)], _weighted)
-    found = {name: p.grad.clone() for name, p in engine.model.named_parameters() if p.grad is not None}
-    engine._optimiser.zero_grad()
+    batch = [TrainItem(s, {"weight": w}) for s, w in zip(sequences, weights, strict=True)]
+    asyncio.run(engine.learner.forward_backward(batch, WEIGHTED))
+    learner = torch_engine(engine)
+    found = {name: p.grad.clone() for name, p in learner.model.named_parameters() if p.grad is not None}
+    learner.optimiser.zero_grad()
     return found
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_scores_and_gradients_are_those_of_each_sequence_alone(name: str, model_folder: Folder) -> None:
     plain, sequences = Plain(model_folder(name)), _groups()
-    engine = TorchEngine(str(model_folder(name)), device="cpu")
-    scores = engine.score(sequences)
-    for sequence, score in zip(sequences, scores, strict=True):
+    engine = embedded(model_folder(name))
+    for sequence, score in zip(sequences, chosen(engine, sequences), strict=True):
         places = torch.tensor(sequence.mask).nonzero().squeeze(1)
         expected = plain.logprobs(sequence.tokens)[places - 1, torch.tensor(sequence.tokens)[places]]
         assert torch.allclose(score, expected, rtol=0, atol=1e-5)
     together = _gradients(engine, sequences)
-    engine._micro_batch_tokens = 1  # each sequence alone: nothing is shared
-    for gradient_name, alone in _gradients(engine, sequences).items():
+    one_by_one = _gradients(embedded(model_folder(name), micro_batch_tokens=1), sequences)
+    for gradient_name, alone in one_by_one.items():
         scale = alone.abs().max().item()
         assert torch.allclose(together[gradient_name], alone, rtol=0, atol=2e-5 * max(scale, 1.0)), gradient_name
 
 
-def test_what_is_shared_is_computed_once(model_folder: Folder) -> None:
-    engine, sequences = TorchEngine(str(model_folder("llama")), device="cpu"), _groups()
+def test_shared_tokens_are_computed_once(model_folder: Folder) -> None:
+    engine, sequences = embedded(model_folder("llama")), _groups()
     seen: list[int] = []
-    engine.model.model.embed_tokens.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[1]))  # type: ignore[union-attr, operator]
-    engine.score(sequences)
+    model: Any = torch_engine(engine).model
+    model.model.embed_tokens.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[1]))
+    chosen(engine, sequences)
     distinct = {s.tokens[: length + 1] for s in sequences for length in range(len(s.tokens))}
-    assert seen == [len(distinct)]  # a token is computed once for all that have the same history
+    assert seen == [len(distinct)]  # one computation for all tokens with the same history
 
 
 TREES = st.lists(
@@ -90,20 +94,21 @@ TREES = st.lists(
 def test_any_tree_of_histories_in_any_micro_batches(
     tree: list[tuple[int, list[int]]], budget: int, model_folder: Folder
 ) -> None:
-    engine = TorchEngine(str(model_folder("qwen3")), device="cpu")
+    engine = embedded(model_folder("qwen3"))
     sequences = [_sequence((*_ids(3 + prompt, prompt), *played), 3 + prompt) for prompt, played in tree]
-    engine._micro_batch_tokens = 1
-    alone = engine.score(sequences)
-    engine._micro_batch_tokens = budget
-    for ours, expected in zip(engine.score(sequences), alone, strict=True):
+    learner = torch_engine(engine)
+    learner._micro_batch_tokens = 1
+    alone = chosen(engine, sequences)
+    learner._micro_batch_tokens = budget
+    for ours, expected in zip(chosen(engine, sequences), alone, strict=True):
         assert torch.allclose(ours, expected, rtol=0, atol=1e-5)
-    assert sorted(i for part, _ in engine._micro_batches(sequences) for i in part) == [
+    assert sorted(i for part, _ in micro_batches(sequences, budget) for i in part) == [
         i for i, sequence in enumerate(sequences) if sequence.marked
     ]
 
 
 @given(st.lists(st.integers(0, 2), max_size=12), st.lists(st.integers(0, 2), max_size=12))
 def test_common_prefix(a: list[int], b: list[int]) -> None:
-    length = _common_prefix(tuple(a), tuple(b))
+    length = common_prefix(tuple(a), tuple(b))
     assert a[:length] == b[:length]
     assert length == min(len(a), len(b)) or a[length] != b[length]

@@ -1,4 +1,4 @@
-"""Coarse-grained distributions: what they keep of a divergence, and their gradient at the edges of float32."""
+"""Coarse-grained distributions: how much of a divergence they keep, and their gradient at the limits of float32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from skillsd.engines.top_k import coarse_grain, top_k
-from skillsd.objective import TokenLogprobs, forward_kl, reverse_kl
+from skillsd.objective import Estimator, TokenLogprobs
+from skillsd.objective.distillation import forward_kl, reverse_kl
 
 VOCABULARY = 40
 ESTIMATORS = [reverse_kl, forward_kl]
@@ -19,18 +20,18 @@ def _logits(rows: int, seed: int, scale: float = 3.0, dtype: torch.dtype = torch
     return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed), dtype=dtype) * scale
 
 
-def _divergence(estimator: object, log_p: Tensor, log_q: Tensor) -> Tensor:
+def _divergence(estimator: Estimator, log_p: Tensor, log_q: Tensor) -> Tensor:
     """Of each row, with gradient."""
     none = torch.zeros(len(log_p), dtype=log_p.dtype)
-    return estimator(TokenLogprobs(none, log_p), TokenLogprobs(none, log_q), none).surrogate  # type: ignore[operator]
+    return estimator.terms(TokenLogprobs(none, log_p), TokenLogprobs(none, log_q), none).surrogate
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_coarse_divergence_grows_with_k_to_the_whole_one(estimator: object) -> None:
-    """Data processing inequality: a finer partition tells the two apart better, never worse."""
+def test_coarse_divergence_grows_with_k_to_the_whole_one(estimator: Estimator) -> None:
+    """Data processing inequality: the divergence over a finer partition is at least that over a coarser one."""
     logits = _logits(50, 0)
-    # Near each other, as student and teacher are. Of unrelated ones the teacher's top 20 of 40 miss a third of the
-    # reverse KL: the student's mass is then in the teacher's tail.
+    # Close to each other, like student and teacher. Between unrelated distributions the teacher's top 20 of 40 miss a
+    # third of the reverse KL, because much of the student's mass is in the teacher's tail.
     log_p, log_q = logits.log_softmax(-1), (logits + _logits(50, 1, scale=0.5)).log_softmax(-1)
     whole = _divergence(estimator, log_p, log_q)
     last = torch.zeros(50, dtype=torch.float64)
@@ -47,7 +48,7 @@ def test_coarse_divergence_grows_with_k_to_the_whole_one(estimator: object) -> N
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_gradient_at_the_last_k_is_the_whole_ones(estimator: object) -> None:
+def test_gradient_at_the_largest_k_is_that_of_the_whole_divergence(estimator: Estimator) -> None:
     logits, log_q = _logits(5, 0).requires_grad_(), _logits(5, 1).log_softmax(-1)
     log_p = logits.log_softmax(-1)
     ids, coarse_q = top_k(log_q, VOCABULARY - 1)
@@ -56,7 +57,7 @@ def test_gradient_at_the_last_k_is_the_whole_ones(estimator: object) -> None:
     assert torch.allclose(ours, whole, rtol=1e-10, atol=1e-14)
 
 
-def test_gradient_of_the_coarse_reverse_kl_is_the_one_on_paper() -> None:
+def test_gradient_of_the_coarse_reverse_kl_by_hand() -> None:
     """d KL / d logit v = p(v) * (log P(c) / Q(c) - KL), with c the bucket of v, a candidate's own or the rest."""
     k = 6
     logits, log_q = _logits(5, 0).requires_grad_(), _logits(5, 1).log_softmax(-1)
@@ -72,14 +73,14 @@ def test_gradient_of_the_coarse_reverse_kl_is_the_one_on_paper() -> None:
         assert torch.allclose(gradient[row], torch.stack(expected), rtol=1e-10, atol=1e-14)
 
 
-def test_derivatives_are_those_of_finite_differences() -> None:
+def test_gradient_agrees_with_finite_differences() -> None:
     ids = torch.tensor([[3, 0, 7], [1, 2, 39]])
     logits = _logits(2, 0).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: coarse_grain(x.log_softmax(-1), ids), logits)
 
 
 def test_the_rest_keeps_its_digits_where_it_is_tiny() -> None:
-    """1 - sum would be 0, or negative, from 1e-7 on."""
+    """Computed as 1 - sum, it would be 0 or negative below 1e-7."""
     for gap in (10.0, 20.0, 60.0, 90.0, 200.0):
         logits = torch.full((1, VOCABULARY), -gap)
         logits[0, 4] = 0.0
@@ -90,8 +91,8 @@ def test_the_rest_keeps_its_digits_where_it_is_tiny() -> None:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("gap", [20.0, 100.0, 1e4, math.inf])
-def test_gradient_is_finite_where_the_candidates_hold_everything(estimator: object, gap: float) -> None:
-    """In float32, with a rest of down to 0 on both sides; where it is 0 the whole divergence says the same."""
+def test_gradient_is_finite_where_the_candidates_hold_everything(estimator: Estimator, gap: float) -> None:
+    """In float32, with a rest as small as 0 on both sides. Where it is 0, the whole divergence is the same."""
     k = 3
     bare = [_logits(4, seed, dtype=torch.float32) for seed in (0, 1)]
     for logits in bare:

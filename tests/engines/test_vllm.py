@@ -1,10 +1,11 @@
-"""Rollouts by vLLM: what can be tested without vLLM, then (slow) vLLM itself, where `make vllm-env` has put it."""
+"""Rollouts by vLLM, with any learner: first without vLLM, then (slow) with it, where `make vllm-env` has put it."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import importlib.util
+import json
 import os
 import queue
 import resource
@@ -13,26 +14,55 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from engines import conformance, tiny
-from engines.conformance import CHECKS, Subject
-from skillsd.engines.base import SampleRequest, TokenSequence
-from skillsd.engines.torch.engine import TorchEngine
-from skillsd.engines.torch.models import LoraOptions
-from skillsd.engines.vllm import engine as module
-from skillsd.engines.vllm.client import WorkerClient, EngineFailedError
-from skillsd.engines.vllm.engine import VllmEngine, VllmOptions, export_weights
+from engines import tiny
+from engines.tiny import (
+    DATA,
+    chosen,
+    conforms,
+    distribution,
+    embedded,
+    marked_all,
+    sample_all,
+    torch_engine,
+    train,
+    view,
+)
+from skillsd.engines import registry
+from skillsd.engines.base import (
+    Engine,
+    Learner,
+    Loss,
+    Sample,
+    SampleRequest,
+    StepReport,
+    TokenSequence,
+    TrainItem,
+    Weights,
+    WeightsHandle,
+)
+from skillsd.engines.conformance import CHECKS, Check, Subject, run_check, sampling
+from skillsd.engines.conformance.kit import gap
+from skillsd.engines.options import Capabilities, EngineOptions, EngineSpec, LoraOptions
+from skillsd.engines.torch.export import write_merged
+from skillsd.engines.torch.options import TorchOptions
+from skillsd.engines.vllm import sampler as module
+from skillsd.engines.vllm.client import WorkerClient
+from skillsd.engines.vllm.options import VllmOptions
+from skillsd.engines.vllm.sampler import VllmSampler
 from skillsd.engines.vllm.worker import Worker
-from skillsd.errors import UserError
+from skillsd.errors import EngineFailedError, UserError
+from skillsd.metrics import Metrics
+from skillsd.objective import CHOSEN, TokenLogprobs, Want
 
 PYTHON = Path(__file__).parents[2] / "build" / "vllm" / "bin" / "python"
 """Where `make vllm-env` puts it."""
@@ -40,12 +70,12 @@ PYTHON = Path(__file__).parents[2] / "build" / "vllm" / "bin" / "python"
 needs_vllm = pytest.mark.skipif(not PYTHON.is_file(), reason=f"no vLLM in {PYTHON.parents[1]}: make vllm-env")
 
 SIZES = {**tiny.GROUPED, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-"""vLLM's kernels for a CPU take heads of 32 and some multiples."""
+"""vLLM's CPU kernels take heads of 32 and some multiples."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Embeddings tied to the head: the layer that stays old if one is not careful."""
+    """A model with tied embeddings: vLLM's CPU build does not update a tied head."""
     return tiny.write(tmp_path_factory.mktemp("tied"), "Llama", {**SIZES, "tie_word_embeddings": True})
 
 
@@ -71,102 +101,153 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def echo(
-    request: pytest.FixtureRequest, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[VllmEngine]:
-    """An engine whose worker always says 7."""
+def echo_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of vLLM, a script that always samples token 7. The last token of a request can make it fail."""
     script = tmp_path / "worker.py"
     script.write_text(ECHO)
     monkeypatch.setattr(module, "WorkerClient", functools.partial(WorkerClient, worker=script))
+
+
+@pytest.fixture
+def echo(request: pytest.FixtureRequest, folder: Path, echo_worker: None) -> Iterator[Engine]:
+    """The embedded engine as learner; its weights are published."""
+    learner = embedded(folder).learner
     options = VllmOptions(timeout_seconds=20, max_model_len=getattr(request, "param", None))
-    engine = VllmEngine(TorchEngine(str(folder), device="cpu"), options)
+    sampler = VllmSampler(learner, options, max_length=options.max_model_len, at_once=8)
+    engine = Engine(learner, sampler, "vllm", options.provides())
+    asyncio.run(engine.publish())
     yield engine
     engine.close()
 
 
-def sample(engine: VllmEngine, *tokens: int, **more: Any) -> Any:
-    return asyncio.run(engine.sample(SampleRequest(tokens, 4, seed=1, **more)))
+def sample(engine: Engine, *tokens: int, **more: Any) -> Sample:
+    return asyncio.run(engine.sampler.sample(SampleRequest(tokens, 4, seed=1, **more)))
 
 
-def asked(engine: VllmEngine) -> list[str]:
-    """What the worker was asked for so far."""
-    return ["weights" if "weights" in line else "tokens" for line in engine._worker.last_words(99).splitlines()]
+def sampler_of(engine: Engine) -> VllmSampler:
+    assert isinstance(engine.sampler, VllmSampler)
+    return engine.sampler
 
 
-def assert_is_written(engine: Any, folder: Path) -> None:
+def worker_of(engine: Engine) -> WorkerClient:
+    worker = sampler_of(engine)._worker
+    assert worker is not None
+    return worker
+
+
+def asked(engine: Engine) -> list[str]:
+    """The kinds of the worker's requests so far."""
+    return ["weights" if "weights" in line else "tokens" for line in worker_of(engine).last_words(99).splitlines()]
+
+
+def assert_is_written(engine: Engine, folder: Path) -> None:
     """`folder` holds the student, as a model whose head is not tied to its embeddings."""
     plain = tiny.Plain(folder)
     model: Any = plain.model
     assert not model.config.tie_word_embeddings
     model.lm_head.weight.data.copy_(load_file(folder / "head.safetensors")["lm_head.weight"])
-    tokens = conformance._ids(20, 0)
-    scored = engine.score([TokenSequence(tokens, (False, *[True] * 19))], distribution=True)[0]
-    assert conformance._gap(scored, plain.logprobs(tokens)[:-1]) < 1e-5
+    sequence = marked_all(DATA.ids(20, 0))
+    assert gap(distribution(engine, sequence), plain.logprobs(sequence.tokens)[:-1]) < 5e-5
 
 
-def test_weights_are_given_once_after_an_update_and_before_the_next_sample(echo: VllmEngine, tmp_path: Path) -> None:
-    assert sample(echo, 40, 41).tokens == (7,)
-    conformance._train(echo, 2)
+def test_published_weights_are_loaded_once(echo: Engine, tmp_path: Path) -> None:
+    assert sample(echo, 40, 41) == Sample((7,), (-0.5,), "length", version=0)
+    assert asked(echo) == ["tokens"]  # the first weights were loaded at the start
+    asyncio.run(echo.publish())  # of a version that is loaded already
+    train(echo, 1)  # publishes
+    asyncio.run(echo.publish())
+    assert sample(echo, 40).version == echo.learner.version == 1
+    assert asked(echo) == ["tokens", "weights", "tokens"]
+    asyncio.run(echo.learner.save_state(tmp_path))
+    train(echo, 2)
+    asyncio.run(echo.load_state(tmp_path))
+    assert sample(echo, 40).version == 1
+    assert asked(echo)[3:] == ["weights", "weights", "tokens"]
+    inbox = echo.sampler.inbox
+    assert inbox is not None
+    assert_is_written(echo, inbox)
+
+
+def test_refused_update_publishes_nothing_new(echo: Engine) -> None:
+    async def refused() -> StepReport:
+        await echo.learner.forward_backward(DATA.batch(), lambda p, signals: (p.chosen.sum() * float("nan"), {}))
+        return await echo.learner.step(1e-3)
+
+    assert not asyncio.run(refused()).applied
+    asyncio.run(echo.publish())
+    sample(echo, 40)
     assert asked(echo) == ["tokens"]
-    sample(echo, 40)
-    sample(echo, 40)
-    assert asked(echo) == ["tokens", "weights", "tokens", "tokens"]
-    echo.save(tmp_path)
-    echo.load(tmp_path)
-    sample(echo, 40)
-    assert asked(echo)[4:] == ["weights", "tokens"]
-    assert_is_written(echo, echo._folder)
 
 
-def test_update_that_is_refused_gives_no_weights(echo: VllmEngine) -> None:
-    sample(echo, 40)
-    echo.forward_backward(conformance._batch(), lambda p, signals: (p.chosen.sum() * float("nan"), {}))
-    assert not echo.step(1e-3).applied
-    sample(echo, 40)
-    assert asked(echo) == ["tokens", "tokens"]
+def test_request_before_the_first_weights_is_an_error(folder: Path) -> None:
+    sampler = VllmSampler(embedded(folder).learner, VllmOptions(), at_once=1)
+    with pytest.raises(RuntimeError, match="published"):
+        asyncio.run(sampler.sample(SampleRequest((40,), 4, seed=1)))
+    sampler.close()
+    assert sampler.inbox is not None
+    assert not sampler.inbox.exists()
 
 
-def test_request_that_does_not_extend_its_session_is_refused(echo: VllmEngine) -> None:
+def test_weights_must_be_in_the_inbox(echo: Engine) -> None:
+    for handle in (WeightsHandle(5), WeightsHandle(5, "/somewhere/else")):
+        with pytest.raises(ValueError, match=str(echo.sampler.inbox)):
+            asyncio.run(echo.sampler.load(handle))
+
+
+def test_teacher_is_sampled_by_the_learner(echo: Engine) -> None:
+    assert echo.sampler_of("student") is echo.sampler
+    assert echo.sampler_of("teacher") is echo.learner
+    request = SampleRequest((40, 41), 4, seed=1, weights="teacher")
+    with pytest.raises(ValueError, match="teacher"):
+        asyncio.run(echo.sampler.sample(request))
+    [found] = sample_all(echo, [request])
+    assert found.tokens != (7,)
+    assert asked(echo) == []
+
+
+def test_request_that_does_not_extend_its_session_is_refused(echo: Engine) -> None:
     sample(echo, 40, 41, session="a")
     with pytest.raises(ValueError, match="extend"):
         sample(echo, 40, 41, 8, session="a")
     sample(echo, 40, 41, 7, 50, session="a")
-    echo.end_session("a")
+    echo.sampler.end_session("a")
     sample(echo, 50, session="a")
 
 
 @pytest.mark.parametrize("echo", [16], indirect=True)
-def test_limit_of_what_is_sampled_is_none_of_what_is_scored(echo: VllmEngine) -> None:
-    assert echo.max_length == echo.trainer.max_length > 16
-    assert echo._llm_options()["max_model_len"] == 16
-    assert sample(echo, *[40] * 12).tokens == (7,)  # and 4 more are asked for
+def test_the_samplers_length_does_not_limit_scoring(echo: Engine) -> None:
+    assert echo.sampler.max_length == 16
+    assert echo.max_length == echo.learner.max_length > 16
+    assert sampler_of(echo)._llm_options()["max_model_len"] == 16
+    assert sample(echo, *[40] * 12).tokens == (7,)  # and 4 more are requested
     with pytest.raises(ValueError, match=r"17 tokens.*at most 16 \(engine\.max_model_len\)"):
         sample(echo, *[40] * 13)
-    assert len(echo.score([TokenSequence((40,) * 30, (False,) + (True,) * 29)])[0]) == 29
+    assert len(chosen(echo, [marked_all([40] * 30)])[0]) == 29
 
 
-def test_what_goes_wrong_over_there_is_told(echo: VllmEngine) -> None:
+def test_an_error_of_the_worker_fails_that_request(echo: Engine) -> None:
     with pytest.raises(EngineFailedError, match="refused a request: too long"):
         sample(echo, 97)
-    assert sample(echo, 40).tokens == (7,)  # of that request alone
+    assert sample(echo, 40).tokens == (7,)
     with pytest.raises(EngineFailedError, match=r"exit code 1.*\n.*(\n.*)*something broke"):
         sample(echo, 99)
-    with pytest.raises(EngineFailedError, match="something broke"):  # and whoever comes later hears the same
+    with pytest.raises(EngineFailedError, match="something broke"):  # later requests get the same error
         sample(echo, 40)
 
 
-def test_worker_that_is_killed_is_an_error_for_all_who_wait(echo: VllmEngine) -> None:
+def test_killed_worker_fails_all_pending_requests(echo: Engine) -> None:
     async def run() -> list[Any]:
-        waiting = [asyncio.ensure_future(echo.sample(SampleRequest((40 + n, 98), 4, seed=n))) for n in range(3)]
+        requests = [SampleRequest((40 + n, 98), 4, seed=n) for n in range(3)]
+        waiting = [asyncio.ensure_future(echo.sampler.sample(request)) for request in requests]
         await asyncio.sleep(0.5)
-        os.kill(echo._worker._process.pid, signal.SIGKILL)
+        os.kill(worker_of(echo)._process.pid, signal.SIGKILL)
         return await asyncio.gather(*waiting, return_exceptions=True)
 
     assert all("killed by signal 9" in str(error) for error in asyncio.run(run()))
 
 
-def test_silence_is_an_error(echo: VllmEngine) -> None:
-    echo.options = VllmOptions(timeout_seconds=0.3)
+def test_timeout_is_an_error(echo: Engine) -> None:
+    sampler_of(echo).options = VllmOptions(timeout_seconds=0.3)
     with pytest.raises(EngineFailedError, match=r"0\.3 s"):
         sample(echo, 98)
 
@@ -175,18 +256,18 @@ def test_silence_is_an_error(echo: VllmEngine) -> None:
 def test_interpreter_that_is_missing_or_has_no_vllm(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = TorchEngine(str(folder), device="cpu")
-    with pytest.raises(UserError, match=r"engine\.python.*vllm-env"):
-        VllmEngine(trainer, VllmOptions(python="/nowhere/python"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(os, "access", lambda *args: False)  # no /dev/shm
-    with pytest.raises(UserError, match="has no vLLM"):
-        VllmEngine(trainer, VllmOptions(python=sys.executable))
-    assert not list(tmp_path.glob("skillsd-vllm-*"))
+    for python, words in (("/nowhere/python", r"engine\.python.*vllm-env"), (sys.executable, "has no vLLM")):
+        engine = VllmOptions(python=python).build(EngineSpec(str(folder), seed=0, device="cpu"))
+        with pytest.raises(UserError, match=words):
+            asyncio.run(engine.publish())
+        engine.close()
+        assert not list(tmp_path.glob("skillsd-vllm-*"))
 
 
-def test_request_that_ends_in_a_way_of_its_own_is_an_error() -> None:
-    """Else whoever asked would wait for the timeout."""
+def test_any_other_finish_reason_is_an_error() -> None:
+    """Otherwise the request would only end by its timeout."""
     answers: list[dict[str, Any]] = []
     ended = [
         SimpleNamespace(
@@ -206,38 +287,38 @@ def test_request_that_ends_in_a_way_of_its_own_is_an_error() -> None:
     assert "'repetition'" in answers[2]["error"]
 
 
-def test_weights_that_find_no_room_are_told(folder: Path, tmp_path: Path) -> None:
-    engine = TorchEngine(str(folder), device="cpu")
+def test_full_disk_is_named(folder: Path, tmp_path: Path) -> None:
+    engine = embedded(folder)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # a file system that is full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
         with pytest.raises(UserError, match=rf"can't write the weights.*GiB\) into '{tmp_path}'.*TMPDIR"):
-            export_weights(engine.model, tmp_path)
+            asyncio.run(engine.learner.publish(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_merged_weights_keep_their_dtype(folder: Path, tmp_path: Path) -> None:
-    """Adapters are float32, and what is added up with them is."""
-    engine = TorchEngine(str(folder), device="cpu", dtype="bfloat16", lora=LoraOptions(rank=4, alpha=8))
-    conformance._train(engine, 2)
-    export_weights(engine.model, tmp_path)
+    """Although adapters, and sums with them, are float32."""
+    engine = embedded(folder, dtype="bfloat16", lora=LoraOptions(rank=4, alpha=8))
+    train(engine, 2)
+    asyncio.run(engine.learner.publish(tmp_path))
     for file in ("model.safetensors", "head.safetensors"):
         assert {weight.dtype for weight in load_file(tmp_path / file).values()} == {torch.bfloat16}
     written = sum((tmp_path / file).stat().st_size for file in ("model.safetensors", "head.safetensors"))
-    assert written < module._size(engine.model)
+    assert written < engine.learner.published_bytes
 
 
 def test_adapters_of_experts_are_merged(tmp_path: Path) -> None:
     kind, sizes = tiny.ARCHITECTURES["qwen3-moe"]
     model = tiny.write(tmp_path / "moe", kind, {**sizes, "tie_word_embeddings": False})
-    engine = TorchEngine(str(model), device="cpu", lora=LoraOptions(rank=2, alpha=8))
-    conformance._train(engine, 3)
-    export_weights(engine.model, tmp_path / "out")
-    tokens = conformance._ids(20, 0)
-    scored = engine.score([TokenSequence(tokens, (False, *[True] * 19))], distribution=True)[0]
-    assert conformance._gap(scored, tiny.Plain(model).logprobs(tokens)[:-1]) > 1e-3
-    assert conformance._gap(scored, tiny.Plain(tmp_path / "out").logprobs(tokens)[:-1]) < 1e-4
+    engine = embedded(model, lora=LoraOptions(rank=2, alpha=8))
+    train(engine, 3)
+    write_merged(torch_engine(engine).model, tmp_path / "out", untie=True)
+    sequence = marked_all(DATA.ids(20, 0))
+    trained = distribution(engine, sequence)
+    assert gap(trained, tiny.Plain(model).logprobs(sequence.tokens)[:-1]) > 1e-3
+    assert gap(trained, tiny.Plain(tmp_path / "out").logprobs(sequence.tokens)[:-1]) < 1e-4
 
 
 HEAD = LoraOptions(rank=4, alpha=8, target_modules=["q_proj", "lm_head"])
@@ -246,158 +327,255 @@ HEAD = LoraOptions(rank=4, alpha=8, target_modules=["q_proj", "lm_head"])
 @pytest.mark.parametrize(
     "options", [{}, {"lora": LoraOptions(rank=4, alpha=8)}, {"lora": HEAD}], ids=["full", "lora", "lora of the head"]
 )
-def test_exported_weights_are_the_model_with_a_head_of_its_own(
+def test_published_weights_are_the_model_with_an_untied_head(
     options: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(1)
-    engine = TorchEngine(str(folder), device="cpu", **options)
-    conformance._train(engine, 3)
-    before = conformance._view(engine)
-    export_weights(engine.model, tmp_path)
-    assert torch.equal(conformance._view(engine), before)
+    engine = embedded(folder, **options)
+    train(engine, 3)
+    before = view(engine)
+    handle = asyncio.run(engine.learner.publish(tmp_path))
+    assert handle == WeightsHandle(3, str(tmp_path))
+    assert torch.equal(view(engine), before)
     assert_is_written(engine, tmp_path)
+
+
+# -- with another learner -------------------------------------------------------------------------------------------
+
+
+class FolderLearner(Learner):
+    """Not a `TorchEngine`: all that vLLM needs of a learner is a folder of weights, stop tokens and a length."""
+
+    tokenizer = None
+    stop_tokens = frozenset({7})
+    max_length = 64
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.published: list[int] = []
+
+    async def logprobs(
+        self,
+        sequences: Sequence[TokenSequence],
+        weights: Weights = "student",
+        *,
+        temperature: float = 1.0,
+        want: Want = CHOSEN,
+    ) -> list[TokenLogprobs]:
+        return [TokenLogprobs(torch.zeros(sequence.marked)) for sequence in sequences]
+
+    async def forward_backward(self, batch: Sequence[TrainItem], loss: Loss, *, temperature: float = 1.0) -> Metrics:
+        return {}
+
+    async def step(self, learning_rate: float) -> StepReport:
+        self.version += 1
+        return StepReport(True, None, self.version)
+
+    async def sync_teacher(self, rate: float = 1.0) -> None: ...
+
+    async def publish(self, folder: Path | None = None) -> WeightsHandle:
+        assert folder is not None
+        (folder / "config.json").write_text(json.dumps({"dtype": "bfloat16"}))
+        self.published.append(self.version)
+        return WeightsHandle(self.version, str(folder))
+
+    async def save_state(self, folder: Path) -> None: ...
+
+    async def load_state(self, folder: Path) -> None:
+        self.version = 5
+
+
+class FolderOptions(EngineOptions):
+    """A recipe names it ``engines.test_vllm:FolderOptions``."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(publishes_folder=True, lora=True)
+
+    pace: int = 1
+
+    def build(self, spec: EngineSpec) -> Engine:
+        no_sampler: Any = SimpleNamespace(close=lambda: None)
+        return Engine(FolderLearner(), no_sampler, self.name, self.provides())
+
+
+def with_learner(name: str, **options: Any) -> EngineOptions:
+    return registry.options({"name": "vllm", "timeout_seconds": 20, "learner": {"name": name, **options}})
+
+
+SPEC = EngineSpec("no model", seed=0, max_sessions=8)
+
+
+def test_any_learner_that_publishes_a_folder_will_do(echo_worker: None, tmp_path: Path) -> None:
+    options = with_learner("engines.test_vllm:FolderOptions", pace=3)
+    options.check(SPEC)
+    engine = options.build(SPEC)
+    learner = engine.learner
+    assert isinstance(learner, FolderLearner)
+    assert engine.name == "vllm"
+    assert engine.sampler.max_length == 64
+
+    async def run() -> list[int]:
+        await engine.publish()
+        versions = [(await engine.sampler.sample(SampleRequest((40,), 4, seed=0))).version]
+        await learner.step(1e-3)
+        await engine.publish()
+        versions.append((await engine.sampler.sample(SampleRequest((40,), 4, seed=0))).version)
+        await engine.load_state(tmp_path)
+        versions.append((await engine.sampler.sample(SampleRequest((40,), 4, seed=0))).version)
+        return versions
+
+    assert asyncio.run(run()) == [0, 1, 5]
+    assert learner.published == [0, 1, 5]
+    sampler = sampler_of(engine)
+    assert sampler._llm_options()["dtype"] == "bfloat16"
+    assert sampler._parameters(SampleRequest((40,), 4, seed=0))["stop_token_ids"] == [7]
+    assert asked(engine) == ["tokens", "weights", "tokens", "weights", "tokens"]
+    with pytest.raises(UserError, match="can't sample from the teacher"):
+        engine.sampler_of("teacher")
+    engine.close()
+
+
+class NoFolderOptions(FolderOptions):
+    """A learner whose weights can't leave it."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities()
+
+
+def test_learner_that_can_not_publish_a_folder_is_refused() -> None:
+    with pytest.raises(UserError, match=r"engine\.learner is 'engines\.test_vllm:NoFolderOptions'.*folder"):
+        with_learner("engines.test_vllm:NoFolderOptions").check(SPEC)
+
+
+def test_capabilities_are_the_learners_without_determinism() -> None:
+    able = VllmOptions().provides()
+    learner = TorchOptions.capabilities
+    assert able == replace(learner, deterministic=False, exact_resume=False, publishes_folder=False)
+    other = with_learner("engines.test_vllm:FolderOptions").provides()
+    assert other == Capabilities(lora=True)
+
+
+def test_what_the_learner_can_not_do_is_refused() -> None:
+    options = with_learner("engines.test_vllm:FolderOptions")
+    options.check(replace(SPEC, needs={"lora": "model.lora"}))
+    with pytest.raises(UserError, match=r"teacher\.ema=0\.9 needs a teacher that is a moving average.*'vllm'"):
+        options.check(replace(SPEC, needs={"teacher_average": "teacher.ema=0.9"}))
+
+
+def test_learner_is_closed_if_the_sampler_can_not_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Learner] = []
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(FolderLearner, "close", lambda self: closed.append(self))
+    monkeypatch.setattr(module.tempfile, "mkdtemp", fail)
+    with pytest.raises(OSError, match="no room"):
+        with_learner("engines.test_vllm:FolderOptions").build(SPEC)
+    assert len(closed) == 1
 
 
 # -- vLLM itself ----------------------------------------------------------------------------------------------------
 
 
-class Shared(VllmEngine):
-    """Many engines, one after the other, on one worker: starting it takes half a minute."""
+class SharedWorker:
+    """One vLLM process for many engines, one after the other: starting it takes half a minute."""
 
-    last: VllmEngine | None = None
+    def __init__(self) -> None:
+        self.client: WorkerClient | None = None
 
-    async def sample(self, request: SampleRequest) -> Any:
-        if Shared.last is not self:
-            Shared.last, self._stale = self, True
-        return await super().sample(request)
-
-
-class Kept:
-    """A worker that its engines can't close."""
-
-    def __init__(self, client: WorkerClient) -> None:
-        self._client = client
+    def __call__(self, python: str, options: dict[str, Any], environment: dict[str, str]) -> SharedWorker:
+        if self.client is None:
+            self.client = WorkerClient(python, options, environment)
+        else:  # as if it had been started with these weights
+            _, answer = self.client.ask({"weights": options["model"]})
+            answer.result(120)
+        return self
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
+        return getattr(self.client, name)
 
     def close(self) -> None:
-        pass
+        """The engines don't end it."""
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def subject(request: pytest.FixtureRequest, folder: Path) -> Iterator[Subject]:
-    dtype, client = request.param, None
-    # Two cores that others use, too: threads that wait for each other would wait for long.
-    threads = pytest.MonkeyPatch()
-    threads.setenv("OMP_NUM_THREADS", "1")
+    worker, dtype = SharedWorker(), request.param
+    options = VllmOptions(python=str(PYTHON))
 
-    def make(**more: Any) -> VllmEngine:
-        nonlocal client
-        trainer = TorchEngine(str(folder), device="cpu", dtype=dtype, **more)
-        if client is None:
-            Shared.last = first = Shared(trainer, VllmOptions(python=str(PYTHON)))
-            client = Kept(first._worker)
-            first._close.detach()
-            return first
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "WorkerClient", lambda *args: client)
-            return Shared(trainer, VllmOptions(python=str(PYTHON)))
+    def make(*, snapshot_teacher: bool = False, micro_batch_tokens: int = 8192, **more: Any) -> Engine:
+        teacher: Any = "snapshot" if snapshot_teacher else "student"
+        spec = EngineSpec(str(folder), 0, dtype, "cpu", teacher=teacher, micro_batch_tokens=micro_batch_tokens)
+        return options.build(replace(spec, **more))
 
-    plain = tiny.Plain(folder, dtype)
     exactness: dict[str, Any] = {"tolerance": 3e-5, "relative": 1e-4}
     if dtype == "bfloat16":
         exactness = {"tolerance": 0.3, "relative": 0.03, "batch_invariant": False}
-    yield Subject(make, plain.logprobs, **exactness)
-    threads.undo()
-    if client is not None:
-        client._client.close()
-
-
-OF_SAMPLING: list[Callable[[Subject], None]] = [
-    conformance.seed_determines_the_sample,
-    conformance.same_request_twice_at_once,
-    conformance.sampled_logprobs_are_scored_logprobs,
-    conformance.bad_requests_are_refused,
-    conformance.sampling_follows_the_update,
-    conformance.snapshot_teacher_stays,
-    conformance.following_teacher_is_never_stale,
-]
-"""Those that sample. The others concern the trainer alone."""
-
-OF_TRAINER = [check for check in CHECKS if check not in OF_SAMPLING]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # on shared cores, threads that wait for each other are slow
+        patch.setattr(module, "WorkerClient", worker)
+        yield Subject(make, tiny.Plain(folder, dtype).logprobs, **exactness)
+    if worker.client is not None:
+        worker.client.close()
 
 
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("check", OF_SAMPLING, ids=lambda check: check.__name__)
-def test_contract(check: Callable[[Subject], None], subject: Subject) -> None:
-    check(subject)
-
-
-@needs_vllm
-@pytest.mark.slow
-@pytest.mark.parametrize("check", OF_TRAINER, ids=lambda check: check.__name__)
-def test_contract_of_the_trainer(check: Callable[[Subject], None], subject: Subject) -> None:
-    check(subject)
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_saved_and_loaded_goes_on_bit_for_bit(subject: Subject, tmp_path: Path) -> None:
-    conformance.saved_and_loaded_goes_on_bit_for_bit(subject, tmp_path)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_engine_conforms(check: Check, subject: Subject) -> None:
+    conforms(check, subject)
 
 
 @needs_vllm
 @pytest.mark.slow
 def test_no_layer_stays_old_after_an_update(subject: Subject) -> None:
-    """Every weight changes by a tenth: what kept the old ones would be off by far more than rounding."""
-    engine: Any = subject.make()
-    prompts = [conformance._ids(20, n) for n in range(8)]
+    """Every weight changes by a tenth: a layer with old weights would be off by far more than rounding."""
+    engine = subject.make()
+    asyncio.run(engine.publish())
+    prompts = [DATA.ids(20, n) for n in range(8)]
 
-    def gaps() -> tuple[torch.Tensor, torch.Tensor]:
+    def largest_gap() -> float:
         requests = [SampleRequest(prompt, 12, seed=n) for n, prompt in enumerate(prompts)]
-        samples = conformance._sample_all(engine, requests)
+        samples = sample_all(engine, requests)
         sequences = [
             TokenSequence((*p, *s.tokens), (*[False] * len(p), *[True] * len(s.tokens)))
             for p, s in zip(prompts, samples, strict=True)
         ]
-        scored = torch.cat(engine.score(sequences))
-        return (scored - torch.tensor([x for s in samples for x in s.logprobs])).abs(), scored
+        return gap(torch.cat(chosen(engine, sequences)), torch.tensor([x for s in samples for x in s.logprobs]))
 
-    before, _ = gaps()
-    assert before.max() <= subject.tolerance
-    old = conformance._view(engine)
+    assert largest_gap() <= subject.tolerance
+    old = view(engine)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in engine.trainer.model.parameters():
+        for weight in torch_engine(engine).model.parameters():
             weight.mul_(1 + 0.1 * torch.randn(weight.shape, generator=generator))
-    engine._stale = True
-    assert conformance._gap(conformance._view(engine), old) > 0.5
-    after, _ = gaps()
-    assert after.max() <= subject.tolerance
+    engine.learner.version += 1
+    asyncio.run(engine.publish())
+    assert gap(view(engine), old) > 0.5
+    assert largest_gap() <= subject.tolerance
+    engine.close()
 
 
 @needs_vllm
 @pytest.mark.slow
 def test_adapters_are_sampled_with(subject: Subject) -> None:
     with_adapters: Any = functools.partial(subject.make, lora=LoraOptions(rank=4, alpha=8))
-    conformance.sampling_follows_the_update(replace(subject, make=with_adapters))
+    run_check(sampling.sampling_follows_the_published_weights, replace(subject, make=with_adapters))
 
 
 PARENT = """
-import sys, time
-from skillsd.engines.torch.engine import TorchEngine
-from skillsd.engines.vllm.engine import VllmEngine, VllmOptions
-engine = VllmEngine(TorchEngine(sys.argv[1], device="cpu"), VllmOptions(python=sys.argv[2]))
-print(engine._worker._process.pid, engine._folder, flush=True)
+import asyncio, sys, time
+from skillsd.engines.options import EngineSpec
+from skillsd.engines.vllm.options import VllmOptions
+engine = VllmOptions(python=sys.argv[2]).build(EngineSpec(sys.argv[1], seed=0, device="cpu"))
+asyncio.run(engine.publish())
+print(engine.sampler._worker._process.pid, engine.sampler.inbox, flush=True)
 time.sleep(600)
 """
 
 
 @needs_vllm
 @pytest.mark.slow
-def test_nothing_is_left_of_a_parent_that_is_killed(folder: Path) -> None:
+def test_a_killed_parent_leaves_nothing_behind(folder: Path) -> None:
     command = [sys.executable, "-c", PARENT, str(folder), str(PYTHON)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None

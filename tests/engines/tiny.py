@@ -1,20 +1,26 @@
-"""Tiny random models of many architectures, and what they compute without any of the engine's tricks."""
+"""Tiny random models of many architectures, plain forward passes of them, and ways to look at an embedded engine."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from skillsd.engines.base import Sample, SampleRequest
-from skillsd.engines.torch.sampler import choose
+from skillsd.engines.base import Engine, Sample, SampleRequest, StepReport, TokenSequence, Weights
+from skillsd.engines.conformance import Check, SkippedCheck, Subject, kit, run_check
+from skillsd.engines.torch.decode import choose
+from skillsd.engines.torch.engine import TorchEngine
+from skillsd.engines.torch.options import TorchOptions
+from skillsd.objective import WHOLE
 from skillsd.warm_start.new_model import make_tokenizer
 
 STOPS = tuple(range(10, 26))
@@ -26,7 +32,7 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
-    # Ten times the usual, or attention would hardly matter to what a random model says.
+    # Ten times the usual, or attention would hardly change a random model's output.
     "initializer_range": 0.2,
     "pad_token_id": 0,
     "bos_token_id": None,
@@ -82,7 +88,7 @@ def write(folder: Path, kind: str, options: dict[str, Any]) -> Path:
 
 
 class Plain:
-    """A model with its own eager attention and nothing kept: one sequence, one forward pass."""
+    """A model with its own eager attention and no KV cache: one sequence, one forward pass."""
 
     def __init__(self, folder: Path, dtype: str = "float32") -> None:
         self.model = AutoModelForCausalLM.from_pretrained(
@@ -98,9 +104,9 @@ class Plain:
         return (self.logits(tokens).float() / temperature).log_softmax(-1)
 
     def check(self, request: SampleRequest, sample: Sample, tolerance: float = 1e-5) -> None:
-        """Each token must be the one that the plain model gives with the same random number after the same prefix.
+        """Each token must be the one that the plain model gives after the same prefix, with the same random number.
 
-        By induction that is what a loop of plain forward passes would have sampled; it takes only one of them.
+        By induction, a loop of plain forward passes would have sampled the same. The check takes only one pass.
         """
         count, before = len(sample.tokens), len(request.tokens)
         rows = self.logits((*request.tokens, *sample.tokens))[before - 1 : before - 1 + count]
@@ -115,3 +121,64 @@ class Plain:
             assert sample.stop_reason == "length"
             assert count == request.max_tokens
             assert sample.tokens[-1] not in STOPS
+
+
+# -- an embedded engine ---------------------------------------------------------------------------------------------
+
+
+def _no_engine(*, snapshot_teacher: bool = False, micro_batch_tokens: int = 8192) -> Engine:
+    raise NotImplementedError("used for its test data only")
+
+
+DATA = Subject(_no_engine)
+"""Test data of the conformance checks."""
+
+
+def embedded(folder: str | Path, **options: Any) -> Engine:
+    """The embedded engine with a model folder, on the CPU."""
+    engine = TorchEngine(str(folder), device="cpu", **options)
+    return Engine(engine, engine, "torch", TorchOptions.capabilities)
+
+
+def torch_engine(engine: Engine) -> TorchEngine:
+    assert isinstance(engine.learner, TorchEngine)
+    return engine.learner
+
+
+def conforms(check: Check, subject: Subject) -> None:
+    """Run a conformance check; a capability that the engine lacks skips the test."""
+    try:
+        run_check(check, subject)
+    except SkippedCheck as skipped:
+        pytest.skip(str(skipped))
+
+
+def train(engine: Engine, steps: int = 1, **options: float) -> list[StepReport]:
+    """A few steps on `DATA.batch()`, published to the sampler."""
+    return asyncio.run(DATA.train(engine, steps, **options))
+
+
+def view(engine: Engine, weights: Weights = "student") -> Tensor:
+    """Log-probs ``[marked, vocab]`` of `DATA.sequences()`."""
+    return asyncio.run(DATA.view(engine, weights))
+
+
+def chosen(engine: Engine, sequences: Sequence[TokenSequence], **options: Any) -> list[Tensor]:
+    """The chosen tokens' log-probs, ``[marked]`` for each sequence."""
+    return asyncio.run(kit.chosen(engine.learner, sequences, **options))
+
+
+def distribution(engine: Engine, sequence: TokenSequence, weights: Weights = "student") -> Tensor:
+    """Log-probs ``[marked, vocab]`` of one sequence."""
+    [found] = asyncio.run(engine.learner.logprobs([sequence], weights, want=WHOLE))
+    return kit.distribution_of(found)
+
+
+def sample_all(engine: Engine, requests: Sequence[SampleRequest]) -> list[Sample]:
+    """All requests at once."""
+    return asyncio.run(kit.sample_all(engine, requests))
+
+
+def marked_all(tokens: Sequence[int]) -> TokenSequence:
+    """Every token marked but the first."""
+    return TokenSequence(tuple(tokens), (False, *[True] * (len(tokens) - 1)))

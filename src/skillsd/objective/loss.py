@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skillsd.metrics import BINS_PER_DECADE, ZERO_BIN, Histogram, Mean, Metrics
+from skillsd.metrics import BINS_PER_DECADE, INFINITE_BIN, ZERO_BIN, Histogram, Mean, Metrics
 from skillsd.objective.logprobs import CHOSEN, TokenLogprobs, Want, at_least_float32, log_difference
 
 ACTION_MASK = "action_mask"
@@ -148,6 +148,7 @@ def histogram(values: Tensor) -> Histogram:
     sizes = values.detach().abs().double().nan_to_num(nan=torch.inf, posinf=torch.inf)
     bins = (sizes.clamp(1e-30, 1e30).log10() * BINS_PER_DECADE).floor().long()
     bins[sizes == 0] = ZERO_BIN
+    bins[sizes.isinf()] = INFINITE_BIN
     numbers, counts = torch.unique(bins, return_counts=True)
     return Histogram(dict(zip(numbers.tolist(), counts.tolist(), strict=True)), float(sizes.max()))
 

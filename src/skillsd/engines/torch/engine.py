@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,12 +28,13 @@ from skillsd.engines.base import (
     wanted_by,
 )
 from skillsd.engines.options import LoraOptions
-from skillsd.engines.top_k import check_candidates, check_k, coarse_grain, nothing, select
+from skillsd.engines.top_k import check_candidates, check_k, nothing, select
 from skillsd.engines.torch import state
-from skillsd.engines.torch.attention import CachedPlan, PackedPlan
+from skillsd.engines.torch.attention import CachedPlan
 from skillsd.engines.torch.decode import Decoder
 from skillsd.engines.torch.export import bytes_written, write_merged
-from skillsd.engines.torch.lm_head import TrunkAndHead, in_chunks
+from skillsd.engines.torch.forward import READ, Network, recomputed_activations, with_weights
+from skillsd.engines.torch.lm_head import TrunkAndHead
 from skillsd.engines.torch.micro_batches import micro_batches
 from skillsd.engines.torch.models import (
     add_lora,
@@ -50,29 +52,26 @@ from skillsd.objective.logprobs import CHOSEN, TokenLogprobs, Want
 
 T = TypeVar("T")
 
-Read = Callable[..., tuple[Tensor, ...]]
-"""(log-probs ``[tokens, vocab]``, the tokens' ids ``[tokens]``, ...) -> tensors with one row per token."""
-
 
 class TorchEngine(Learner, Sampler):
-    """One process, one device.
+    """A causal LM in this process, on one device: samples, scores and trains.
 
     Args:
         model: a shipped model's name, a local folder or a hub name.
         dtype: ``float32``, or ``bfloat16`` with float32 master weights in the optimiser.
         device: ``auto``, ``cpu``, ``cuda`` ...
         lora: train adapters instead of all weights.
-        teacher_follows: the teacher has no weights of its own: it is the student, as long as the student has not moved
-            since the last `sync_teacher`. Right (and free) if every iteration begins with a sync. If False, a snapshot
-            of the trainable weights is kept, in their dtype. A moving average of bfloat16 weights (`sync_teacher` with
-            a rate below 1) is also kept in float32: rounded at every sync, it would never move.
-        teacher_model: the teacher is this other model (named like `model`; a checkpoint's folder ``model`` is one),
-            with the student's tokenizer and without adapters. It has nothing to sync, is never stale and is in no
-            checkpoint; `teacher_follows` is ignored. Sequences are limited to what both models take.
+        teacher_follows: the teacher shares the student's weights, and can be used until the first update after a
+            `sync_teacher`. Takes no memory; right if every iteration begins with a sync. If False, the teacher is a
+            snapshot of the trainable weights, in their dtype. A moving average (`sync_teacher` with a rate below 1) of
+            bfloat16 weights is also kept in float32: rounded at every sync, it would never move.
+        teacher_model: the teacher is this other model, given like `model` (for example the folder ``model`` of a
+            checkpoint), with the student's tokenizer and without adapters. It is never synchronised, never stale and
+            not saved in checkpoints; `teacher_follows` is ignored. Sequences are limited to what both models take.
         micro_batch_tokens: the most tokens in one forward pass of scoring or training (a longer sequence goes alone).
         max_sessions: the most episodes whose keys and values are kept at once.
-        in_thread: score and train in a thread, so that the event loop's other work goes on meanwhile. Decoding always
-            runs in the event loop.
+        in_thread: score and train in a thread, so that the event loop stays free. Decoding always runs in the event
+            loop.
     """
 
     samples_teacher = True
@@ -124,8 +123,8 @@ class TorchEngine(Learner, Sampler):
         self.student_moved = False  # since the last sync
         self._loss_is_finite = True  # of everything accumulated since the last step
         self.decoders = {
-            "student": Decoder(self._forward_with("student"), self.stop_tokens, self.device, max_sessions),
-            "teacher": Decoder(self._forward_with("teacher"), self.stop_tokens, self.device, max_sessions),
+            "student": Decoder(partial(self._decode, "student"), self.stop_tokens, self.device, max_sessions),
+            "teacher": Decoder(partial(self._decode, "teacher"), self.stop_tokens, self.device, max_sessions),
         }
         self._sync_teacher(1.0)
 
@@ -134,7 +133,10 @@ class TorchEngine(Learner, Sampler):
     async def sample(self, request: SampleRequest) -> Sample:
         needed = len(request.tokens) + request.max_tokens
         if needed > self.max_length:
-            raise ValueError(f"{needed} tokens are asked of a model that takes {self.max_length}")
+            raise ValueError(
+                f"the request needs {needed} tokens (its own and max_tokens), but the model takes at most "
+                f"{self.max_length}"
+            )
         weights = request.weights
         if weights == "teacher":
             self._check_teacher()
@@ -148,21 +150,14 @@ class TorchEngine(Learner, Sampler):
             decoder.end_session(session)
 
     async def load(self, weights: WeightsHandle) -> None:
-        """Nothing to do: it samples from the very weights that it trains, and `step` clears the KV caches."""
+        """Checks the version only: sampling uses the weights in training, and `step` clears the KV caches."""
         if weights.location is not None or weights.version != self.version:
             raise ValueError(
-                f"the embedded engine samples from its own weights (version {self.version}); it can't load {weights}"
+                f"the embedded engine samples from its own weights, version {self.version}, and can't load {weights}"
             )
 
-    def _forward_with(self, weights: Weights) -> Any:
-        def forward(ids: Tensor, plan: CachedPlan, places: Tensor) -> Tensor:
-            """Logits ``[places, vocab]`` of packed ids ``[tokens]`` at the given places."""
-            run, _ = self._runner(weights)
-            inputs = {"input_ids": ids.unsqueeze(0), "position_ids": plan.positions, "logits_to_keep": places}
-            logits: Tensor = run(**inputs, use_cache=False, plan=plan).logits[0, :, : self.vocabulary]
-            return logits
-
-        return forward
+    def _decode(self, weights: Weights, ids: Tensor, plan: CachedPlan, places: Tensor) -> Tensor:
+        return self._network(weights).decode(ids, plan, places)
 
     # -- scoring and training -----------------------------------------------------------------------------------
 
@@ -199,11 +194,12 @@ class TorchEngine(Learner, Sampler):
             found = select(full, ids, want)
             return tuple(x for x in (found.chosen, found.distribution, found.candidates) if x is not None)
 
+        network = self._network(weights)
         pieces: list[list[Tensor]] = [[] for _ in sequences]
         with torch.inference_mode():
             for part, shared in micro_batches(sequences, self._micro_batch_tokens):
                 counts = [sequences[i].marked for i in part]
-                for found in self._forward([sequences[i] for i in part], shared, weights, temperature, read):
+                for found in network.forward([sequences[i] for i in part], shared, temperature, read):
                     for i, piece in zip(part, found.cpu().split(counts), strict=True):
                         pieces[i].append(piece.clone())
         return [TokenLogprobs(*found) if found else nothing(want, self.vocabulary) for found in pieces]
@@ -214,16 +210,17 @@ class TorchEngine(Learner, Sampler):
         if want.kind == "top_k":
             check_candidates(batch, self.vocabulary)
         self._release()
+        network = self._network("student")
         parts: list[Metrics] = []
         for part, shared in micro_batches([item.sequence for item in batch], self._micro_batch_tokens):
             items = [batch[i] for i in part]
-            with self._checkpoints():
+            with recomputed_activations(self.model) if self._checkpointing else nullcontext():
                 names = items[0].signals.keys()
                 signals = {name: torch.cat([item.signals[name] for item in items]).to(self.device) for name in names}
                 candidates = signals["candidates"] if want.kind == "top_k" else None
                 more = [] if candidates is None else [candidates]
                 sequences = [item.sequence for item in items]
-                found = self._forward(sequences, shared, "student", temperature, _READ[want.kind], *more)
+                found = network.forward(sequences, shared, temperature, READ[want.kind], *more)
                 value, metrics = loss(TokenLogprobs(*found, *more), signals)
                 # A loss can be infinite while its gradient is finite: `step` has to refuse that too.
                 self._loss_is_finite &= bool(torch.isfinite(value.detach()))
@@ -233,7 +230,7 @@ class TorchEngine(Learner, Sampler):
 
     def _step(self, learning_rate: float) -> StepReport:
         norm = torch.nn.utils.clip_grad_norm_(self.optimiser.masters, self._max_grad_norm)
-        # One non-finite entry makes the norm non-finite, so this one number answers for every gradient.
+        # One non-finite entry makes the norm non-finite, so checking the norm checks every gradient.
         finite = self._loss_is_finite and bool(torch.isfinite(norm))
         self._loss_is_finite = True
         if finite:
@@ -251,13 +248,13 @@ class TorchEngine(Learner, Sampler):
 
     def _sync_teacher(self, rate: float) -> None:
         if not 0 < rate <= 1:
-            raise ValueError(f"the rate of a teacher's sync is {rate}; it must be above 0 and at most 1")
+            raise ValueError(f"the rate of a teacher sync is {rate}; it must be above 0 and at most 1")
         if self._external is not None:
             return
         if self._teacher_follows and rate != 1:
             raise ValueError(
-                f"a teacher that follows the student keeps no weights to average with (rate {rate}): sync with rate 1, "
-                "or make the engine with teacher_follows=False"
+                f"a teacher that follows the student has no weights of its own to average (rate {rate}): sync with "
+                "rate 1, or make the engine with teacher_follows=False"
             )
         if not self._teacher_follows:
             self.decoders["teacher"].clear()
@@ -284,85 +281,36 @@ class TorchEngine(Learner, Sampler):
     def _check_teacher(self) -> None:
         if self._teacher_is_student and self.student_moved:
             raise StaleTeacherError(
-                "the teacher follows the student and keeps no weights of its own; the student has been updated since "
-                "the last sync_teacher(). Sync first, or make the engine with teacher_follows=False"
+                "the teacher follows the student and has no weights of its own, and the student was updated since the "
+                "last sync_teacher(). Sync first, or make the engine with teacher_follows=False"
             )
 
-    # -- forward passes -----------------------------------------------------------------------------------------
+    # -- memory and models --------------------------------------------------------------------------------------
 
     def forget_caches(self) -> None:
-        """Drop all keys and values: the weights change."""
+        """Drop all keys and values: the weights are about to change, or have changed."""
         for decoder in self.decoders.values():
             decoder.clear()
 
     def _release(self) -> None:
-        """Free the memory of keys and values: scoring and training need it."""
+        """Free the memory of the KV caches for scoring and training."""
         for decoder in self.decoders.values():
             decoder.release()
 
     def _check_lengths(self, sequences: Sequence[TokenSequence]) -> None:
         longest = max((len(s.tokens) for s in sequences), default=0)
         if longest > self.max_length:
-            raise ValueError(f"a sequence of {longest} tokens for a model that takes {self.max_length}")
+            raise ValueError(f"a sequence has {longest} tokens, but the model takes at most {self.max_length}")
 
-    @contextmanager
-    def _checkpoints(self) -> Iterator[None]:
-        """Have layers recompute their activations, if so configured, without the dropout of training mode."""
-        # `transformers` checkpoints a layer whose own training flag is set; its dropouts have flags of their own.
-        modules = self.model.modules() if self._checkpointing else ()
-        layers = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
-        for layer in layers:
-            layer.training = True
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.training = False
-
-    def _forward(
-        self,
-        sequences: Sequence[TokenSequence],
-        shared: Sequence[int],
-        weights: Weights,
-        temperature: float,
-        read: Read,
-        *more: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """One forward pass; what `read` makes of the log-probs at the marked places, one row per place.
-
-        Args:
-            shared: for each sequence, how many first tokens it shares with the one before it.
-            more: tensors ``[marked, ...]`` that `read` gets beside the log-probs.
-        """
-        plan = PackedPlan([len(s.tokens) for s in sequences], self.device, shared)
-        ids = torch.tensor([t for s, taken in zip(sequences, shared, strict=True) for t in s.tokens[taken:]])
-        # The token at place i is predicted from place i - 1: the head runs there and nowhere else.
-        marked = [torch.tensor(s.mask).nonzero().squeeze(1) for s in sequences]
-        places = torch.cat([source[at - 1] for source, at in zip(plan.source, marked, strict=True)])
-        targets = torch.tensor(
-            [t for s in sequences for t, is_marked in zip(s.tokens, s.mask, strict=True) if is_marked]
-        )
-        run, split = self._runner(weights)
-        inputs = {"input_ids": ids.to(self.device).unsqueeze(0), "position_ids": plan.positions}
-        hidden = split.hidden(run, **inputs, use_cache=False, plan=plan).index_select(0, places.to(self.device))
-
-        def compute(hidden: Tensor, targets: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-            logits = split.logits(run, hidden)[:, : self.vocabulary].float()
-            if temperature != 1:
-                logits = logits / temperature
-            return read(torch.log_softmax(logits, dim=-1), targets, *more)
-
-        return in_chunks(hidden, targets.to(self.device), self.vocabulary, compute, *more)
-
-    def _runner(self, weights: Weights) -> tuple[Callable[..., Any], TrunkAndHead]:
-        """The forward pass under these weights, and the split of the model that it runs."""
-        if weights == "teacher" and self._external is not None:
-            assert self._external_split is not None
-            return self._external, self._external_split
-        if weights == "teacher" and self.teacher is not None:
-            teacher = self.teacher
-            return lambda **inputs: torch.func.functional_call(self.model, teacher, (), inputs), self._split
-        return self.model, self._split
+    def _network(self, weights: Weights) -> Network:
+        """The model that computes with these weights."""
+        run: Callable[..., Any] = self.model
+        split = self._split
+        if weights == "teacher" and self._external is not None and self._external_split is not None:
+            run, split = self._external, self._external_split
+        elif weights == "teacher" and self.teacher is not None:
+            run = with_weights(self.model, self.teacher)
+        return Network(run, split, self.vocabulary, self.device)
 
     # -- weights out and in -------------------------------------------------------------------------------------
 
@@ -384,7 +332,7 @@ class TorchEngine(Learner, Sampler):
 
     async def export(self, folder: Path, *, merge: bool = False) -> None:
         if merge and not self.lora:
-            raise UserError("all weights were trained, so there is no adapter to merge: leave --merge out")
+            raise UserError("all weights were trained, so there is no adapter to merge: leave out --merge")
         if merge:
             folder.mkdir(parents=True, exist_ok=True)
             write_merged(self.model, folder, untie=False)
@@ -405,19 +353,3 @@ class TorchEngine(Learner, Sampler):
         state.load(self, folder / state.FILE)
         self._loss_is_finite = True
         self.forget_caches()
-
-
-def _chosen(full: Tensor, ids: Tensor) -> tuple[Tensor]:
-    return (full.gather(1, ids.unsqueeze(1)).squeeze(1),)
-
-
-def _whole(full: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-    return (*_chosen(full, ids), full)
-
-
-def _coarse(full: Tensor, ids: Tensor, candidates: Tensor) -> tuple[Tensor, ...]:
-    return (*_chosen(full, ids), coarse_grain(full, candidates))
-
-
-_READ: Mapping[str, Read] = {"chosen": _chosen, "whole": _whole, "top_k": _coarse}
-"""What training reads of the log-probs, by what is wanted."""

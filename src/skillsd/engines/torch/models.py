@@ -205,11 +205,11 @@ def verify_attention(model: nn.Module, name: str) -> None:
     # Averaged over the vocabulary by its probabilities little is left of that (0.01).
     exact = next(model.parameters()).dtype == torch.float32
     gap = (packed - shown).abs().max() if exact else (shown.exp() * (shown - packed)).sum(-1).max()
-    what, limit = ("log-probs", 1e-3) if exact else ("Kullback-Leibler divergences", 0.05)
+    what, limit = ("log-probs", 1e-3) if exact else ("predicted distributions", 0.05)
     if not gap < limit:
         raise UserError(
-            f"model {name!r} does not say the same on packed sequences as with its own attention ({what} up to "
-            f"{gap:.3g}, less than {limit} expected): its kind of attention is not supported"
+            f"model {name!r} is not supported: its {what} on packed sequences differ from those of its own attention "
+            f"(by up to {gap:.3g}, expected less than {limit})"
         )
 
 

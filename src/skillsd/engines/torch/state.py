@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ def save(engine: TorchEngine, path: Path) -> None:
         rng["cuda"] = torch.cuda.get_rng_state(engine.device)
     torch.save(
         {
-            # Exact training weights beside the exported ones: an export may retie or rename.
+            # The exact training weights, in addition to the exported ones: an export may retie or rename.
             "weights": {name: p.detach() for name, p in engine.trainable.items()},
             "version": engine.version,
             "optimiser": engine.optimiser.state_dict(),
@@ -39,29 +38,29 @@ def save(engine: TorchEngine, path: Path) -> None:
 
 
 def load(engine: TorchEngine, path: Path) -> None:
-    """Restore what `save` wrote; the engine is unchanged if that is impossible.
+    """Restore what `save` wrote. If it raises, the engine is unchanged.
 
     Raises:
-        UserError: if there is no such file, it is damaged, or it is of another model or teacher.
+        UserError: if there is no such file, it is damaged, or it belongs to another model or kind of teacher.
     """
     if not path.is_file():
         raise UserError(f"no engine state in {str(path.parent)!r}: expected the file {path.name} of a checkpoint")
     try:
         state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged bytes raise almost anything: RuntimeError, EOFError, KeyError ...
         raise UserError(
-            f"{str(path)!r} is damaged ({str(error).splitlines()[0]}): remove its folder to resume from the checkpoint "
-            "before it"
+            f"{str(path)!r} is damaged ({type(error).__name__}): remove its folder to resume from the checkpoint before "
+            "it"
         ) from error
     if _forms(state["weights"]) != _forms(engine.trainable):
         raise UserError(
-            f"the checkpoint {str(path.parent)!r} is of a different model than the recipe's: names, shapes or dtype of "
-            "the weights differ"
+            f"the checkpoint {str(path.parent)!r} is of a different model: its weights have other names, shapes or "
+            "dtypes. Load it with the model settings that wrote it"
         )
     if engine.teacher is not None and state["teacher"] is None and state["student_moved"]:
         raise UserError(
-            f"the checkpoint {str(path.parent)!r} has no teacher: it was written by an engine whose teacher follows "
-            "the student, or is another model. Load it with the same teacher settings"
+            f"the checkpoint {str(path.parent)!r} has no teacher weights: it was written by an engine whose teacher "
+            "follows the student or is another model. Load it with the same teacher settings"
         )
     with torch.no_grad():
         for name, parameter in engine.trainable.items():

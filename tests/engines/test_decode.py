@@ -1,4 +1,4 @@
-"""The sampler's fast path against plain forward passes, token by token, whatever the schedule."""
+"""The decoder against plain forward passes, token by token, whatever the schedule of requests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from torch import Tensor
 from engines.tiny import STOPS, Plain
 from skillsd.engines.base import Sample, SampleRequest
 from skillsd.engines.torch.attention import CachedPlan
+from skillsd.engines.torch.decode import PREFILL_ALONE_TOKENS, Decoded, Decoder, choose
 from skillsd.engines.torch.engine import TorchEngine
-from skillsd.engines.torch.sampler import LONG, Sampler, choose
 
 Engines = Callable[..., tuple[TorchEngine, Plain]]
 
@@ -31,19 +32,16 @@ def engine_of(model_folder: Callable[[str], Path]) -> Engines:
     loaded: dict[str, tuple[TorchEngine, Plain]] = {}
 
     def engine(name: str = "llama", *, max_sessions: int = 256) -> tuple[TorchEngine, Plain]:
-        """An engine whose sampler is new, though its weights are shared with other tests."""
+        """An engine with a new decoder; its weights are shared with other tests."""
         if name not in loaded:
             folder = model_folder(name)
             loaded[name] = TorchEngine(str(folder), device="cpu"), Plain(folder)
         engine, plain = loaded[name]
-        engine.samplers["student"] = _sampler(engine, max_sessions)
+        forward = partial(engine._decode, "student")
+        engine.decoders["student"] = Decoder(forward, engine.stop_tokens, engine.device, max_sessions)
         return engine, plain
 
     return engine
-
-
-def _sampler(engine: TorchEngine, max_sessions: int) -> Sampler:
-    return Sampler(engine._decoder("student"), engine.stop_tokens, engine.device, max_sessions)
 
 
 def _ids(count: int, seed: int) -> tuple[int, ...]:
@@ -52,7 +50,7 @@ def _ids(count: int, seed: int) -> tuple[int, ...]:
 
 def _run(*episodes: Coroutine[Any, Any, Any]) -> list[Any]:
     async def run() -> list[Any]:
-        async with asyncio.timeout(60):  # a request that is never answered has to fail, not hang
+        async with asyncio.timeout(60):  # fail, don't hang, if a request is never answered
             return list(await asyncio.gather(*episodes))
 
     return asyncio.run(run())
@@ -61,16 +59,16 @@ def _run(*episodes: Coroutine[Any, Any, Any]) -> list[Any]:
 @contextmanager
 def _tokens_forwarded(engine: TorchEngine) -> Iterator[list[int]]:
     """The number of tokens in each forward pass of decoding."""
-    sampler, counts = engine.samplers["student"], []
-    forward = sampler._forward
+    decoder, counts = engine.decoders["student"], []
+    forward = decoder._forward
 
     def counted(ids: Tensor, plan: CachedPlan, places: Tensor) -> Tensor:
         counts.append(len(ids))
         return forward(ids, plan, places)
 
-    sampler._forward = counted
+    decoder._forward = counted
     yield counts
-    sampler._forward = forward
+    decoder._forward = forward
 
 
 async def _episode(
@@ -84,7 +82,7 @@ async def _episode(
     temperature: float = 1.0,
     delay: Callable[[], float] | None = None,
 ) -> list[int]:
-    """Play `turns` of (most tokens sampled, tokens of the observation) and compare each with the plain model."""
+    """Play `turns` of (max_tokens, tokens of the observation) and compare each sample with the plain model's."""
     tokens = list(prompt)
     for turn, (max_tokens, observation) in enumerate(turns):
         request = SampleRequest(tuple(tokens), max_tokens, seed * 100 + turn, temperature, name)
@@ -98,15 +96,16 @@ async def _episode(
     return tokens
 
 
-# -- the same tokens as plainly ------------------------------------------------------------------------------
+# -- same tokens as the plain model -----------------------------------------------------------------------------
 
 RAGGED = [
-    # prompt, its seed, turns. Observations and prompts on either side of LONG; prompts that are shared and are not.
-    (40, 0, [(6, 5), (9, LONG + 20), (4, 1), (7, 0), (5, 3)]),
-    (40, 0, [(3, 11), (3, 2), (12, LONG + 1), (2, 0)]),
+    # Length and seed of the prompt, turns. Observations and prompts on both sides of PREFILL_ALONE_TOKENS, shared
+    # prompts and others.
+    (40, 0, [(6, 5), (9, PREFILL_ALONE_TOKENS + 20), (4, 1), (7, 0), (5, 3)]),
+    (40, 0, [(3, 11), (3, 2), (12, PREFILL_ALONE_TOKENS + 1), (2, 0)]),
     (40, 0, [(1, 0), (1, 0), (1, 30), (15, 0)]),
-    (LONG + 33, 1, [(8, 2), (8, 80), (8, 2)]),
-    (LONG + 33, 1, [(20, 90), (2, 2)]),
+    (PREFILL_ALONE_TOKENS + 33, 1, [(8, 2), (8, 80), (8, 2)]),
+    (PREFILL_ALONE_TOKENS + 33, 1, [(20, 90), (2, 2)]),
     (1, 2, [(10, 4), (10, 4), (10, 4)]),
     (1, 2, [(12, 4)]),
     (2, 3, [(5, 70), (5, 70)]),
@@ -117,7 +116,7 @@ RAGGED = [
 @pytest.mark.parametrize("max_sessions", [1, 3, 256])
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "gpt2"])
 def test_ragged_batches(name: str, max_sessions: int, engine_of: Engines) -> None:
-    """Different lengths, prompts and temperatures; with few rows, episodes are evicted and restored all the time."""
+    """Different lengths, prompts and temperatures. With few rows, episodes are evicted and prefilled again often."""
     engine, plain = engine_of(name, max_sessions=max_sessions)
     _run(
         *(
@@ -133,15 +132,15 @@ def test_ragged_batches(name: str, max_sessions: int, engine_of: Engines) -> Non
             for n, (length, seed, turns) in enumerate(RAGGED)
         )
     )
-    sampler = engine.samplers["student"]
-    assert not sampler._rows
-    assert not sampler._sessions
-    assert sampler._pool.rows <= 2 * max_sessions
+    decoder = engine.decoders["student"]
+    assert not decoder._rows
+    assert not decoder._sessions
+    assert decoder._pool.rows <= 2 * max_sessions
 
 
 @pytest.mark.parametrize("max_sessions", [2, 5, 256])
 def test_requests_join_and_leave_at_any_step(max_sessions: int, engine_of: Engines) -> None:
-    """Slow environments: rows of idle sessions lie between busy ones, are swapped, closed up and taken over."""
+    """Slow environments: rows of idle sessions between busy ones are swapped, removed and reused."""
     engine, plain = engine_of(max_sessions=max_sessions)
     rng = random.Random(3)
     with _tokens_forwarded(engine) as counts:
@@ -159,7 +158,7 @@ def test_requests_join_and_leave_at_any_step(max_sessions: int, engine_of: Engin
                 for n in range(14)
             )
         )
-    assert len(set(counts)) > 3  # the batch really did change its size
+    assert len(set(counts)) > 3  # the batch really changed its size
 
 
 TURNS = st.lists(st.tuples(st.integers(1, 8), st.integers(0, 12)), min_size=1, max_size=4)
@@ -194,19 +193,17 @@ def test_a_session_may_go_on_without_an_observation(engine_of: Engines) -> None:
 # -- no work is done twice -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [20, LONG + 40])
-def test_a_group_s_prompt_is_prefilled_once(length: int, engine_of: Engines) -> None:
+@pytest.mark.parametrize("length", [20, PREFILL_ALONE_TOKENS + 40])
+def test_the_prompt_of_a_group_is_prefilled_once(length: int, engine_of: Engines) -> None:
     engine, plain = engine_of()
     with _tokens_forwarded(engine) as counts:
         _run(*(_episode(engine, plain, f"e{n}", _ids(length, n % 2), [(1, 0)], seed=n) for n in range(8)))
-    assert counts == [
-        2 * (length - 1),
-        8,
-    ]  # two prompts but for their last token; then one token for each episode
+    # Two prompts without their last token; then one token for each episode.
+    assert counts == [2 * (length - 1), 8]
 
 
-def test_a_late_member_of_a_group_takes_the_prompt_over(engine_of: Engines) -> None:
-    """Also from a member that has long gone on to other turns."""
+def test_a_late_member_of_a_group_copies_the_prompts_cache(engine_of: Engines) -> None:
+    """Even from a member that is many turns ahead."""
     engine, plain = engine_of()
     prompt = _ids(30, 0)
 
@@ -218,7 +215,7 @@ def test_a_late_member_of_a_group_takes_the_prompt_over(engine_of: Engines) -> N
         before = sum(counts)
         request = SampleRequest(prompt, 1, seed=5, session="late")
         plain.check(request, await engine.sample(request))
-        assert sum(counts) - before <= 1 + 2 * 10  # its one token, and a step or two of the other's
+        assert sum(counts) - before <= 1 + 2 * 10  # its one token, and a step or two of the other episode's
         await early
 
     with _tokens_forwarded(engine) as counts:
@@ -227,13 +224,13 @@ def test_a_late_member_of_a_group_takes_the_prompt_over(engine_of: Engines) -> N
 
 def test_keys_and_values_are_kept_between_turns(engine_of: Engines) -> None:
     engine, plain = engine_of()
-    turns = [(5, 7), (5, LONG + 9), (5, 3)]
+    turns = [(5, 7), (5, PREFILL_ALONE_TOKENS + 9), (5, 3)]
     with _tokens_forwarded(engine) as counts:
         (tokens,) = _run(_episode(engine, plain, "e", _ids(25, 0), turns))
-    assert sum(counts) == len(tokens) - 3 - 1  # all but the last observation and the last sampled token, once each
+    assert sum(counts) == len(tokens) - 3 - 1  # once each; not the last observation and the last sampled token
 
 
-def test_an_evicted_session_is_prefilled_again_and_only_that(engine_of: Engines) -> None:
+def test_only_an_evicted_session_is_prefilled_again(engine_of: Engines) -> None:
     engine, plain = engine_of(max_sessions=1)
 
     async def run() -> None:
@@ -258,14 +255,14 @@ def test_the_least_recently_used_session_is_evicted(engine_of: Engines) -> None:
         for name in ("a", "b", "a", "c"):
             sample = await engine.sample(SampleRequest(tokens[name], 2, seed=0, session=name))
             tokens[name] += sample.tokens
-        assert set(engine.samplers["student"]._sessions) == {"a", "c"}
+        assert set(engine.decoders["student"]._sessions) == {"a", "c"}
 
     _run(run())
 
 
 def test_the_pool_grows_with_what_it_holds(engine_of: Engines) -> None:
     engine, plain = engine_of()
-    pool = engine.samplers["student"]._pool
+    pool = engine.decoders["student"]._pool
     sizes = []
     for rows, length in ((1, 5), (3, 5), (3, 200), (7, 250)):
         _run(*(_episode(engine, plain, f"e{n}", _ids(length, n), [(3, 2), (3, 2)], seed=n) for n in range(rows)))
@@ -277,14 +274,14 @@ def test_the_pool_grows_with_what_it_holds(engine_of: Engines) -> None:
     assert sizes[-1][1] >= 250 + 10
 
 
-def test_a_row_can_be_taken_over_before_the_pool_has_grown(engine_of: Engines) -> None:
-    """Two new episodes in one step: one gets a row beyond the pool, the other evicts and closes that row up."""
+def test_a_row_can_be_reused_before_the_pool_has_grown(engine_of: Engines) -> None:
+    """Two new episodes in one step: one gets a row beyond the pool, the other evicts a session and moves that row."""
     engine, plain = engine_of(max_sessions=3)
 
     async def run() -> None:
         first = [SampleRequest(_ids(9, n), 3, seed=n, session=f"old{n}") for n in range(2)]
         await asyncio.gather(*(engine.sample(request) for request in first))
-        assert engine.samplers["student"]._pool.rows == 2
+        assert engine.decoders["student"]._pool.rows == 2
         new = [SampleRequest(_ids(9, 5 + n), 3, seed=n, session=f"new{n}") for n in range(2)]
         for request, sample in zip(new, await asyncio.gather(*(engine.sample(r) for r in new)), strict=True):
             plain.check(request, sample)
@@ -292,7 +289,7 @@ def test_a_row_can_be_taken_over_before_the_pool_has_grown(engine_of: Engines) -
     _run(run())
 
 
-# -- who leaves, who fails -----------------------------------------------------------------------------------
+# -- cancellation and failures -------------------------------------------------------------------------------
 
 
 def test_a_cancelled_request_leaves_the_batch(engine_of: Engines) -> None:
@@ -306,12 +303,12 @@ def test_a_cancelled_request_leaves_the_batch(engine_of: Engines) -> None:
                 await engine.sample(SampleRequest(prompt, 400, seed=9, session="gone", temperature=1.0))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        assert "gone" not in engine.samplers["student"]._sessions
-        # The name is free, and what was half sampled is forgotten.
+        assert "gone" not in engine.decoders["student"]._sessions
+        # The name is free, and the partial sample is gone.
         await _episode(engine, plain, "gone", prompt, [(5, 2), (5, 2)], seed=11)
 
-    stop = engine.samplers["student"]._stop
-    engine.samplers["student"]._stop = frozenset()  # or it might end by itself before the time is up
+    stop = engine.decoders["student"]._stop
+    engine.decoders["student"]._stop = frozenset()  # otherwise it might end before the timeout
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("engines.tiny.STOPS", ())
@@ -320,7 +317,7 @@ def test_a_cancelled_request_leaves_the_batch(engine_of: Engines) -> None:
                 *(_episode(engine, plain, f"e{n}", _ids(9 + n, n), others, seed=n) for n in range(5)),
             )
     finally:
-        engine.samplers["student"]._stop = stop
+        engine.decoders["student"]._stop = stop
 
 
 def test_a_request_cancelled_in_the_queue_is_never_begun(engine_of: Engines) -> None:
@@ -337,14 +334,14 @@ def test_a_request_cancelled_in_the_queue_is_never_begun(engine_of: Engines) -> 
         tokens = await busy
         for _ in range(4):
             await asyncio.sleep(0)
-        assert not engine.samplers["student"]._queue
-        assert sum(counts) == len(tokens) - 1  # not one token of the other
+        assert not engine.decoders["student"]._queue
+        assert sum(counts) == len(tokens) - 1  # no token of the cancelled request
 
     with _tokens_forwarded(engine) as counts:
         _run(run())
 
 
-def test_weights_may_change_once_whoever_waited_has_given_up(engine_of: Engines) -> None:
+def test_weights_may_change_once_pending_requests_are_cancelled(engine_of: Engines) -> None:
     engine, plain = engine_of()
 
     async def run() -> None:
@@ -352,15 +349,15 @@ def test_weights_may_change_once_whoever_waited_has_given_up(engine_of: Engines)
         for _ in range(4):
             await asyncio.sleep(0)
         with pytest.raises(RuntimeError, match="while something was being sampled"):
-            engine.samplers["student"].clear()
+            engine.decoders["student"].clear()
         waiting.cancel()
-        engine.samplers["student"].clear()
+        engine.decoders["student"].clear()
         await _episode(engine, plain, "a", _ids(9, 1), [(5, 3), (5, 3)])
 
     _run(run())
 
 
-def test_ending_a_session_tells_whoever_waits_for_it(engine_of: Engines) -> None:
+def test_ending_a_session_fails_its_pending_request(engine_of: Engines) -> None:
     engine, plain = engine_of()
 
     async def run() -> None:
@@ -390,27 +387,27 @@ def test_one_request_at_a_time_in_a_session(engine_of: Engines) -> None:
     _run(run())
 
 
-def test_a_failure_of_decoding_reaches_everyone_and_is_over(engine_of: Engines) -> None:
+def test_a_decoding_failure_fails_all_requests_and_the_next_ones_work(engine_of: Engines) -> None:
     engine, plain = engine_of(max_sessions=2)
-    sampler = engine.samplers["student"]
-    forward, calls = sampler._forward, []
+    decoder = engine.decoders["student"]
+    forward, calls = decoder._forward, []
 
     def failing(ids: Tensor, plan: CachedPlan, places: Tensor) -> Tensor:
         calls.append(None)
         logits = forward(ids, plan, places)
         if len(calls) == 4:
-            for states in sampler._pool.keys.values():
-                states.fill_(torch.nan)  # what failed may have left anything
+            for states in decoder._pool.keys.values():
+                states.fill_(torch.nan)  # the failed pass may have left anything there
             raise RuntimeError("out of memory")
         return logits
 
     async def run() -> None:
-        sampler._forward = failing
-        requests = [SampleRequest(_ids(9, n), 50, seed=n, session=f"e{n}") for n in range(4)]  # two wait in the queue
+        decoder._forward = failing
+        requests = [SampleRequest(_ids(9, n), 50, seed=n, session=f"e{n}") for n in range(4)]  # two of them queued
         ends = await asyncio.gather(*(engine.sample(r) for r in requests), return_exceptions=True)
         assert len(calls) == 4
         assert all(isinstance(end, RuntimeError) and "out of memory" in str(end) for end in ends), ends
-        sampler._forward = forward
+        decoder._forward = forward
         await asyncio.gather(
             *(_episode(engine, plain, f"e{n}", _ids(9 + n, n), [(6, 4), (6, 4)], seed=n) for n in range(4))
         )
@@ -431,18 +428,19 @@ def test_an_event_loop_that_ends_early_leaves_nothing_behind(engine_of: Engines)
 
 
 def test_a_run_is_deterministic_to_the_bit(engine_of: Engines) -> None:
-    def once() -> list[list[int]]:
+    def once() -> list[list[float]]:
         engine, plain = engine_of(max_sessions=4)
-        seen: list[Sample] = []
-        sample = engine.samplers["student"].sample
+        seen: list[list[float]] = []
+        sample = engine.decoders["student"].sample
 
-        async def recorded(request: SampleRequest) -> Sample:
-            seen.append(await sample(request))
-            return seen[-1]
+        async def recorded(request: SampleRequest) -> Decoded:
+            tokens, logprobs, stopped = await sample(request)
+            seen.append([*tokens, *logprobs])
+            return tokens, logprobs, stopped
 
-        engine.samplers["student"].sample = recorded  # type: ignore[method-assign]
+        engine.decoders["student"].sample = recorded  # type: ignore[method-assign]
         _run(*(_episode(engine, plain, f"e{n}", _ids(8, n % 3), [(6, 4)] * 3, seed=n) for n in range(7)))
-        return [[*s.tokens, *s.logprobs] for s in seen]
+        return seen
 
     assert once() == once()
 
@@ -453,7 +451,7 @@ def test_a_run_is_deterministic_to_the_bit(engine_of: Engines) -> None:
 def test_choose_follows_the_distribution() -> None:
     torch.manual_seed(0)
     logits = torch.randn(1, 12) * 2
-    logits[0, 3] = -torch.inf  # never
+    logits[0, 3] = -torch.inf  # impossible
     rng = random.Random(0)
     draws = 20_000
     for temperature in (0.5, 1.0, 2.0):
@@ -465,7 +463,7 @@ def test_choose_follows_the_distribution() -> None:
         observed = [*counts[possible].tolist(), draws - int(counts[possible].sum())]
         wanted = [*(expected[possible].double() * draws).tolist()]
         wanted.append(draws - sum(wanted))
-        if wanted[-1] < 1:  # what is left over is too rare to test
+        if wanted[-1] < 1:  # the rest is too rare to test
             observed, wanted = observed[:-1], [w * sum(observed[:-1]) / sum(wanted[:-1]) for w in wanted[:-1]]
         assert chisquare(observed, wanted).pvalue > 1e-3
         assert torch.allclose(torch.tensor(logprobs).exp(), expected[tokens], rtol=1e-4)
@@ -484,7 +482,7 @@ def test_choose_mixes_temperatures() -> None:
     logits = torch.randn(4, 50)
     temperatures, uniforms = [0.0, 1.0, 0.0, 0.3], [0.9, 0.9, 0.1, 0.5]
     tokens, logprobs = choose(logits, temperatures, uniforms)
-    for row in range(4):  # each as if alone
+    for row in range(4):  # each row as if alone
         alone = choose(logits[row : row + 1], temperatures[row : row + 1], uniforms[row : row + 1])
         assert (tokens[row], logprobs[row]) == (alone[0][0], alone[1][0])
     assert tokens[0] == logits[0].argmax()
@@ -493,9 +491,9 @@ def test_choose_mixes_temperatures() -> None:
 
 
 def test_choose_keeps_rare_tokens_of_a_large_vocabulary() -> None:
-    """A running sum in float32 over 150k tokens is off by more than the last of them are worth."""
+    """The error of a running sum in float32 over 150k tokens exceeds the probability of the last ones."""
     logits, drawn = torch.zeros(1, 150_000), range(0, 150_000, 4999)
-    for inside in (0.001, 0.999):  # of the token's own stretch of [0, 1)
+    for inside in (0.001, 0.999):  # of the token's own interval in [0, 1)
         uniforms = [(token + inside) / 150_000 for token in drawn]
         tokens, _ = choose(logits.expand(len(uniforms), -1), [1.0] * len(uniforms), uniforms)
         assert tokens == list(drawn)
@@ -505,7 +503,7 @@ def test_greedy_takes_the_most_likely(engine_of: Engines) -> None:
     engine, plain = engine_of()
     prompt = _ids(15, 0)
     samples = _run(*(engine.sample(SampleRequest(prompt, 10, seed=n, temperature=0.0)) for n in range(3)))
-    assert samples[0].tokens == samples[1].tokens == samples[2].tokens  # the seed plays no part
+    assert samples[0].tokens == samples[1].tokens == samples[2].tokens  # the seed has no effect
     whole = [*prompt, *samples[0].tokens]
     best = plain.logits(whole)[len(prompt) - 1 : -1].argmax(-1)
     assert best.tolist() == list(samples[0].tokens)

@@ -1,0 +1,110 @@
+"""Forward passes over packed tokens, of a model under one set of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skillsd.engines.base import TokenSequence
+from skillsd.engines.top_k import coarse_grain
+from skillsd.engines.torch.attention import CachedPlan, PackedPlan
+from skillsd.engines.torch.lm_head import TrunkAndHead, in_chunks
+
+Read = Callable[..., tuple[Tensor, ...]]
+"""(log-probs ``[tokens, vocab]``, the tokens' ids ``[tokens]``, ...) -> tensors with one row per token."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model under the student's or the teacher's weights.
+
+    Attributes:
+        run: calls the model with these weights.
+        split: separates its trunk from its output head.
+        vocabulary: number of logits that stand for tokens; any after that are dropped.
+    """
+
+    run: Callable[..., Any]
+    split: TrunkAndHead
+    vocabulary: int
+    device: torch.device
+
+    def forward(
+        self,
+        sequences: Sequence[TokenSequence],
+        shared: Sequence[int],
+        temperature: float,
+        read: Read,
+        *more: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """One forward pass over whole sequences; `read` of the log-probs at the marked places, one row per place.
+
+        Args:
+            shared: for each sequence, the number of its first tokens that it shares with the one before it.
+            more: further tensors ``[marked, ...]`` for `read`.
+        """
+        plan = PackedPlan([len(s.tokens) for s in sequences], self.device, shared)
+        ids = torch.tensor([t for s, taken in zip(sequences, shared, strict=True) for t in s.tokens[taken:]])
+        # The token at place i is predicted from place i - 1: the head runs there and nowhere else.
+        marked = [torch.tensor(s.mask).nonzero().squeeze(1) for s in sequences]
+        places = torch.cat([source[at - 1] for source, at in zip(plan.source, marked, strict=True)])
+        targets = torch.tensor(
+            [t for s in sequences for t, is_marked in zip(s.tokens, s.mask, strict=True) if is_marked]
+        )
+        inputs = {"input_ids": ids.to(self.device).unsqueeze(0), "position_ids": plan.positions}
+        hidden = self.split.hidden(self.run, **inputs, use_cache=False, plan=plan)
+        hidden = hidden.index_select(0, places.to(self.device))
+
+        def compute(hidden: Tensor, targets: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+            logits = self.split.logits(self.run, hidden)[:, : self.vocabulary].float()
+            if temperature != 1:
+                logits = logits / temperature
+            return read(torch.log_softmax(logits, dim=-1), targets, *more)
+
+        return in_chunks(hidden, targets.to(self.device), self.vocabulary, compute, *more)
+
+    def decode(self, ids: Tensor, plan: CachedPlan, places: Tensor) -> Tensor:
+        """One forward pass over new tokens, packed ``[tokens]``; logits ``[places, vocab]`` at the given places."""
+        inputs = {"input_ids": ids.unsqueeze(0), "position_ids": plan.positions, "logits_to_keep": places}
+        logits: Tensor = self.run(**inputs, use_cache=False, plan=plan).logits[0, :, : self.vocabulary]
+        return logits
+
+
+def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> Callable[..., Any]:
+    """Calls `model` with these weights in place of its parameters of the same names."""
+    return lambda **inputs: torch.func.functional_call(model, weights, (), inputs)
+
+
+@contextmanager
+def recomputed_activations(model: nn.Module) -> Iterator[None]:
+    """Have the layers that support it recompute their activations, without the dropout of training mode."""
+    # `transformers` checkpoints a layer whose own training flag is set; its dropouts have flags of their own.
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def _chosen(full: Tensor, ids: Tensor) -> tuple[Tensor]:
+    return (full.gather(1, ids.unsqueeze(1)).squeeze(1),)
+
+
+def _whole(full: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    return (*_chosen(full, ids), full)
+
+
+def _coarse(full: Tensor, ids: Tensor, candidates: Tensor) -> tuple[Tensor, ...]:
+    return (*_chosen(full, ids), coarse_grain(full, candidates))
+
+
+READ: Mapping[str, Read] = {"chosen": _chosen, "whole": _whole, "top_k": _coarse}
+"""`Want.kind` -> what a training pass reads of the log-probs."""
