@@ -1,11 +1,11 @@
-"""Fail unless both methods of a demo's summary.json beat the base by a margin that luck does not give."""
+"""Fail unless both methods in a demo's summary.json beat the base model by more than chance would explain."""
 
 import json
 import sys
 from pathlib import Path
 
 MARGIN = 0.15
-"""Of accuracy. On 512 levels the standard error of a difference is about 3 points; training brought 28 to 36."""
+"""In accuracy. On 512 levels the standard error of a difference is about 3 points; training gained 28 to 36."""
 
 summary = json.loads(Path(sys.argv[1]).read_text())
 base = summary["base"]["accuracy"]

@@ -1,12 +1,12 @@
-"""Episodes a second and memory of AppWorld's worlds: our fork-server beside a pool of the package's own HTTP servers.
+"""Episodes per second and memory of AppWorld: our fork server compared with a pool of the package's own HTTP servers.
 
     .venv/bin/python benchmarks/appworld.py --json benchmarks/results/appworld.json
 
 Both play the same reference solutions of the same training tasks, from opening the world to its evaluation, N at once.
-The pool has N uvicorn servers that stay (the package's own way, bound to loopback) and run the model's code beside the
-databases and the answers; the fork-server makes a process an episode, and a jail for the code. An episode that hangs is
-lost with the pool, and goes on without its variables with the fork-server; neither plays it again. Needs `skillsd envs
-setup appworld`. Turns alternate between the two, so that noise hits both.
+The pool has N permanent uvicorn servers (as in the package, bound to loopback), which run the model's code in the same
+process as the databases and the answers. The fork server starts a process per episode, and a jail for the code. In the
+pool, an episode that hangs is lost; with the fork server it continues without its variables. Neither plays it again.
+Rounds alternate between the two, so that noise hits both. Needs `skillsd envs setup appworld`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HANG_SECONDS = 3.0
 
 
 def memory_mib(roots: list[int]) -> float:
-    """Proportional memory (PSS: what is shared is counted once) of these processes and all their descendants."""
+    """Proportional memory (PSS: shared pages are counted once) of these processes and all their descendants, in MiB."""
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -55,7 +55,7 @@ def memory_mib(roots: list[int]) -> float:
 
 
 class Forked:
-    """Ours."""
+    """Our fork server."""
 
     def __init__(self, task_set: AppWorld, workers: int) -> None:
         self._set, self._workers = task_set, workers
@@ -72,16 +72,16 @@ class Forked:
         world = await client.World.open(self._host, task.id, 60)
         for code in codes:
             await world.execute(code, HANG_SECONDS if code == HANG else 30)
-        verdict = await world.evaluate(30)
+        result = await world.evaluate(30)
         await world.close()
-        return bool(verdict["success"])
+        return bool(result["success"])
 
     def stop(self) -> None:
         self._host.stop()
 
 
 class Pooled:
-    """The package's own server, one a worker; a hung one is killed and started again, as it has to be."""
+    """The package's own server, one per worker; one that hangs has to be killed and restarted."""
 
     def __init__(self, task_set: AppWorld, workers: int) -> None:
         self._root = task_set.data.root.absolute()
@@ -122,26 +122,26 @@ class Pooled:
 
     def _episode(self, worker: int, task: Task, codes: list[str], name: str) -> bool:
         port = self._servers[worker][1]
-        self._ask(port, "initialize", 120, task_id=task.id, experiment_name=name, timeout_seconds=100)
+        self._call(port, "initialize", 120, task_id=task.id, experiment_name=name, timeout_seconds=100)
         for code in codes:
             try:
-                self._ask(port, "execute", HANG_SECONDS if code == HANG else 30, task_id=task.id, code=code)
+                self._call(port, "execute", HANG_SECONDS if code == HANG else 30, task_id=task.id, code=code)
             except TimeoutError:
                 self._servers[worker][0].send_signal(signal.SIGKILL)
                 self._servers[worker][0].wait()
                 self._servers[worker] = self._start()
                 self._wait(self._servers[worker][1])
                 return False
-        verdict = self._ask(port, "evaluate", 30, task_id=task.id, suppress_errors=True)
-        self._ask(port, "close", 30, task_id=task.id)
-        return bool(verdict["success"])
+        result = self._call(port, "evaluate", 30, task_id=task.id, suppress_errors=True)
+        self._call(port, "close", 30, task_id=task.id)
+        return bool(result["success"])
 
-    def _ask(self, port: int, call: str, seconds: float, **arguments: Any) -> Any:
+    def _call(self, port: int, name: str, seconds: float, **arguments: Any) -> Any:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
-        connection.request("POST", f"/{call}", json.dumps(arguments), {"Content-Type": "application/json"})
-        answer = json.loads(connection.getresponse().read())
+        connection.request("POST", f"/{name}", json.dumps(arguments), {"Content-Type": "application/json"})
+        response = json.loads(connection.getresponse().read())
         connection.close()
-        return answer["output"]
+        return response["output"]
 
     def stop(self) -> None:
         for process, _ in self._servers:
@@ -151,7 +151,7 @@ class Pooled:
 
 
 async def play(contestant: Forked | Pooled, workers: int, work: list[tuple[Task, list[str]]]) -> dict[str, float]:
-    """All of `work`, `workers` at once. Seconds, memory at its highest, and how many were solved."""
+    """Play all of `work`, `workers` episodes at once; returns seconds, peak memory and the number of solved tasks."""
     queue, solved, peak, done = list(reversed(work)), 0, 0.0, False
 
     async def one(worker: int) -> None:
@@ -159,7 +159,7 @@ async def play(contestant: Forked | Pooled, workers: int, work: list[tuple[Task,
         while queue:
             task, codes = queue.pop()
             won = await contestant.episode(worker, task, codes)
-            solved += won  # not in one line: others may add to it while this one waits
+            solved += won  # `solved += await ...` would lose what other workers add meanwhile
 
     async def watch() -> None:
         nonlocal peak
@@ -167,12 +167,12 @@ async def play(contestant: Forked | Pooled, workers: int, work: list[tuple[Task,
             peak = max(peak, await asyncio.to_thread(memory_mib, contestant.pids()))
             await asyncio.sleep(0.5)
 
-    watching = asyncio.create_task(watch())
+    watcher = asyncio.create_task(watch())
     begin = time.perf_counter()
     await asyncio.gather(*(one(worker) for worker in range(workers)))
     seconds = time.perf_counter() - begin
     done = True
-    await watching
+    await watcher
     return {"seconds": seconds, "peak_mib": peak, "solved": solved}
 
 
@@ -185,13 +185,13 @@ def measure(task_set: AppWorld, workers: int, episodes: int, rounds: int) -> dic
     contestants = {"forked": Forked(task_set, workers), "pooled": Pooled(task_set, workers)}
     try:
         for name, contestant in contestants.items():
-            first = asyncio.run(play(contestant, workers, work[:workers]))  # the first world in a process is slow
+            first = asyncio.run(play(contestant, workers, work[:workers]))  # a process's first world is slow
             found[name] = {"start_seconds": contestant.start_seconds, "first_seconds": first["seconds"], "rounds": []}
         for _ in range(rounds):
             for name, contestant in contestants.items():
                 found[name]["rounds"].append(round_ := asyncio.run(play(contestant, workers, work)))
                 if round_["solved"] != episodes:
-                    raise SystemExit(f"{name}: {round_['solved']} of {episodes} reference solutions solved their task")
+                    raise SystemExit(f"{name}: only {round_['solved']} of {episodes} reference solutions succeeded")
         for name, contestant in contestants.items():
             found[name]["hanging"] = asyncio.run(play(contestant, workers, hanging))
     finally:
@@ -211,27 +211,27 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    options = parser.parse_args()
     task_set = AppWorld()
     report: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit(),
         "processor": processor(),
         "cores": os.cpu_count(),
-        "episodes": given.episodes,
+        "episodes": options.episodes,
         "hang_seconds": HANG_SECONDS,
         "workers": {},
     }
-    for workers in given.workers:
-        report["workers"][workers] = found = measure(task_set, workers, given.episodes, given.rounds)
+    for workers in options.workers:
+        report["workers"][workers] = found = measure(task_set, workers, options.episodes, options.rounds)
         for name, row in found.items():
             print(
                 f"{workers} at once, {name}: {row['episodes_per_second']:.2f} episodes/s, {row['peak_mib']:.0f} MiB, "
                 f"start {row['start_seconds']:.1f} + {row['first_seconds']:.1f} s, "
                 f"{row['seconds_lost_by_hanging']:.1f} s lost when one in ten hangs"
             )
-    if given.json:
-        given.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""`skillsd` beside TRL's GRPOTrainer and a hand-written floor: the same work, side by side, in one run.
+"""`skillsd` compared with TRL's GRPOTrainer and with a hand-written floor: the same work, in one run.
 
-The workload is in `contestants/workload.py`; each contestant does it in a process of its own, one after the other, one
-thread each, so that CPU seconds and peak memory are its own. Contestants are interleaved within a round and their order
-turns from round to round, so a noisy machine disturbs all alike; figures are medians over the rounds (growth with the
-number of turns, and the peers' slow environments, are measured once). That the work is the same is checked, and a
-difference is an error: tokens sampled, trained and read in every step, and loss and gradient norm of two updates on a
-given batch.
+The workload is in `contestants/workload.py`. Each contestant does it in its own process, one after the other, with one
+thread, so CPU seconds and peak memory are its own. Contestants are interleaved within a round and their order rotates
+from round to round, so noise on the machine hits all alike. Figures are medians over the rounds; growth with the number
+of turns, and the peers' slow environments, are measured once. The benchmark checks that the work is equal and fails if
+it is not: tokens sampled, trained on and processed in every step, and loss and gradient norm of two updates on a fixed
+batch.
 
     python benchmarks/vs_trl.py [--turns 8 24] [--rounds 3] [--json benchmarks/results/vs_trl.json] [--quick]
 
-TRL lives in an environment of its own, `build/peers/trl`, which is made where it is not there (about 1 GB).
+TRL is installed into its own environment, `build/peers/trl`, which is created if it is missing (about 1 GB).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE / "contestants"))
 
-import workload as work  # noqa: E402  (plain Python: this process stays small)
+import workload as work  # noqa: E402  (plain Python, so this process stays small)
 from comparison import STEP_SECONDS, TOLERANCE, Collected, Failure, Job, details, figures, markdown  # noqa: E402
 
 TRL = "1.16.0"
 PEER = ROOT / "build" / "peers" / "trl"
 ROWS = 8
-"""Sequences of a forward pass in the updates of TRL and of the floor. Of 4, 8, 16 and 32, TRL was the quickest with 8
-(8 turns: 9.6, 8.8, 10.4, 11.5 CPU seconds an update), and more rows cost memory."""
+"""Sequences per forward pass in the updates of TRL and of the floor. Of 4, 8, 16 and 32, TRL was fastest with 8
+(8 turns: 9.6, 8.8, 10.4, 11.5 CPU seconds per update), and more rows need more memory."""
 GROWTH = (8, 16, 24, 32, 48, 64)
 
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -49,14 +49,14 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "trl-environment-factory": ("trl_peer.py", {"variant": "environment_factory", "rows": ROWS}),
     "floor": ("floor.py", {"rows": ROWS}),
 }
-"""Contestants (those of `comparison.ORDER`): their script, and what distinguishes those of one script."""
+"""Contestant (see `comparison.ORDER`) -> its script, and the options that distinguish contestants of one script."""
 
 
 # -------------------------------------------------------------------------------------------------- running jobs
 
 
 def plan(contestants: Sequence[str], turns: Sequence[int], rounds: int, growth: Sequence[int]) -> list[Job]:
-    """All jobs, in order: the equal loss first; then the rounds."""
+    """All jobs, in order: first the check that losses are equal, then the rounds."""
     jobs = []
     for name in ("ours-grpo", "trl-rollout-func", "floor"):
         if name in contestants:
@@ -65,7 +65,7 @@ def plan(contestants: Sequence[str], turns: Sequence[int], rounds: int, growth: 
         order = [*contestants[number % len(contestants) :], *contestants[: number % len(contestants)]]
         for count in turns:
             for name in order:
-                steps = 1 if name.startswith("trl") or count > 8 else 2  # the quicker, the more a disturbance weighs
+                steps = 1 if name.startswith("trl") or count > 8 else 2  # noise weighs more on short measurements
                 options = {"job": "step", "turns": count, "steps": steps, **STEPS[name][1]}
                 jobs.append(Job(name, "step", (count,), options, _cost(name, count)))
             if {"ours-grpo", "ours-skill-sd"} <= {*contestants}:
@@ -73,13 +73,13 @@ def plan(contestants: Sequence[str], turns: Sequence[int], rounds: int, growth: 
                 options = {"job": "pair", "turns": count, "steps": pairs}
                 jobs.append(Job("ours-skill-sd", "pair", (count,), options, 2.5 * pairs * _cost("ours-grpo", count)))
         for name in order:
-            if name in ("ours-grpo", "floor") and number == 0:  # minutes, and the fit is over many points
+            if name in ("ours-grpo", "floor") and number == 0:  # minutes; once will do for a fit over many points
                 options = {"job": "rollout", "turns": list(growth)}
                 jobs.append(Job(name, "growth", tuple(growth), options, sum(growth) * 0.6))
             if name == "ours-grpo":
                 options = {"job": "rollout", "turns": list(turns), "environment_seconds": [0.0, STEP_SECONDS]}
                 jobs.append(Job(name, "slow", tuple(turns), options, sum(turns)))
-            if name.startswith("trl") and number == 0:  # minutes of sleeping: once says it
+            if name.startswith("trl") and number == 0:  # minutes of sleeping; once is enough
                 for count in turns[:1]:
                     options = {"job": "rollout", "turns": count, "environment_seconds": STEP_SECONDS}
                     options["variant"] = STEPS[name][1]["variant"]
@@ -94,7 +94,7 @@ def _cost(contestant: str, turns: int) -> float:
 
 
 def run(job: Job, model: Path, pythons: dict[str, str], log: Path) -> dict[str, Any]:
-    """The result of a job, of which the last line of its output is the JSON."""
+    """Run a job and return its result: JSON on the last line of its output."""
     script, _ = STEPS[job.contestant]
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     environment = {**os.environ, **one_thread, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -111,15 +111,16 @@ def run(job: Job, model: Path, pythons: dict[str, str], log: Path) -> dict[str, 
 
 
 def peer_python(given: Path | None) -> str:
-    """The interpreter that has TRL: the given one, or that of an environment of its own, made if need be."""
+    """An interpreter with TRL: the given one, or that of `PEER`, which is created if needed."""
     if given is not None:
         found = subprocess.run([given, "-c", "import trl; print(trl.__version__)"], capture_output=True, text=True)
         if found.returncode or found.stdout.strip() != TRL:
-            raise Failure(f"--peer-python {given} has TRL {found.stdout.strip() or 'not at all'}; wanted: {TRL}")
+            has = f"TRL {found.stdout.strip()}" if found.stdout.strip() else "no TRL"
+            raise Failure(f"--peer-python {given} has {has}; expected TRL {TRL}: install trl=={TRL} there, or omit it")
         return str(given)
     python, ready = PEER / "bin" / "python", PEER / ".ready"
     if not ready.is_file():
-        print(f"making an environment with TRL {TRL} in {PEER.relative_to(ROOT)} (minutes, about 1 GB) ...", flush=True)
+        print(f"installing TRL {TRL} into {PEER.relative_to(ROOT)} (minutes, about 1 GB) ...", flush=True)
         subprocess.run([sys.executable, "-m", "venv", PEER], check=True)
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*install, "torch>=2.9,<2.14", f"trl=={TRL}"], check=True)
@@ -128,7 +129,7 @@ def peer_python(given: Path | None) -> str:
 
 
 def machine(pythons: dict[str, str]) -> dict[str, Any]:
-    """Where and with what it was measured."""
+    """The machine and the versions."""
 
     def ask(command: Sequence[str]) -> str:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -163,25 +164,25 @@ def _lines(path: str) -> list[str]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--turns", type=int, nargs="+", default=None, help="turns of an episode (default: 8 24)")
+    parser.add_argument("--turns", type=int, nargs="+", default=None, help="turns per episode (default: 8 24)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--contestants", nargs="+", default=list(STEPS), help=f"some of: {', '.join(STEPS)}")
-    where = f"an interpreter with TRL {TRL} (default: that of {PEER.relative_to(ROOT)}, made if need be)"
+    where = f"an interpreter with TRL {TRL} (default: the one in {PEER.relative_to(ROOT)}, created if needed)"
     parser.add_argument("--peer-python", type=Path, help=where)
-    parser.add_argument("--quick", action="store_true", help="one round of 4 turns: does it run?")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="only print the tables of figures written before")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: one round of 4 turns")
+    parser.add_argument("--table", type=Path, metavar="JSON", help="only print the tables of an existing file")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.contestants if name not in STEPS]:
-        parser.error(f"no contestant {unknown[0]!r}; there are: {', '.join(STEPS)}")
+        parser.error(f"unknown contestant {unknown[0]!r}; choose from: {', '.join(STEPS)}")
     options.contestants = list(dict.fromkeys(options.contestants))
     options.turns = list(dict.fromkeys(options.turns or ([4] if options.quick else [8, 24])))
     if wrong := [count for count in options.turns if not 2 <= count <= 64]:
         parser.error(
-            f"{wrong[0]} turns: an episode has 2 to 64 (of more, the model's {work.MAX_LENGTH} places run out)"
+            f"--turns is {wrong[0]}, expected 2 to 64: more do not fit into the model's {work.MAX_LENGTH} positions"
         )
     if options.rounds < 1:
-        parser.error(f"{options.rounds} rounds: at least one is needed")
+        parser.error(f"--rounds is {options.rounds}, expected at least 1")
     if options.quick:
         options.rounds = 1
     return options
@@ -202,33 +203,33 @@ def main(options: argparse.Namespace) -> None:
     collected, begin = Collected(), time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         model = Path(name) / "model"
-        # In a process of its own: this one is to stay small, for a child's peak begins with its parent's memory.
+        # In its own process: a child's peak memory starts at its parent's, so this process must stay small.
         write = (
             f"import sys; sys.path.insert(0, {str(HERE / 'contestants')!r}); import workload; from pathlib import Path"
         )
         command = [sys.executable, "-c", f"{write}; workload.make_model(Path({str(model)!r}))"]
         subprocess.run(command, check=True, capture_output=True)
         for number, job in enumerate(jobs, 1):
-            words = collected.add(job, run(job, model, pythons, log))
+            line = collected.add(job, run(job, model, pythons, log))
             spent, done = time.monotonic() - begin, sum(j.cost for j in jobs[:number])
             left = spent / done * sum(j.cost for j in jobs[number:])
             turns = f"{'/'.join(map(str, job.turns))} turns, " if job.turns and job.kind in ("step", "pair") else ""
             print(
-                f"[{number:3}/{len(jobs)}, {left / 60:4.1f} min left] {job.contestant}, {job.kind}: {turns}{words}",
+                f"[{number:3}/{len(jobs)}, {left / 60:4.1f} min left] {job.contestant}, {job.kind}: {turns}{line}",
                 flush=True,
             )
-            if options.json:  # after every job: an hour's figures are not lost to its last minute
+            if options.json:  # after every job, so that a late failure does not lose an hour of figures
                 keep(options.json, summary(collected, options, where, jobs_done=number, jobs=len(jobs)))
     results = summary(collected, options, where, jobs_done=len(jobs), jobs=len(jobs))
     if options.json:
-        print(f"written: {options.json}")
+        print(f"wrote {options.json}")
     print(f"\n{markdown(results)}")
 
 
 def summary(
     collected: Collected, options: argparse.Namespace, where: dict[str, Any], *, jobs_done: int, jobs: int
 ) -> dict[str, Any]:
-    """All figures so far, and how they came about."""
+    """All figures so far, and how they were measured."""
     return {
         **figures(collected, options.turns),
         "work": {

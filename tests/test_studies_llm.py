@@ -1,32 +1,31 @@
-"""The figures of studies/llm are put together from whatever is there."""
+"""studies/llm: existing measurements are collected, and none is repeated."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "studies" / "llm" / "measure.py"
+FOLDER = Path(__file__).parents[1] / "studies" / "llm"
 
 
 @pytest.fixture(scope="module")
-def measure() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("measure_llm", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def measure() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield importlib.import_module("measure")
 
 
 def evaluation(successes: list[float | None]) -> dict[str, Any]:
-    played = [one for one in successes if one is not None]
+    finished = [one for one in successes if one is not None]
     figures = {
-        "accuracy": sum(played) / len(played), "interval": [0.0, 1.0], "tasks": len(played), "episodes": len(played),
+        "accuracy": sum(finished) / len(finished), "interval": [0.0, 1.0], "tasks": len(finished),
+        "episodes": len(finished),
         "turns": 9, "invalid_turns": 1, "sampled_tokens": 20, "mean_turns": 3.0, "outcomes": {}, "seconds": 1.0,
         "fingerprint": "f", "iteration": None, "budget": {}, "model": {}, "successes": successes, "temperature": 1.0,
     }  # fmt: skip
@@ -40,7 +39,7 @@ def collect(measure: ModuleType, folder: Path) -> tuple[int, dict[str, Any]]:
     return code, json.loads(out.read_text())
 
 
-def test_what_is_there_is_collected_and_the_rest_named(
+def test_existing_parts_are_collected_and_missing_ones_listed(
     measure: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -53,8 +52,8 @@ def test_what_is_there_is_collected_and_the_rest_named(
         "gap-torch-float32": {"before": {"mean": 1.23456789e-6}},
         "server-warm-start": {"eval": {}},
     }
-    for name, made in parts.items():
-        (tmp_path / "parts" / f"{name}.json").write_text(json.dumps(made))
+    for name, content in parts.items():
+        (tmp_path / "parts" / f"{name}.json").write_text(json.dumps(content))
     rows = [
         {"iteration": n, "episodes": 4 * n, "rollout/tokens": 100.0, "rollout/sampled_tokens_per_second": 5.0,
          "time/rollout": 8.0 * n, "time/update": 20.0, "time/iteration": 28.0}
@@ -74,7 +73,7 @@ def test_what_is_there_is_collected_and_the_rest_named(
     assert found["missing"] == line.removeprefix("missing: ").split(", ")
     assert found["accuracy"]["trained"]["sampled"]["accuracy"] == 0.75
     difference = found["differences"]["trained minus warm-start, sampled"]
-    assert difference["difference"] == pytest.approx(1 / 3, abs=1e-4)  # of the levels that both have played
+    assert difference["difference"] == pytest.approx(1 / 3, abs=1e-4)  # over the levels that both have finished
     assert (difference["levels"], difference["gained"], difference["lost"]) == (3, 1, 0)
     assert found["gap"]["torch-float32"]["before"]["mean"] == 1.2346e-6
     assert found["server"] == {"warm-start": {"eval": {}}}
@@ -84,9 +83,15 @@ def test_what_is_there_is_collected_and_the_rest_named(
     assert training["tokens_per_second"]["update, all"]["mean"] == 20.0  # 4 episodes of 100 tokens in 20 s
 
 
-def test_what_was_measured_is_not_measured_again(measure: ModuleType, tmp_path: Path) -> None:
-    measure.part(tmp_path, "one", lambda: {"figure": 1})
-    measure.part(tmp_path, "one", lambda: {"figure": 2})
-    kept = json.loads((tmp_path / "one.json").read_text())
-    assert kept["figure"] == 1
-    assert {"commit", "load", "versions"} <= kept["measured"].keys()
+def test_an_existing_part_is_not_measured_again(measure: ModuleType, tmp_path: Path) -> None:
+    parts = importlib.import_module("parts")
+    parts.part(tmp_path, "one", lambda: {"figure": 1})
+    parts.part(tmp_path, "one", lambda: {"figure": 2})
+    written = json.loads((tmp_path / "one.json").read_text())
+    assert written["figure"] == 1
+    assert {"commit", "load", "versions"} <= written["measured"].keys()
+
+
+@pytest.mark.parametrize("name", ["evaluations", "gap", "server", "memory"])
+def test_every_measurement_can_be_imported(measure: ModuleType, name: str) -> None:
+    assert callable(getattr(importlib.import_module(name), name))

@@ -1,4 +1,4 @@
-"""What the contestants of `vs_trl.py` measured: checked to be the same work, put together, and as tables."""
+"""The contestants' results in `vs_trl.py`: checks that the work is equal, figures and tables."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from typing import Any
 import workload as work
 
 STEP_SECONDS = 0.05
-"""What a step of the slow environment takes."""
+"""Duration of a step of the slow environment."""
 TOLERANCE = 1e-4
 ORDER = ("ours-grpo", "ours-skill-sd", "trl-rollout-func", "trl-environment-factory", "floor")
-"""Contestants as the tables list them."""
+"""Contestants in the order of the tables."""
 
 
-class Failure(Exception):  # noqa: N818 (told to the user as it is)
-    """The benchmark cannot go on; the message says why."""
+class Failure(Exception):  # noqa: N818 (shown to the user)
+    """The benchmark cannot continue."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process.
+    """One process of a contestant.
 
     Attributes:
         contestant: one of `ORDER`.
-        kind: ``step`` (whole steps), ``pair``, ``slow`` (a slow environment), ``growth`` or ``loss``.
+        kind: ``step`` (whole steps), ``pair`` (GRPO and Skill-SD in turn), ``slow`` (a slow environment), ``growth``
+            (with the number of turns) or ``loss``.
         turns: of each of its rollouts.
-        options: of the contestant's job, which may have another name than `kind`.
-        cost: seconds that it takes, roughly; only for the time left.
+        options: the JSON that the contestant gets; its ``job`` may be named differently from `kind`.
+        cost: rough estimate in seconds, for the display of the time left.
     """
 
     contestant: str
@@ -47,17 +48,20 @@ def check_tokens(job: Job, measured: dict[str, Any], turns: int) -> None:
     wanted = work.expected_tokens(turns)
     for name, found in measured["tokens"].items():
         if found != wanted[name]:
-            raise Failure(f"{job.contestant}, {turns} turns: {found} {name} tokens, where the work is {wanted[name]}")
+            raise Failure(f"{job.contestant}, {turns} turns: {found} {name} tokens, expected {wanted[name]}")
 
 
 def check_losses(losses: dict[str, list[dict[str, float]]]) -> None:
-    """Loss and gradient norm of both updates agree between all contestants."""
+    """Check that loss and gradient norm of both updates agree between all contestants."""
     (first, reference), *others = losses.items()
     for name, updates in others:
         for number, (theirs, ours) in enumerate(zip(updates, reference, strict=True), 1):
             for key in ("loss", "grad_norm", "trained"):
                 if not math.isclose(theirs[key], ours[key], rel_tol=TOLERANCE, abs_tol=TOLERANCE * TOLERANCE):
-                    raise Failure(f"update {number}: the {key} of {name} is {theirs[key]}, that of {first} {ours[key]}")
+                    raise Failure(
+                        f"update {number}: {key} is {theirs[key]} for {name}, but {ours[key]} for {first}: "
+                        "the contestants do not do the same work"
+                    )
 
 
 # --------------------------------------------------------------------------------------------------------- figures
@@ -65,7 +69,7 @@ def check_losses(losses: dict[str, list[dict[str, float]]]) -> None:
 
 @dataclass
 class Collected:
-    """What all jobs measured."""
+    """The results of all jobs."""
 
     losses: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     steps: dict[tuple[str, int], list[dict[str, float]]] = field(default_factory=dict)
@@ -74,7 +78,7 @@ class Collected:
     slow: dict[tuple[str, int, float], list[dict[str, float]]] = field(default_factory=dict)
 
     def add(self, job: Job, result: dict[str, Any]) -> str:
-        """Check and keep a result; returns it in a few words."""
+        """Check and store a result; returns a summary for the terminal."""
         if job.kind == "loss":
             self.losses[job.contestant] = result["updates"]
             check_losses(self.losses)
@@ -87,7 +91,7 @@ class Collected:
                 check_tokens(job, one, job.turns[0])
                 kinds = ("cpu", "system", "wall")
                 row = {f"{phase}_{kind}": one[kind][phase] for kind in kinds for phase in one[kind]}
-                for kind in kinds:  # all that is not the rollout; the teacher's pass apart
+                for kind in kinds:  # the rest: neither the rollout nor the teacher's pass
                     rest = row[f"step_{kind}"] - row[f"rollout_{kind}"] - row.get(f"teacher_{kind}", 0.0)
                     row[f"update_{kind}"] = rest
                 row |= {name: result[name] for name in ("peak_mib", "peak_before_mib") if name in result}
@@ -104,13 +108,13 @@ class Collected:
         return ", ".join(f"{one['turns']} turns {one[kind]['rollout']:.1f} s" for one in result["rollouts"])
 
 
-def evenly_spaced(rows: Sequence[dict[str, float]], name: str) -> dict[str, float]:
+def spread(rows: Sequence[dict[str, float]], name: str) -> dict[str, float]:
     values = [row[name] for row in rows]
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def exponent(points: dict[int, float]) -> float | None:
-    """Of ``seconds = a * turns ** exponent``, by least squares of the logarithms."""
+    """The exponent in ``seconds = a * turns ** exponent``, by least squares on the logarithms."""
     if len(points) < 2:
         return None
     x, y = [math.log(turns) for turns in points], [math.log(seconds) for seconds in points.values()]
@@ -118,7 +122,7 @@ def exponent(points: dict[int, float]) -> float | None:
 
 
 def figures(collected: Collected, turns: Sequence[int]) -> dict[str, Any]:
-    """The headline figures; None where a contestant that they need was left out."""
+    """The headline figures; None where a contestant they need was left out."""
 
     def median(contestant: str, count: int, name: str) -> float | None:
         rows = collected.steps.get((contestant, count))
@@ -144,15 +148,15 @@ def figures(collected: Collected, turns: Sequence[int]) -> dict[str, Any]:
     for count in turns:
         alone, slow = (collected.slow.get(("ours-grpo", count, pace)) for pace in (0.0, STEP_SECONDS))
         if alone and slow:
-            longest = max(evenly_spaced(alone, "wall")["median"], count * STEP_SECONDS)
-            waits[str(count)] = evenly_spaced(slow, "wall")["median"] / longest
+            longest = max(spread(alone, "wall")["median"], count * STEP_SECONDS)
+            waits[str(count)] = spread(slow, "wall")["median"] / longest
     over, teacher = {}, {}
     for count, pairs in collected.pairs.items():
         over[str(count)] = statistics.median(p["skill-sd"] / p["grpo"] for p in pairs)
         extra = statistics.median(p["skill-sd"] - p["grpo"] for p in pairs)
         teacher[str(count)] = extra / statistics.median(p["teacher"] for p in pairs)
     grown = {
-        name: {t: evenly_spaced(rows, "cpu")["median"] for (who, t), rows in collected.growth.items() if who == name}
+        name: {t: spread(rows, "cpu")["median"] for (who, t), rows in collected.growth.items() if who == name}
         for name in ("ours-grpo", "floor")
     }
     return {
@@ -177,19 +181,19 @@ def figures(collected: Collected, turns: Sequence[int]) -> dict[str, Any]:
 
 
 def details(collected: Collected) -> dict[str, Any]:
-    """Median, smallest and largest of everything measured."""
+    """Median, minimum and maximum of everything measured."""
     steps: dict[str, Any] = {}
     for (contestant, count), rows in collected.steps.items():
-        measured = {name: evenly_spaced(rows, name) for name in rows[0]}
+        measured = {name: spread(rows, name) for name in rows[0]}
         steps.setdefault(contestant, {})[str(count)] = {**measured, "samples": len(rows)}
     slow: dict[str, Any] = {}
     for (contestant, count, pace), rows in collected.slow.items():
-        slow.setdefault(contestant, {}).setdefault(str(count), {})[f"{pace:g} s a step"] = evenly_spaced(rows, "wall")
+        slow.setdefault(contestant, {}).setdefault(str(count), {})[f"{pace:g} s a step"] = spread(rows, "wall")
     growth: dict[str, Any] = {}
     for (contestant, count), rows in collected.growth.items():
-        growth.setdefault(contestant, {})[str(count)] = evenly_spaced(rows, "cpu")
+        growth.setdefault(contestant, {})[str(count)] = spread(rows, "cpu")
     pairs = {
-        str(count): {name: evenly_spaced(rows, name) for name in rows[0]} | {"samples": len(rows)}
+        str(count): {name: spread(rows, name) for name in rows[0]} | {"samples": len(rows)}
         for count, rows in collected.pairs.items()
     }
     return {"steps": steps, "slow_environment_wall": slow, "growth_cpu": growth, "pairs_cpu": pairs}
@@ -199,7 +203,7 @@ def details(collected: Collected) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables for docs/performance.md, of a JSON's content."""
+    """The tables for docs/performance.md, from the content of the JSON file."""
     steps = results["detail"]["steps"]
     lines = [
         "| turns | contestant | rollout | teacher's pass | update | whole step | peak memory |",
@@ -227,11 +231,11 @@ def markdown(results: dict[str, Any]) -> str:
             ("rollout, TRL's CPU seconds / ours", by_turns(results["rollout_ratio"]), "4.5 (8 turns), 6 (24 turns)"),
             ("rollout, our speed / the floor's", one(results["rollout_vs_floor"]), "0.85"),
             ("whole GRPO step, TRL / ours", by_turns(results["step_ratio"]), "2 (8 turns), 2.5 (24 turns)"),
-            ("50 ms environment, wall / the longer of both", by_turns(results["env_wait_ratio"]), "at most 1.2"),
-            ("Skill-SD / GRPO, an iteration", one(results["skill_sd_over_grpo"]), "-"),
-            ("what Skill-SD adds / the teacher's pass alone", one(results["teacher_pass_ratio"]), "at most 1.05"),
-            ("growth of the rollout with turns, exponent", one(results["turn_exponent"]), "at most 1.1"),
-            ("the floor's", one(results["floor_turn_exponent"]), "-"),
+            ("50 ms environment, wall / max(compute, wait)", by_turns(results["env_wait_ratio"]), "at most 1.2"),
+            ("Skill-SD / GRPO, per iteration", one(results["skill_sd_over_grpo"]), "-"),
+            ("extra time of Skill-SD / the teacher's pass alone", one(results["teacher_pass_ratio"]), "at most 1.05"),
+            ("growth of the rollout with turns, exponent, ours", one(results["turn_exponent"]), "at most 1.1"),
+            ("growth of the rollout with turns, exponent, floor", one(results["floor_turn_exponent"]), "-"),
             ("peak memory, ours / TRL's", one(results["peak_memory_ratio"]), "at most 1"),
         ]
     ]

@@ -1,9 +1,10 @@
-"""The floor: the workload by hand, in plain torch. No model classes, no custom kernels, no compiler.
+"""The floor: the workload written by hand in plain torch. No model classes, no custom kernels, no compiler.
 
-All 64 episodes go in lock step, so keys and values of all rows stand at the same slots of one preallocated cache; where
-observations differ in length, slots are left out by a mask. A group's prompt is prefilled once and copied. What a turn
-adds (the last sampled token and the observation) is one forward pass, whose last place gives the next turn's first
-token; then single-token steps. It works for this one workload: nobody may stop early, and all wait for one another.
+All 64 episodes run in lock step, so the keys and values of all rows are at the same slots of one preallocated cache;
+where observations differ in length, a mask leaves slots out. A group's prompt is prefilled once and copied. The new
+tokens of a turn (the last sampled token and the observation) take one forward pass, whose last position gives the next
+turn's first token; the other tokens are single-token steps. It works only for this workload: no episode may stop early,
+and all of them wait for each other.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ ROWS = work.TASKS * work.EPISODES
 
 
 class Model:
-    """Weights of a Qwen3 with as many key as query heads and tied embeddings; projections that go together fused."""
+    """Weights of a Qwen3 with as many key as query heads and tied embeddings; projections of one input are fused."""
 
     def __init__(self, folder: str) -> None:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         w = load_file(Path(folder) / "model.safetensors")
         self.heads, self.dim = config["num_attention_heads"], config["head_dim"]
         if config["num_key_value_heads"] != self.heads or not config["tie_word_embeddings"]:
-            raise SystemExit("the floor is written for as many key as query heads and tied embeddings")
+            raise SystemExit("the floor needs a model with as many key as query heads and tied embeddings")
         self.eps = config["rms_norm_eps"]
         self.base = config["rope_parameters"]["rope_theta"]
         self.embedding, self.norm = w["model.embed_tokens.weight"], w["model.norm.weight"]
@@ -53,13 +54,14 @@ class Model:
         self.parameters = [self.embedding, self.norm, *(x for layer in self.layers for x in layer.values())]
 
     def rotation(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[length, dim]``; the sign of "rotate half" is in the sine."""
+        """cos and sin ``[length, dim]``; the sine includes the sign of "rotate half"."""
         half = self.dim // 2
         angle = torch.outer(torch.arange(length), self.base ** (-torch.arange(half) / half))
         return angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], 1)
 
     def qkv(self, layer: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[..., hidden]`` -> three of ``[..., heads, dim]``, rotated; cos and sin are ``[..., 1, 1, dim]``."""
+        """Query, key and value, ``[..., heads, dim]`` each, rotated, of x ``[..., hidden]``; cos and sin are
+        ``[..., 1, 1, dim]``."""
         normed = F.rms_norm(x, x.shape[-1:], layer["before"], self.eps)
         both = F.linear(normed, layer["qkv"]).unflatten(-1, (3, self.heads, self.dim))
         qk = F.rms_norm(both[..., :2, :, :], (self.dim,), None, self.eps) * layer["qk_norm"].unsqueeze(1)
@@ -67,7 +69,7 @@ class Model:
         return *qk.unbind(-3), both[..., 2, :, :]
 
     def rest(self, layer: dict[str, Tensor], x: Tensor, attended: Tensor) -> Tensor:
-        """What comes after attention, ``[..., hidden]``."""
+        """The layer after attention: output projection and MLP, ``[..., hidden]``."""
         x = x + F.linear(attended, layer["o"])
         gate, up = F.linear(F.rms_norm(x, x.shape[-1:], layer["after"], self.eps), layer["gate_up"]).chunk(2, -1)
         return x + F.linear(F.silu(gate) * up, layer["down"])
@@ -76,7 +78,8 @@ class Model:
         return F.linear(F.rms_norm(x, x.shape[-1:], self.norm, self.eps), self.embedding)
 
     def hidden(self, ids: Tensor, keep: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """Whole sequences ``[rows, tokens]``, padded on the right; `keep` gets each layer's keys and values."""
+        """Hidden states of whole sequences ``[rows, tokens]``, padded on the right; each layer's keys and values are
+        appended to `keep`."""
         cos, sin = (table[:, None, None] for table in self.rotation(ids.shape[1]))
         x = F.embedding(ids, self.embedding)
         for layer in self.layers:
@@ -89,7 +92,7 @@ class Model:
 
 
 def compare_with_transformers(model: Model, folder: str) -> float:
-    """The largest difference of logits to those of `transformers`; an error above 1e-4."""
+    """The largest difference between the logits and those of `transformers`; exits if it is above 1e-4."""
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.randint(256, (3, 150), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -103,22 +106,22 @@ def compare_with_transformers(model: Model, folder: str) -> float:
 
 
 class Cache:
-    """Keys and values of all layers, ``[rows * heads, slots, dim]`` each, and which slots a row really has.
+    """Keys and values of all layers, ``[rows * heads, slots, dim]`` each, and a mask of the slots that a row uses.
 
-    Made once and used for every rollout: fresh memory costs a page fault every 4 KiB.
+    Allocated once and used for every rollout: fresh memory costs a page fault every 4 KiB.
     """
 
     def __init__(self, model: Model, turns: int) -> None:
         widest = max(len(work.observation(task, turn)) for task in range(work.TASKS) for turn in range(turns)) + 4
         slots = 99 + turns * (work.TOKENS_A_TURN + widest)
-        # Zeros, not whatever was in memory: a masked slot still takes part in a product with 0.
+        # Zeros rather than uninitialised memory: a masked slot is still multiplied by 0, and 0 * nan is nan.
         self.keys = [torch.zeros(ROWS * model.heads, slots, model.dim) for _ in model.layers]
         self.values = [torch.zeros(ROWS * model.heads, slots, model.dim) for _ in model.layers]
         self.bias = torch.zeros(ROWS, 1, slots)
         self.used = 0
         self.lengths = torch.zeros(ROWS, dtype=torch.long)
         cos, sin = model.rotation(slots)
-        # On q and on k: the square root of attention's scale.
+        # The square root of attention's scale, on q and on k.
         self.cos, self.sin = cos * model.dim**-0.25, sin * model.dim**-0.25
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,12 +131,12 @@ class Cache:
 
 @torch.inference_mode()
 def roll_out(model: Model, tokenizer: Any, turns: int, cache: Cache) -> tuple[list[work.Episode], Tensor]:
-    """Play all episodes; they, and the log-probs of what was sampled, ``[rows, sampled]``."""
+    """Play all episodes; returns them and the log-probs of the sampled tokens, ``[rows, sampled]``."""
     tasks = [row // work.EPISODES for row in range(ROWS)]
     openings = tokenizer([work.opening(task) for task in range(work.TASKS)], add_special_tokens=False)["input_ids"]
     completions: list[list[int]] = [[] for _ in tasks]
     masks: list[list[int]] = [[] for _ in tasks]
-    scores = [0.0] * ROWS
+    rewards = [0.0] * ROWS
     logprobs: list[Tensor] = []
     x = _prompt(model, cache, torch.tensor(openings))
     for turn in range(turns):
@@ -145,30 +148,30 @@ def roll_out(model: Model, tokenizer: Any, turns: int, cache: Cache) -> tuple[li
             choice = torch.multinomial(distribution.exp(), 1)
             logprobs.append(distribution.gather(1, choice))
             sampled.append(choice.squeeze(1))
-        said = torch.stack(sampled, 1)
-        for row, ids in enumerate(said.tolist()):
+        action = torch.stack(sampled, 1)
+        for row, ids in enumerate(action.tolist()):
             completions[row] += ids
             masks[row] += [1] * len(ids)
-        scores = [work.score(action) for action in tokenizer.batch_decode(said, skip_special_tokens=True)]
+        rewards = [work.reward(text) for text in tokenizer.batch_decode(action, skip_special_tokens=True)]
         if turn + 1 == turns:
             break
-        text = [work.heard(task, turn) for task in range(work.TASKS)]
-        observations = tokenizer(text, add_special_tokens=False)["input_ids"]
-        heard = [observations[task] for task in tasks]
-        for row, ids in enumerate(heard):
+        text = [work.between_turns(task, turn) for task in range(work.TASKS)]
+        by_task = tokenizer(text, add_special_tokens=False)["input_ids"]
+        observations = [by_task[task] for task in tasks]
+        for row, ids in enumerate(observations):
             completions[row] += ids
             masks[row] += [0] * len(ids)
-        new = [[last, *ids] for last, ids in zip(sampled[-1].tolist(), heard, strict=True)]
+        new = [[last, *ids] for last, ids in zip(sampled[-1].tolist(), observations, strict=True)]
         x = _chunk(model, cache, new)
     episodes = [
         work.Episode(openings[task], completion, mask, reward)
-        for task, completion, mask, reward in zip(tasks, completions, masks, scores, strict=True)
+        for task, completion, mask, reward in zip(tasks, completions, masks, rewards, strict=True)
     ]
     return episodes, torch.cat(logprobs, 1)
 
 
 def _prompt(model: Model, cache: Cache, ids: Tensor) -> Tensor:
-    """Prefill each group's prompt once; ``[rows, hidden]`` of its last token."""
+    """Prefill each group's prompt once; hidden states ``[rows, hidden]`` of its last token."""
     kept: list[tuple[Tensor, Tensor]] = []
     x = model.hidden(ids, kept)
     length = ids.shape[1]
@@ -182,7 +185,7 @@ def _prompt(model: Model, cache: Cache, ids: Tensor) -> Tensor:
 
 
 def _one(model: Model, cache: Cache, ids: Tensor) -> Tensor:
-    """One token of each row, ``[rows]`` -> ``[rows, hidden]``."""
+    """Decode one token per row, ``[rows]`` -> ``[rows, hidden]``."""
     x = F.embedding(ids, model.embedding)
     cos, sin = cache.rotation(cache.lengths)
     end = cache.used + 1
@@ -190,7 +193,7 @@ def _one(model: Model, cache: Cache, ids: Tensor) -> Tensor:
     for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
         q, k, v = model.qkv(layer, x, cos, sin)
         keys[:, end - 1], values[:, end - 1] = k.flatten(0, 1), v.flatten(0, 1)
-        # One query a row: k @ q reads the keys as they lie, which is quicker than q @ k^T or fused attention.
+        # One query per row: k @ q reads the keys in memory order, which is faster than q @ k^T or fused attention.
         scores = torch.bmm(keys[:, :end], q.reshape(-1, model.dim, 1)).view(ROWS, model.heads, end) + bias
         attended = torch.bmm(scores.softmax(-1).view(-1, 1, end), values[:, :end])
         x = model.rest(layer, x, attended.view(ROWS, -1))
@@ -200,33 +203,33 @@ def _one(model: Model, cache: Cache, ids: Tensor) -> Tensor:
 
 
 def _chunk(model: Model, cache: Cache, new: list[list[int]]) -> Tensor:
-    """Several tokens of each row, aligned at their ends; ``[rows, hidden]`` of the last ones.
+    """Feed several tokens per row, aligned at their ends; hidden states ``[rows, hidden]`` of the last ones.
 
-    What is done position by position is done for the real tokens alone, ``[tokens]``; only attention is padded.
+    Position-wise work runs on the packed real tokens, ``[tokens]``; only attention is padded.
     """
     counts = torch.tensor([len(ids) for ids in new])
     width = int(counts.max())
     real = torch.arange(width) >= (width - counts).unsqueeze(1)  # [rows, width]
-    row, place = real.nonzero(as_tuple=True)
+    row, column = real.nonzero(as_tuple=True)
     start, end = cache.used, cache.used + width
     cache.bias[:, 0, start:end].masked_fill_(~real, -math.inf)
     causal = torch.full((width, width), -math.inf).triu(1)
     mask = cache.bias[:, :, :end].repeat(1, width, 1)
     mask[:, :, start:] += causal
-    mask.masked_fill_(~real.unsqueeze(2), 0.0)  # a padded query looks anywhere: a row of -inf would be NaN
-    position = cache.lengths[row] + place - (width - counts)[row]
+    mask.masked_fill_(~real.unsqueeze(2), 0.0)  # padded queries attend anywhere: a row of -inf would give nan
+    position = cache.lengths[row] + column - (width - counts)[row]
     cos, sin = cache.rotation(position)
     x = F.embedding(torch.tensor([token for ids in new for token in ids]), model.embedding)
     padded = x.new_zeros(ROWS, width, 3, model.heads, model.dim)
     for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
-        padded[row, place] = torch.stack(model.qkv(layer, x, cos, sin), 1)
+        padded[row, column] = torch.stack(model.qkv(layer, x, cos, sin), 1)
         q, k, v = padded.permute(2, 0, 3, 1, 4)
         by_row = (keys.unflatten(0, (ROWS, -1)), values.unflatten(0, (ROWS, -1)))
         by_row[0][:, :, start:end], by_row[1][:, :, start:end] = k, v
         attended = F.scaled_dot_product_attention(
             q, by_row[0][:, :, :end], by_row[1][:, :, :end], attn_mask=mask.unsqueeze(1), scale=1.0
         )
-        x = model.rest(layer, x, attended.transpose(1, 2)[row, place].flatten(1))
+        x = model.rest(layer, x, attended.transpose(1, 2)[row, column].flatten(1))
     cache.used = end
     cache.lengths += counts
     return x[counts.cumsum(0) - 1]
@@ -247,7 +250,7 @@ class Trainer:
         )
 
     def logprobs(self, episodes: Sequence[work.Episode]) -> Tensor:
-        """Of the sampled tokens, ``[sampled]``."""
+        """Log-probs of the sampled tokens, ``[sampled]``."""
         whole = [torch.tensor(e.prompt + e.completion) for e in episodes]
         marks = [torch.tensor([0] * len(e.prompt) + e.mask, dtype=torch.bool) for e in episodes]
         ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
@@ -256,7 +259,11 @@ class Trainer:
         return logits.log_softmax(-1).gather(1, ids[:, 1:][mark].unsqueeze(1)).squeeze(1)
 
     def step(self, groups: Sequence[Sequence[work.Episode]], old: dict[int, Tensor]) -> dict[str, float]:
-        """One update. `old` has the log-probs of pi_old by episode; where there are none, pi_old is the policy now."""
+        """One update.
+
+        Args:
+            old: log-probs under pi_old by the episode's number. Missing ones are filled in with the current policy's.
+        """
         episodes: list[tuple[work.Episode, float, int]] = []
         for group in groups:
             mean = statistics.fmean(e.reward for e in group)
@@ -286,7 +293,7 @@ class Trainer:
 
 
 def step(model: str, turns: int, steps: int, rows: int) -> dict[str, Any]:
-    """Rollout and update, after a short step to warm up, in which the log-probs of both are compared."""
+    """Rollout and update, after a short warm-up step that also compares the log-probs of the two."""
     floor, tokenizer, clock = Model(model), AutoTokenizer.from_pretrained(model), work.Clock()
     difference = compare_with_transformers(floor, model)
     trainer, cache = Trainer(floor, rows=rows, learning_rate=1e-6), Cache(floor, turns)
@@ -316,7 +323,7 @@ def _groups(episodes: Sequence[work.Episode]) -> list[Sequence[work.Episode]]:
 
 
 def rollout(model: str, turns: Sequence[int]) -> dict[str, Any]:
-    """Rollouts alone, of each of the given numbers of turns."""
+    """Rollouts alone, for each number of turns."""
     floor, tokenizer, clock = Model(model), AutoTokenizer.from_pretrained(model), work.Clock()
     cache = Cache(floor, max(turns))
     roll_out(floor, tokenizer, 2, cache)  # warm-up

@@ -1,4 +1,4 @@
-"""`skillsd` at the workload: whole iterations of its own training loop, GRPO and Skill-SD, and rollouts alone."""
+"""`skillsd` on the workload: whole iterations of its own training loop, GRPO and Skill-SD, and rollouts alone."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from skillsd.config import RunConfig
 from skillsd.engines.base import TokenSequence, TrainItem
 from skillsd.engines.torch.engine import TorchEngine
 from skillsd.envs.base import Environment, Step, TaskSet
-from skillsd.objective import Objective, group_advantages
+from skillsd.objective import ACTION_MASK, IMITATION_MASK, SAMPLER_DIFF, TEACHER_MASK, Objective, group_advantages
 from skillsd.rollouts.collect import Collected, collect
 from skillsd.rollouts.policy import Budget
+from skillsd.runs.build import build, make_engine
 from skillsd.training import loop
-from skillsd.training.run import Run, build, make_engine
+from skillsd.training.run import Run
 from skillsd.types import Message, Skill, Task, Trajectory
 
 MICRO_BATCH_TOKENS = 2048
-"""About what the peers' 8 sequences of 8 turns are (a knob of the recipe; the gradient does not depend on it)."""
+"""About as many as the peers' 8 sequences of 8 turns have. The gradient does not depend on it."""
 
 
 class Echo(Environment):
-    """The workload's environment, in time or at once."""
+    """The workload's environment. `seconds`: how long a step takes."""
 
     def __init__(self, turns: int, seconds: float) -> None:
         self._turns, self._seconds = turns, seconds
@@ -42,7 +43,7 @@ class Echo(Environment):
         if self._seconds:
             await asyncio.sleep(self._seconds)
         self._turn += 1
-        return Step(work.observation(self._task, self._turn - 1), self._turn == self._turns, work.score(action), False)
+        return Step(work.observation(self._task, self._turn - 1), self._turn == self._turns, work.reward(action), False)
 
 
 class EchoTasks(TaskSet):
@@ -89,46 +90,49 @@ def make_run(model: str, folder: Path, method: str, turns: int) -> Run:
         "training": {"iterations": 1000, "learning_rate": 1e-6, "micro_batch_tokens": MICRO_BATCH_TOKENS},
         "log": {"tensorboard": False, "trajectories_every": 0},
     })  # fmt: skip
-    engine: Any = make_engine(config)
-    engine.stop_tokens = frozenset()  # an end of turn is a token like any other: exactly 8 a turn
-    for sampler in engine.samplers.values():
-        if not hasattr(sampler, "_stop"):
-            raise RuntimeError("the sampler has no `_stop` any more: tell the benchmark how turns are kept from ending")
-        sampler._stop = frozenset()
+    engine = make_engine(config)
+    learner: Any = engine.learner
+    learner.stop_tokens = frozenset()  # the end of a turn is a token like any other: exactly 8 a turn
+    for decoder in learner.decoders.values():
+        if not hasattr(decoder, "_stop"):
+            raise RuntimeError("Decoder has no attribute `_stop`: change how the benchmark disables stop tokens")
+        decoder._stop = frozenset()
     folder.mkdir()
     return build(config, folder, engine=engine, task_set=EchoTasks(turns))
 
 
 class Meter:
-    """CPU and wall-clock seconds of a run's phases, and the tokens that went through them."""
+    """CPU and wall-clock seconds of a run's phases, and the tokens that each processed."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.clock = run, work.Clock()
         self.tokens: dict[str, int] = {}
-        self.asked: tuple[Any, ...] = ()
-        """What the teacher was asked last."""
-        engine: Any = run.engine
-        score, forward_backward, step = engine.score, engine.forward_backward, engine.step
+        self.last_call: tuple[Any, ...] = ()
+        """Arguments of the last call to the learner's `logprobs`."""
+        learner: Any = run.learner
+        logprobs, forward_backward, step = learner.logprobs, learner.forward_backward, learner.step
 
-        def timed_score(sequences: Any, weights: str = "student", **options: Any) -> Any:
-            self.asked = (sequences, weights, options)
+        async def timed_logprobs(sequences: Any, weights: str = "student", **options: Any) -> Any:
+            self.last_call = (sequences, weights, options)
             with self.clock("teacher"):
-                return score(sequences, weights, **options)
+                return await logprobs(sequences, weights, **options)
 
-        def timed_forward_backward(items: Any, *arguments: Any, **options: Any) -> Any:
+        async def timed_forward_backward(items: Any, *arguments: Any, **options: Any) -> Any:
             self.tokens["trained"] += sum(item.sequence.marked for item in items)
             self.tokens["sequence"] += sum(len(item.sequence.tokens) for item in items)
             with self.clock("update"):
-                return forward_backward(items, *arguments, **options)
+                return await forward_backward(items, *arguments, **options)
 
-        def timed_step(learning_rate: float) -> Any:
+        async def timed_step(learning_rate: float) -> Any:
             with self.clock("update"):
-                return step(learning_rate)
+                return await step(learning_rate)
 
-        engine.score, engine.forward_backward, engine.step = timed_score, timed_forward_backward, timed_step
-        self._score = score
+        learner.logprobs, learner.forward_backward, learner.step = timed_logprobs, timed_forward_backward, timed_step
+        self._logprobs = logprobs
 
     async def iterate(self) -> dict[str, Any]:
+        """One iteration: its seconds by phase and its tokens."""
+
         @wraps(collect)
         async def timed(*arguments: Any, **options: Any) -> Collected:
             with self.clock("rollout"):
@@ -140,25 +144,26 @@ class Meter:
         loop.collect = timed
         try:
             with self.clock("step"):
-                record = await loop.iterate(self.run, Silent())
+                rollouts = await loop.rollout_phase(self.run, self.run.iteration, Silent())
+                record = await loop.learn_phase(self.run, rollouts, Silent())
         finally:
             loop.collect = collect
-        gap = record["gap/max"]
+        gap = record[f"{SAMPLER_DIFF}/max"]
         if not gap < 1e-4:
             raise RuntimeError(f"log-probs when sampled and when trained differ by {gap}: the rollout was wrong")
         return {**self.clock.take(), "tokens": self.tokens, "gap": gap}
 
-    def teacher_alone(self) -> float:
-        """CPU seconds of the teacher's forward pass over what it was asked last, and nothing else."""
-        sequences, weights, options = self.asked
-        self.run.engine.sync_teacher()
+    async def teacher_alone(self) -> float:
+        """CPU seconds of the teacher's forward pass over the last scored sequences, and nothing else."""
+        sequences, weights, options = self.last_call
+        await self.run.learner.sync_teacher()
         begin = time.process_time()
-        self._score(sequences, weights, **options)
+        await self._logprobs(sequences, weights, **options)
         return time.process_time() - begin
 
 
 async def warm_up(meters: Sequence[Meter], turns: int) -> None:
-    """Two short iterations each: the second one is the first whose bank has skills. Then `turns` turns."""
+    """Two iterations of 2 turns each: the second is the first with skills in the bank. Then set `turns` turns."""
     for meter in meters:
         tasks: Any = meter.run.task_set
         tasks.turns = 2
@@ -186,7 +191,7 @@ def step(model: str, method: str, turns: int, steps: int) -> dict[str, Any]:
 
 
 def pair(model: str, turns: int, steps: int) -> dict[str, Any]:
-    """GRPO and Skill-SD in turn in one process, and the teacher's pass alone: the same weather for all three."""
+    """GRPO and Skill-SD in turn in one process, and the teacher's pass alone, so noise hits all three alike."""
     with tempfile.TemporaryDirectory() as name:
         meters = {method: Meter(make_run(model, Path(name) / method, method, turns)) for method in ("grpo", "skill-sd")}
 
@@ -196,7 +201,7 @@ def pair(model: str, turns: int, steps: int) -> dict[str, Any]:
             for number in range(steps):
                 order = ["grpo", "skill-sd"] if number % 2 else ["skill-sd", "grpo"]
                 row = {method: (await meters[method].iterate())["cpu"]["step"] for method in order}
-                rows.append({**row, "teacher": meters["skill-sd"].teacher_alone()})
+                rows.append({**row, "teacher": await meters["skill-sd"].teacher_alone()})
             return rows
 
         rows = asyncio.run(go())
@@ -206,7 +211,7 @@ def pair(model: str, turns: int, steps: int) -> dict[str, Any]:
 
 
 def rollout(model: str, turns: Sequence[int], environment_seconds: Sequence[float] = (0.0,)) -> dict[str, Any]:
-    """Rollouts alone: of each of the given numbers of turns, with each of the given paces of the environment."""
+    """Rollouts alone: for each number of turns, with each delay of the environment's steps."""
     results = []
     with tempfile.TemporaryDirectory() as name:
         run = make_run(model, Path(name) / "run", "grpo", max(turns))
@@ -216,7 +221,7 @@ def rollout(model: str, turns: Sequence[int], environment_seconds: Sequence[floa
             budget = Budget(turns=count, turn_tokens=work.TOKENS_A_TURN, trajectory_tokens=work.MAX_LENGTH)
             with clock("rollout"):
                 collected = await collect(
-                    run.actor, tasks, tasks.tasks("train"), budget, group_size=work.EPISODES, seed=count
+                    run.policy, tasks, tasks.tasks("train"), budget, group_size=work.EPISODES, seed=count
                 )
             sampled = sum(t.action_tokens for group in collected.groups for t in group.trajectories)
             return {**clock.take(), "turns": count, "environment_seconds": seconds, "tokens": {"sampled": sampled}}
@@ -229,9 +234,13 @@ def rollout(model: str, turns: Sequence[int], environment_seconds: Sequence[floa
 
 
 def loss(model: str) -> dict[str, Any]:
-    """Two updates on the given batch, by the engine and the objective that training uses."""
+    """Two updates on the given batch, with the engine and the objective of training."""
     engine = TorchEngine(model, betas=work.BETAS, weight_decay=0.0, max_grad_norm=work.CLIP_NORM)
-    objective = Objective(lambda_sdl=0.0, clip_low=work.CLIP_RATIO, clip_high=work.CLIP_RATIO)
+    return {"updates": asyncio.run(_updates(engine))}
+
+
+async def _updates(engine: TorchEngine) -> list[dict[str, Any]]:
+    template = Objective(lambda_sdl=0.0, clip_low=work.CLIP_RATIO, clip_high=work.CLIP_RATIO).template
     groups = work.loss_batch(engine.tokenizer)
     sequences = [
         TokenSequence((*e.prompt, *e.completion), (*[False] * len(e.prompt), *map(bool, e.mask)))
@@ -239,27 +248,31 @@ def loss(model: str) -> dict[str, Any]:
         for e in group
     ]
     advantages = [a for group in groups for a in group_advantages([e.reward for e in group], scale_by_std=False)]
+    old = [scored.chosen for scored in await engine.logprobs(sequences)]
     items = [
         TrainItem(sequence, {
-            "old_logprobs": old, "advantages": torch.full_like(old, float(advantage)),
-            "teacher_logprobs": torch.zeros_like(old), "has_teacher": torch.zeros_like(old, dtype=torch.bool),
+            "old_logprobs": logprobs, "advantages": torch.full_like(logprobs, float(advantage)),
+            "teacher_logprobs": torch.zeros_like(logprobs),
+            ACTION_MASK: torch.ones_like(logprobs, dtype=torch.bool),
+            TEACHER_MASK: torch.zeros_like(logprobs, dtype=torch.bool),
+            IMITATION_MASK: torch.zeros_like(logprobs, dtype=torch.bool),
         })
-        for sequence, old, advantage in zip(sequences, engine.score(sequences), advantages, strict=True)
+        for sequence, logprobs, advantage in zip(sequences, old, advantages, strict=True)
     ]  # fmt: skip
-    counts = {"action_tokens": float(sum(s.marked for s in sequences)), "teacher_tokens": 0.0, "imitated_tokens": 0.0}
+    bound = template.bind(item.signals for item in items)
     updates = []
     for _ in range(2):
         parts: list[float] = []
 
-        def noted(student: Any, signals: Any, parts: list[float] = parts) -> Any:
-            value, metrics = objective(student, signals, counts)
+        def recorded(student: Any, signals: Any, parts: list[float] = parts) -> Any:
+            value, metrics = bound(student, signals)
             parts.append(value.item())
             return value, metrics
 
-        engine.forward_backward(items, noted)
-        norm = engine.step(work.LEARNING_RATE).grad_norm
-        updates.append({"loss": sum(parts), "grad_norm": norm, "trained": int(counts["action_tokens"])})
-    return {"updates": updates}
+        await engine.forward_backward(items, recorded)
+        norm = (await engine.step(work.LEARNING_RATE)).grad_norm
+        updates.append({"loss": sum(parts), "grad_norm": norm, "trained": bound.counts[ACTION_MASK]})
+    return updates
 
 
 if __name__ == "__main__":

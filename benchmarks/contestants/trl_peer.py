@@ -1,8 +1,8 @@
-"""TRL's GRPOTrainer at the workload, in an environment of its own: with `rollout_func` or with `environment_factory`.
+"""TRL's GRPOTrainer on the workload, in its own environment: with `rollout_func` or with `environment_factory`.
 
-What is TRL's to choose is chosen for speed: no gradient checkpointing and no bfloat16 (both are on by default), nothing
-logged or saved, the batch per device that was the quickest here, and a static cache (10 % quicker than the default
-one, which is copied for every token: 20.6 for 23.0 CPU seconds a rollout of 8 turns).
+TRL's settings are chosen for speed: no gradient checkpointing and no bfloat16 (both are on by default), nothing logged
+or saved, the fastest per-device batch size here, and a static cache (10 % faster than the default one, which is copied
+for every token: 20.6 instead of 23.0 CPU seconds for a rollout of 8 turns).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 
-class Enough(Exception):  # noqa: N818 (not an error)
-    """Only the rollout was wanted."""
+class RolloutDone(Exception):  # noqa: N818 (not an error)
+    """Raised to end the training step after its rollout."""
 
 
 # --------------------------------------------------------------------------------------------- (a) rollout_func
 
 
 class Rollout:
-    """An agent's rollout as TRL's guide writes it: all episodes generate a turn, then each environment steps."""
+    """An agent's rollout as in TRL's guide: all episodes generate a turn, then each environment steps."""
 
     def __init__(self, turns: int, environment_seconds: float) -> None:
         self.turns, self.environment_seconds = turns, environment_seconds
@@ -44,10 +44,10 @@ class Rollout:
         openings = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False)
         completions: list[list[int]] = [[] for _ in prompts]
         masks: list[list[int]] = [[] for _ in prompts]
-        scores = [0.0] * len(prompts)
+        rewards = [0.0] * len(prompts)
         for turn in range(self.turns):
             so_far = [opening + completion for opening, completion in zip(openings, completions, strict=True)]
-            # num_generations=1: as in TRL's own tool loop, every episode has a history of its own.
+            # num_generations=1: as in TRL's own tool loop, every episode has its own history.
             sampled, _ = trainer._generate_single_turn(so_far, None, {}, num_generations=1)
             for i, (task, ids) in enumerate(zip(tasks, sampled, strict=True)):
                 completions[i] += ids
@@ -55,21 +55,21 @@ class Rollout:
                 action = tokenizer.decode(ids, skip_special_tokens=True)
                 if self.environment_seconds:
                     time.sleep(self.environment_seconds)
-                scores[i] = work.score(action)
+                rewards[i] = work.reward(action)
                 if turn + 1 < self.turns:
-                    heard = tokenizer.encode(work.heard(task, turn), add_special_tokens=False)
-                    completions[i] += heard
-                    masks[i] += [0] * len(heard)
+                    observed = tokenizer.encode(work.between_turns(task, turn), add_special_tokens=False)
+                    completions[i] += observed
+                    masks[i] += [0] * len(observed)
         return {
             "prompt_ids": openings,
             "completion_ids": completions,
             "logprobs": None,
             "env_mask": masks,
-            "score": scores,
-        }  # type: ignore[dict-item]  # TRL's own generation gives no log-probs either
+            "score": rewards,
+        }  # type: ignore[dict-item]  # TRL's own generation returns no log-probs either
 
 
-def given_score(prompts: list[Any], score: list[float], **_: Any) -> list[float]:
+def given_reward(prompts: list[Any], score: list[float], **_: Any) -> list[float]:
     return score
 
 
@@ -78,7 +78,7 @@ def given_score(prompts: list[Any], score: list[float], **_: Any) -> list[float]
 
 def echo_environment(environment_seconds: float) -> type:
     class Echo:
-        """TRL calls `say` for each tool call; its answer becomes the tool's message."""
+        """TRL calls `say` for each tool call; the result becomes the tool's message."""
 
         def reset(self, task: int, **_: Any) -> None:
             self._task, self._turn = task, 0
@@ -91,7 +91,7 @@ def echo_environment(environment_seconds: float) -> type:
                 text: What to say.
 
             Returns:
-                What the environment answers.
+                The observation.
             """
             if environment_seconds:
                 time.sleep(environment_seconds)
@@ -102,21 +102,21 @@ def echo_environment(environment_seconds: float) -> type:
 
 
 def every_turn_is_a_call(tokenizer: Any, ids: list[int], **_: Any) -> dict[str, Any]:
-    """Stands in for TRL's parser: a random model writes no tool call that could be parsed."""
+    """Replaces TRL's parser: a random model writes no tool call that could be parsed."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
     call = {"type": "function", "function": {"name": "say", "arguments": {"text": text}}}
     return {"role": "assistant", "content": text, "tool_calls": [call]}
 
 
-def last_turn_score(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-    return [work.score(messages[-1]["content"]) for messages in completions]
+def last_turn_reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+    return [work.reward(messages[-1]["content"]) for messages in completions]
 
 
 # -------------------------------------------------------------------------------------------------- the trainer
 
 
 class Meter(TrainerCallback):
-    """A step from its begin (before the rollout) to its end (after the optimiser), and what was done in it."""
+    """Times each step from its start (before the rollout) to its end (after the optimiser), and counts its tokens."""
 
     def __init__(self) -> None:
         self.clock = work.Clock()
@@ -142,7 +142,7 @@ class Meter(TrainerCallback):
             self.tokens["sampled"] += sum(map(sum, masks))
             self.tokens["sequence"] += sum(map(len, openings)) + sum(map(len, completions))
             if only_rollout:
-                raise Enough
+                raise RolloutDone
             return result
 
         def counted(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -155,11 +155,11 @@ class Meter(TrainerCallback):
 def make_trainer(
     model: str, *, variant: str, turns: int, environment_seconds: float, rows: int, steps: int, **options: Any
 ) -> tuple[grpo.GRPOTrainer, Any]:
-    """A trainer and, where the episode's length is the rollout's to know, that rollout.
+    """A trainer and, for ``rollout_func``, its rollout, which holds the number of turns.
 
     Args:
         variant: ``rollout_func`` or ``environment_factory``.
-        rows: sequences of a forward pass in the update; gradients are accumulated up to the 64 of the batch.
+        rows: sequences per forward pass in the update; gradients are accumulated over the 64 of the batch.
     """
     batch = work.TASKS * work.EPISODES
     arguments = grpo.GRPOConfig(
@@ -179,13 +179,13 @@ def make_trainer(
     rows_of_data = {"prompt": [[{"role": "user", "content": work.prompt(t)}] for t in tasks], "task": list(tasks)}
     kind: dict[str, Any]
     if variant == "rollout_func":
-        kind = {"rollout_func": Rollout(turns, environment_seconds), "reward_funcs": given_score}
+        kind = {"rollout_func": Rollout(turns, environment_seconds), "reward_funcs": given_reward}
     elif variant == "environment_factory":
-        tokenizer.response_schema = {}  # only so that TRL asks its parser, which is ours
+        tokenizer.response_schema = {}  # makes TRL call its parser, which is replaced
         grpo.parse_response = every_turn_is_a_call
-        kind = {"environment_factory": echo_environment(environment_seconds), "reward_funcs": last_turn_score}
+        kind = {"environment_factory": echo_environment(environment_seconds), "reward_funcs": last_turn_reward}
     else:
-        raise SystemExit(f"no variant {variant!r} of TRL; there are rollout_func and environment_factory")
+        raise SystemExit(f"unknown variant {variant!r}; choose rollout_func or environment_factory")
     trainer = grpo.GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         args=arguments,
@@ -206,19 +206,19 @@ def set_turns(trainer: grpo.GRPOTrainer, rollout: Rollout | None, turns: int) ->
 
 
 def step(model: str, variant: str, turns: int, steps: int, rows: int, warm_up_turns: int = 2) -> dict[str, Any]:
-    """Whole training steps, after one of `warm_up_turns` turns that is not reported."""
+    """Whole training steps, after a warm-up step of `warm_up_turns` turns that is not reported."""
     trainer, rollout = make_trainer(
         model, variant=variant, turns=turns, environment_seconds=0.0, rows=rows, steps=steps + 1
     )
     meter = Meter()
     meter.watch(trainer)
 
-    class LongFromNowOn(TrainerCallback):
+    class SetTurns(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             set_turns(trainer, rollout, turns)
 
     set_turns(trainer, rollout, warm_up_turns)
-    trainer.add_callback(LongFromNowOn())
+    trainer.add_callback(SetTurns())
     trainer.add_callback(meter)
     before = work.peak_mib()
     trainer.train()
@@ -226,7 +226,7 @@ def step(model: str, variant: str, turns: int, steps: int, rows: int, warm_up_tu
 
 
 def rollout(model: str, variant: str, turns: int, environment_seconds: float) -> dict[str, Any]:
-    """One rollout, in an environment that takes its time."""
+    """One rollout with a slow environment."""
     trainer, _ = make_trainer(
         model, variant=variant, turns=turns, environment_seconds=environment_seconds, rows=8, steps=1
     )
@@ -235,14 +235,14 @@ def rollout(model: str, variant: str, turns: int, environment_seconds: float) ->
     trainer.add_callback(meter)
     try:
         trainer.train()
-    except Enough:
+    except RolloutDone:
         measured = {**meter.clock.take(), "turns": turns, "environment_seconds": environment_seconds}
         return {"rollouts": [{**measured, "tokens": {"sampled": meter.tokens["sampled"]}}]}
-    raise RuntimeError("TRL never generated")
+    raise RuntimeError("TRL ended the training without a rollout")
 
 
 def loss(model: str, rows: int = 8) -> dict[str, Any]:
-    """Two updates on the given batch: the second one, of the same samples, has a ratio that is not 1."""
+    """Two updates on the given batch: in the second, on the same samples, the ratio differs from 1."""
     trainer, _ = make_trainer(
         model, variant="rollout_func", turns=1, environment_seconds=0.0, rows=rows, steps=2, num_iterations=2,
         scale_rewards="none", learning_rate=work.LEARNING_RATE, lr_scheduler_type="constant", weight_decay=0.0,
@@ -262,18 +262,18 @@ def loss(model: str, rows: int = 8) -> dict[str, Any]:
     compute_loss, clip = trainer._compute_loss, trainer.accelerator.clip_grad_norm_
     losses: list[float] = []
 
-    def noted(*arguments: Any) -> torch.Tensor:
+    def recorded(*arguments: Any) -> torch.Tensor:
         value = compute_loss(*arguments)
         losses.append(value.item())
         return value
 
-    def noted_norm(*arguments: Any, **options: Any) -> Any:
+    def recorded_norm(*arguments: Any, **options: Any) -> Any:
         norm = clip(*arguments, **options)
         updates.append({"loss": sum(losses), "grad_norm": float(norm), "trained": meter.tokens["trained"]})
         losses.clear()
         return norm
 
-    trainer._compute_loss, trainer.accelerator.clip_grad_norm_ = noted, noted_norm
+    trainer._compute_loss, trainer.accelerator.clip_grad_norm_ = recorded, recorded_norm
     trainer.add_callback(meter)
     trainer.train()
     return {"updates": updates}

@@ -1,8 +1,8 @@
 """The work that every contestant does. Plain Python, so that it runs in any contestant's environment.
 
-8 tasks x 8 episodes of T turns. A prompt has 99 tokens, a turn exactly 8 sampled ones, an observation 24 to 32. Its
-length depends on the task and the turn alone: whatever a contestant samples, it reads and writes the same number of
-tokens. The vocabulary is the 256 bytes and four tokens of the chat template.
+8 tasks x 8 episodes of T turns. A prompt has 99 tokens, a turn exactly 8 sampled tokens, an observation 24 to 32. The
+length of an observation depends only on the task and the turn, so every contestant processes the same number of tokens
+whatever it samples. The vocabulary is the 256 bytes and four tokens of the chat template.
 
 A contestant is a script that takes one job (JSON) and prints its result (JSON) as the last line.
 """
@@ -22,14 +22,14 @@ from typing import Any
 
 TASKS = 8
 EPISODES = 8
-"""Of each task: GRPO's group."""
+"""Per task: GRPO's group size."""
 TOKENS_A_TURN = 8
 MAX_LENGTH = 4096
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 
-# A turn of exactly 8 tokens is one that was cut, so its end comes with what the environment answers. Our renderer does
-# that by itself; TRL supposes that a turn ended with its end-of-turn token, so here the tool's message begins with the
-# end. That way all contestants read the same ids. The list of tools is left out of the prompt for the same reason.
+# A turn of exactly 8 tokens is always truncated, so its end-of-turn token comes with the observation. Our renderer adds
+# it; TRL assumes that a turn ended with that token, so in this template the tool's message begins with it. That way all
+# contestants process the same ids. The list of tools is left out of the prompt for the same reason.
 TEMPLATE = (
     "{% for m in messages %}"
     "{% if m['role'] == 'tool' %}<|end|><|user|>{{ m['content'] }}<|end|>"
@@ -38,7 +38,7 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# AdamW as it is compared: no warm-up, no decay; a norm that really clips.
+# AdamW in the check of the loss: no warm-up, no decay, and a norm that really clips.
 LEARNING_RATE, BETAS, EPSILON, CLIP_NORM, CLIP_RATIO = 1e-3, (0.9, 0.999), 1e-8, 0.1, 0.2
 
 
@@ -47,45 +47,45 @@ def task_id(task: int) -> str:
 
 
 def prompt(task: int) -> str:
-    """96 letters, 99 tokens with what the template puts around them."""
+    """96 characters: 99 tokens including the template's."""
     return f"{task_id(task)} ".ljust(96, "x")
 
 
 def observation(task: int, turn: int) -> str:
-    """20 to 28 letters, 24 to 32 tokens with what the template puts around them."""
+    """20 to 28 characters: 24 to 32 tokens including the template's."""
     return "o" * (20 + random.Random(f"{task}/{turn}").randrange(9))
 
 
-def heard(task: int, turn: int) -> str:
-    """The observation as it stands between two turns."""
+def between_turns(task: int, turn: int) -> str:
+    """The observation with the template's tokens, as it stands between two turns."""
     return f"{END}{USER}{observation(task, turn)}{END}{ASSISTANT}"
 
 
 def opening(task: int) -> str:
-    """The prompt as it stands before the first turn."""
+    """The prompt with the template's tokens, as it stands before the first turn."""
     return f"{USER}{prompt(task)}{END}{ASSISTANT}"
 
 
-def score(action: str) -> float:
-    """The reward of an episode: of its last action, in [0, 1]."""
+def reward(action: str) -> float:
+    """The reward of an episode, in [0, 1], from its last action."""
     return (len(action) % 7) / 6
 
 
 def expected_tokens(turns: int) -> dict[str, int]:
-    """Tokens of a step: those sampled (which are those trained on), and the length of all sequences together."""
-    said = TASKS * EPISODES * turns * TOKENS_A_TURN
-    read = EPISODES * sum(len(observation(task, turn)) + 4 for task in range(TASKS) for turn in range(turns - 1))
-    return {"sampled": said, "trained": said, "sequence": 99 * TASKS * EPISODES + read + said}
+    """Tokens of a step: sampled, trained on (the same), and the total length of all sequences."""
+    sampled = TASKS * EPISODES * turns * TOKENS_A_TURN
+    observed = EPISODES * sum(len(observation(task, turn)) + 4 for task in range(TASKS) for turn in range(turns - 1))
+    return {"sampled": sampled, "trained": sampled, "sequence": 99 * TASKS * EPISODES + observed + sampled}
 
 
 def make_model(folder: Path) -> None:
-    """Write the random model and its tokenizer. Written once: all contestants load these very weights."""
+    """Write the random model and its tokenizer. All contestants load the same weights."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_only = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    bytes_only = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_only.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, clean_up_tokenization_spaces=False)
@@ -103,12 +103,12 @@ def make_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-# ------------------------------------------------------------------------------------- the batch of the loss's check
+# ------------------------------------------------------------------------------ the batch of the check of the loss
 
 
 @dataclass(frozen=True)
 class Episode:
-    """Token ids of an episode; `mask` is 1 where the completion's token was sampled, 0 where it was heard."""
+    """Token ids of an episode; `mask` is 1 for the completion's sampled tokens, 0 for observed ones."""
 
     prompt: list[int]
     completion: list[int]
@@ -117,22 +117,22 @@ class Episode:
 
 
 def loss_batch(tokenizer: Any, turns: int = 6) -> list[list[Episode]]:
-    """Groups of episodes of different numbers of turns, so that the loss, weighted by tokens, is not zero."""
+    """Groups of episodes with different numbers of turns, so that the token-weighted loss is not zero."""
     groups = []
     for task in range(TASKS):
         start = tokenizer.encode(opening(task), add_special_tokens=False)
         group = []
         for member in range(EPISODES):
-            chance = random.Random(f"loss/{task}/{member}")
+            rng = random.Random(f"loss/{task}/{member}")
             completion: list[int] = []
             mask: list[int] = []
             for turn in range(1 + (task + 3 * member) % turns):
                 if turn:
-                    completion += tokenizer.encode(heard(task, turn - 1), add_special_tokens=False)
+                    completion += tokenizer.encode(between_turns(task, turn - 1), add_special_tokens=False)
                     mask += [0] * (len(completion) - len(mask))
-                completion += [chance.randrange(256) for _ in range(TOKENS_A_TURN)]
+                completion += [rng.randrange(256) for _ in range(TOKENS_A_TURN)]
                 mask += [1] * TOKENS_A_TURN
-            group.append(Episode(start, completion, mask, chance.randrange(7) / 6))
+            group.append(Episode(start, completion, mask, rng.randrange(7) / 6))
         groups.append(group)
     return groups
 
@@ -144,7 +144,7 @@ def loss_batch(tokenizer: Any, turns: int = 6) -> list[list[Episode]]:
 class Clock:
     """Seconds by phase: CPU of the whole process (all threads), the system's share of it, and wall-clock.
 
-    The system's share tells fresh memory (page faults) from arithmetic.
+    The system's share separates page faults on fresh memory from arithmetic.
     """
 
     cpu: dict[str, float] = field(default_factory=dict)
@@ -168,24 +168,24 @@ class Clock:
         return time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_stime, time.perf_counter()
 
     def take(self) -> dict[str, dict[str, float]]:
-        """What was measured since the last time."""
+        """The seconds since the last call."""
         taken = {"cpu": self.cpu, "system": self.system, "wall": self.wall}
         self.cpu, self.system, self.wall = {}, {}, {}
         return taken
 
 
 def peak_mib() -> float:
-    """The most memory that the process ever had, in MiB."""
+    """Peak memory of the process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def contestant(jobs: dict[str, Callable[..., dict[str, Any]]], arguments: Sequence[str] | None = None) -> None:
-    """Do the one job that the command line names, ``{"job": name, ...}``, and print its result."""
+    """Do the job given on the command line, ``{"job": name, ...}``, and print its result."""
     (text,) = sys.argv[1:] if arguments is None else arguments
     options = json.loads(text)
     name = options.pop("job")
     if name not in jobs:
-        raise SystemExit(f"no job {name!r} here; there are: {', '.join(jobs)}")
+        raise SystemExit(f"unknown job {name!r}; this contestant has: {', '.join(jobs)}")
     import torch
 
     torch.set_num_threads(1)

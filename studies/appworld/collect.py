@@ -1,4 +1,4 @@
-"""Put what studies/appworld/run.sh measured into one JSON file: ``collect.py RUNS OUT``."""
+"""Collect the measurements of studies/appworld/run.sh in one JSON file: ``collect.py RUNS OUT``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BASE = Path("models/appworld-smoke-base")
 
 
 def tasks(root: Path) -> dict[str, Any]:
-    """Tasks by split, and in each by scenario's apps and difficulty."""
+    """Numbers of tasks by split, and within a split by app and by difficulty."""
     world = json.loads((root / "data" / "skillsd.json").read_text(encoding="utf-8"))
     found = {}
     for split, ids in world["splits"].items():
@@ -31,12 +31,12 @@ def tasks(root: Path) -> dict[str, Any]:
 
 
 def attacks(report: Path) -> dict[str, str]:
-    """Each test of an attack: stopped where it passed; open where it failed, or where the machine gives no jail."""
+    """Attack -> ``stopped`` if its test passed, ``open`` if it failed or this machine has no jail."""
     found = {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = case.attrib["name"].removeprefix("test_attack_").removeprefix("by_").replace("_", " ")
         kinds = {child.tag: child.attrib.get("message", "") for child in case}
-        if "failure" in kinds or "error" in kinds or "gives no jail" in kinds.get("skipped", ""):
+        if "failure" in kinds or "error" in kinds or "jail" in kinds.get("skipped", ""):
             found[name] = "open"
         else:
             found[name] = f"not tried: {kinds['skipped']}" if "skipped" in kinds else "stopped"
@@ -44,7 +44,7 @@ def attacks(report: Path) -> dict[str, str]:
 
 
 def scenarios(table: Path) -> dict[str, Any]:
-    """AppWorld's SGC, the share of whole scenarios that were solved, by cell: the table itself has only accuracies."""
+    """AppWorld's SGC, the share of whole scenarios solved, by cell of the table, which itself has only accuracies."""
     return {
         str(path.relative_to(table).with_suffix("").with_suffix("")): {
             row["temperature"]: row["scenario_accuracy"] for row in json.loads(path.read_text(encoding="utf-8"))
@@ -59,7 +59,7 @@ def main() -> None:
     table = runs / "table-appworld-smoke" / "table.json"
     for path in (table, speed, runs / "attacks.xml", runs / "uplift.json", BASE / "warm_start.json"):
         if not path.is_file():
-            sys.exit(f"there is no {path}: run studies/appworld/run.sh")
+            sys.exit(f"{path} is missing: run studies/appworld/run.sh")
     collected = {
         "what": "AppWorld's real engine on tasks of our own; not the AppWorld benchmark",
         "task_world": tasks(paths.world()),

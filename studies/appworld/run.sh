@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A small model on our AppWorld tasks (the real engine, not the AppWorld benchmark), from nothing: warm start, GRPO and
-# Skill-SD on two seeds, what its skills are worth, attacks, speed, one JSON file. Resumable at any point.
+# A small model on our AppWorld tasks (the real engine, not the AppWorld benchmark): warm start, GRPO and Skill-SD on two
+# seeds, uplift of the skills, attacks, speed, one JSON file. Can be interrupted and run again at any point.
 #   studies/appworld/run.sh RUNS
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -10,10 +10,10 @@ skillsd=.venv/bin/skillsd
 
 $skillsd envs setup appworld
 if [ ! -f $base/warm_start.json ]; then
-    rm -rf $base  # a warm start that was broken off
+    rm -rf $base  # of an interrupted warm start
     $skillsd sft appworld-smoke-base --out $base
 fi
-# 0.03 is what the recipe had when the table was made; 0.3, which it has now, is one more run.
+# The recipe had lambda 0.03 when the table was made; 0.3, its value now, is one more run.
 $skillsd table appworld-smoke log.tensorboard=false objective.lambda_sdl=0.03 --methods grpo,skill-sd --seeds 2 --split dev --samples 4 \
     --out "$runs/table-appworld-smoke"
 cells="$runs/table-appworld-smoke/appworld-smoke-base"
@@ -34,6 +34,6 @@ done
 [ -f "$runs/uplift.json" ] || $skillsd skills uplift "$cells/skill-sd/seed-0" --at base --limit 8 --episodes 4 \
     --json "$runs/uplift.json"
 [ -f "$runs/speed.json" ] || .venv/bin/python benchmarks/appworld.py --json "$runs/speed.json"
-# A failed test is an attack that is open: told, not fatal.
+# A failed test means that an attack succeeds: it is reported, and the study goes on.
 .venv/bin/python -m pytest tests/envs/test_appworld_attacks.py -k test_attack -p no:cacheprovider --junitxml "$runs/attacks.xml" || [ $? = 1 ]
 .venv/bin/python studies/appworld/collect.py "$runs" docs/results/appworld.json

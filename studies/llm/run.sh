@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The study with a real pretrained model from nothing: warm start, training, evaluations, gaps, a real server, memory, one
-# JSON file. Resumable at any point. About three hours on two CPU cores that others used as well.
+# The whole study with a real pretrained model: warm start, training, evaluations, log-prob gaps, a real server, memory,
+# one JSON file. Can be interrupted and run again at any point. About three hours on two shared CPU cores.
 #   studies/llm/run.sh RUNS
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -14,7 +14,7 @@ measure() { .venv/bin/python studies/llm/measure.py "$@"; }
 [ -x build/vllm/bin/python ] || make vllm-env
 
 if [ ! -f $base/warm_start.json ]; then
-    rm -rf $base  # a warm start that was broken off
+    rm -rf $base  # of an interrupted warm start
     .venv/bin/skillsd sft sokoban-smollm2-base --out $base
 fi
 .venv/bin/skillsd train sokoban-smollm2 --out "$runs/sokoban-smollm2" --resume

@@ -1,8 +1,8 @@
-"""Puts the tables of the study into one file for docs/results; `run.sh` calls it.
+"""Collect the tables of the study in one file for docs/results; `run.sh` calls it.
 
     python studies/sokoban/collect.py RUNS/tables docs/results/sokoban.json
 
-At the top: each method after the largest budget, from the table with the most runs of it on the shipped kind of base.
+First come the methods after the largest budget, each from the table with most of its runs on bases of the shipped kind.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SHIPPED = ("main", "rows", "content")
-"""The tables on one kind of base and the same levels, those with the most seeds first."""
-
+"""The tables on bases of the shipped kind and the same levels, those with the most seeds first."""
 
 KEYS = ("accuracy", "interval", "completion", "completion_interval", "greedy_accuracy", "greedy_interval")
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The study on Sokoban from nothing: base models, tables, one JSON file. Resumable at any point; about two hours on two
-# idle cores, 20 minutes of it for the base models.
+# The whole study on Sokoban: base models, tables, one JSON file. Can be interrupted and run again at any point. Takes
+# about two hours on two idle cores, 20 minutes of it for the base models.
 #   studies/sokoban/run.sh RUNS
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-runs=${1:?"give a folder for the bases and runs"}
+runs=${1:?"give a folder for the base models and the runs"}
 skillsd=.venv/bin/skillsd
 bases=$runs/bases
 mkdir -p "$bases"
 
-# -- base models: the shipped one, and two more by its recipe
+# -- base models: the shipped one, and two more from its recipe
 for seed in 1 2; do
     [ -f "$bases/nano$seed/warm_start.json" ] || $skillsd sft nano-base "seed=$seed" --out "$bases/nano$seed"
 done
@@ -20,7 +20,7 @@ table() {  # folder, then arguments
         --models "nano,$bases/nano1,$bases/nano2" --variants studies/sokoban/variants.yaml --episodes 1536,3072 \
         --out "$runs/$1" "${@:2}"
 }
-keep() {  # folder, name: the table that was just written, under a name of its own (the next one goes into the same folder)
+keep() {  # folder, name: copy the table that was just written, as the next one may go into the same folder
     mkdir -p "$runs/tables/$2"
     cp "$runs/$1"/table.json "$runs/$1"/table.md "$runs/$1"/curves.png "$runs/tables/$2/"
 }
