@@ -1,4 +1,4 @@
-"""Playing on AppWorld in tests."""
+"""Helpers for tests that play AppWorld episodes."""
 
 from __future__ import annotations
 

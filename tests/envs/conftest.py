@@ -1,4 +1,4 @@
-"""What tests of several files play on."""
+"""Fixtures shared by several files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skillsd.errors import UserError
 
 @pytest.fixture(scope="module")
 def task_set() -> Iterator[AppWorld]:
-    """Our tasks on AppWorld's real engine, where it is installed."""
+    """Our own tasks on AppWorld's engine; skips if it isn't installed."""
     try:
         paths.python()
         made = AppWorld(style="short", max_turns=8, max_observation_chars=1000, code_seconds=3)

@@ -1,4 +1,4 @@
-"""Known attacks of the model's code, on AppWorld's real engine. docs/appworld.md says what each is stopped by."""
+"""Known attacks by the model's code, on AppWorld's engine. docs/appworld.md lists what stops each of them."""
 
 from __future__ import annotations
 
@@ -26,16 +26,15 @@ pytestmark = pytest.mark.timeout(240)
 
 @pytest.fixture(scope="module")
 def victim(task_set: AppWorld) -> Iterator[Callable[[str], Step]]:
-    """One episode that all attacks are tried in, one after the other; each has to leave it usable."""
-    patient = AppWorld(style="short", max_turns=1000, max_observation_chars=2000, code_seconds=2)
-    environment = patient.make()
+    """Runs code in an episode shared by all attacks. Each attack must leave it usable."""
+    environment = AppWorld(style="short", max_turns=1000, max_observation_chars=2000, code_seconds=2).make()
     assert isinstance(environment, AppWorldEnvironment)
     with asyncio.Runner() as runner:
         runner.run(environment.reset(task_of(task_set, "songcount"), 0))
         assert environment._world is not None
-        missing = [name for name in client.PROTECTIONS if name not in environment._world.held]
+        missing = [name for name in client.PROTECTIONS if name not in environment._world.protections]
         if missing:
-            pytest.skip(f"this machine gives no jail: {', '.join(missing)} stay open (docs/appworld.md)")
+            pytest.skip(f"this machine lacks protections of the jail: {', '.join(missing)} (docs/appworld.md)")
         yield lambda code: runner.run(environment.step(code))
         after = runner.run(environment.step("print(apis.supervisor.show_profile()['email'])"))
         assert "@" in after.observation
@@ -89,7 +88,7 @@ def test_attack_killing_other_processes(victim: Callable[[str], Step]) -> None:
 
 @pytest.mark.parametrize("command", [[], ["unshare", "-Ur"]], ids=["as root or user", "as a namespace's root"])
 def test_attack_killing_the_process_group(task_set: AppWorld, command: list[str]) -> None:
-    """``kill(0)`` asks for the kernel's user id only, and namespaces do not stop it: other episodes must go on."""
+    """``kill(0)`` checks only the user id, and namespaces don't stop it. Other episodes must be unaffected."""
     task = task_of(task_set, "songcount")
     program = f"""
         import asyncio
@@ -106,7 +105,7 @@ def test_attack_killing_the_process_group(task_set: AppWorld, command: list[str]
     """
     script = [*command, sys.executable, "-c", textwrap.dedent(program)]
     if command and subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
-        pytest.skip(f"{' '.join(command)} is not to be had here")
+        pytest.skip(f"{' '.join(command)} doesn't work on this machine")
     done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.stdout.split("\n") == ["RuntimeError: the Python session ended", "7", "7", "None", ""], done.stderr
 
@@ -153,7 +152,7 @@ def test_attack_filling_the_disk(victim: Callable[[str], Step]) -> None:
 
 
 def test_attack_by_calls_that_no_namespace_covers(victim: Callable[[str], Step]) -> None:
-    """Memory that no limit counts, the way out of a virtual machine, key rings, namespaces and mounts of one's own."""
+    """Memory outside all limits, vsock, netlink, namespaces and tracing: stopped by the system call filter."""
     for call in ("memfd_create(b'x', 0)", "shmget(0, 1 << 20, 0o1600)", "unshare(0x10000000)", "ptrace(0, 0, 0, 0)"):
         code = f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nprint(libc.{call}, ctypes.get_errno())"
         assert victim(code).observation == "-1 1", call
@@ -162,7 +161,7 @@ def test_attack_by_calls_that_no_namespace_covers(victim: Callable[[str], Step])
 
 
 def test_attack_by_floods_of_calls(victim: Callable[[str], Step]) -> None:
-    """They cost the agent its block, not the infrastructure its world."""
+    """They end the agent's code block, and cause no infrastructure failure."""
     retry = "while True:\n    try: apis.spotify.show_song(song_id=9)\n    except Exception: pass"
     answer = victim(retry)
     assert "timed out" in answer.observation
@@ -173,13 +172,13 @@ def test_attack_by_floods_of_calls(victim: Callable[[str], Step]) -> None:
     assert "the_answer" not in json.dumps(named.info["calls"])
 
 
-def test_what_no_tokenizer_takes_is_replaced(victim: Callable[[str], Step]) -> None:
+def test_lone_surrogates_are_replaced(victim: Callable[[str], Step]) -> None:
     assert victim("print('\\ud83d x')").observation == "? x"
     victim("raise Exception('\\ud83d')").observation.encode()
 
 
 def test_attack_changing_the_world_through_its_models(victim: Callable[[str], Step]) -> None:
-    """There is nothing of the engine in the process: no module, no object, no package to import."""
+    """The process has no part of the engine: no module, no object, no importable package."""
     code = (
         "import gc, sys\nfound = {type(o).__module__.split('.')[0] for o in gc.get_objects()} | set(sys.modules)\n"
         "print(sorted(found & {'sqlalchemy', 'sqlmodel', 'fastapi', 'IPython'}))"
@@ -190,7 +189,7 @@ def test_attack_changing_the_world_through_its_models(victim: Callable[[str], St
 
 
 def test_attack_forging_messages(task_set: AppWorld, victim: Callable[[str], Step]) -> None:
-    """Whatever the session sends, it can neither complete the task nor reach what is no public API."""
+    """Forged messages can neither complete the task nor call anything but the public APIs."""
     victim("import os\nfor fd in range(3):\n  try: os.write(fd, b'x' * 10)\n  except OSError: pass")
     with open(task_set.host().address.parent / "log", encoding="utf-8") as log:
         assert "xxxxxxxxxx" not in log.read()
@@ -217,7 +216,7 @@ def test_attack_forging_messages(task_set: AppWorld, victim: Callable[[str], Ste
 
 @pytest.mark.parametrize("where", ["output", "error"])
 def test_attack_by_an_answer_that_is_too_long(task_set: AppWorld, where: str) -> None:
-    """It costs the session. Were it passed on, the trainer would take the world for a broken one, and play again."""
+    """It ends the session. Passed on, it would count as an infrastructure failure, and the episode would be retried."""
 
     async def answer() -> dict[str, Any]:
         world = await client.World.open(task_set.host(), task_of(task_set, "songcount").id, 60)
@@ -244,18 +243,18 @@ def test_attack_crashing_the_session(victim: Callable[[str], Step]) -> None:
         assert "restarted" not in answer
 
 
-def test_a_machine_without_namespaces_is_told_what_stays_open(task_set: AppWorld) -> None:
-    """What can be had without them still is; the rest is named."""
+def test_without_namespaces_the_missing_protections_are_reported(task_set: AppWorld) -> None:
+    """Protections that don't need namespaces are still active."""
     host = client.Host(paths.python(), task_set.data.root.absolute(), limits={"namespaces": False})
 
-    async def held() -> list[str]:
+    async def protections() -> list[str]:
         world = await client.World.open(host, task_of(task_set, "songcount").id, 60)
         assert (await world.execute("print(1)", 5))["output"] == "1\n"
         await world.close()
-        return world.held
+        return world.protections
 
     try:
-        found = asyncio.run(held())
+        found = asyncio.run(protections())
     finally:
         host.stop()
     assert "files" not in found
@@ -266,28 +265,28 @@ def test_a_machine_without_namespaces_is_told_what_stays_open(task_set: AppWorld
 @pytest.mark.parametrize(
     "command", [["unshare", "-Ur"], ["setpriv", "--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin"]]
 )
-def test_where_root_is_not_quite_root_a_jail_comes_up_all_the_same(task_set: AppWorld, command: list[str]) -> None:
-    """A container's root: of a user namespace, without ids to give away; without the right to mount."""
+def test_a_jail_starts_for_a_restricted_root(task_set: AppWorld, command: list[str]) -> None:
+    """As in containers: root of a user namespace without spare user ids; root without the right to mount."""
     probe = [str(paths.python()), str(client.HOST / "probe.py"), json.dumps(client.LIMITS)]
     try:
         subprocess.run([*command, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip(f"{' '.join(command)} is not to be had here")
+        pytest.skip(f"{' '.join(command)} doesn't work on this machine")
     done = subprocess.run([*command, *probe], capture_output=True, text=True, check=False)
     assert "limits" in json.loads(done.stdout), done.stderr
 
 
-def test_doctor_tells_what_holds(task_set: AppWorld) -> None:
-    async def held() -> list[str]:
+def test_the_probe_reports_the_protections_of_real_episodes(task_set: AppWorld) -> None:
+    async def protections() -> list[str]:
         world = await client.World.open(task_set.host(), task_of(task_set, "songcount").id, 60)
         await world.close()
-        return world.held
+        return world.protections
 
-    assert sorted(client.protections(paths.python())) == sorted(asyncio.run(held()))
+    assert sorted(client.protections(paths.python())) == sorted(asyncio.run(protections()))
 
 
 def test_attack_deleting_what_the_tests_look_at(task_set: AppWorld, tmp_path: Path) -> None:
-    """Tests that fail with an error, because what they look at was deleted, say, are a failure of the agent's."""
+    """Tests that raise an error, e.g. because their data were deleted, count as failed by the agent."""
     task = task_of(task_set, "songcount")
     shutil.copytree(task_set.data.root / "data", tmp_path / "data")
     broken = tmp_path / "data" / "tasks" / task.id / "ground_truth" / "evaluation.py"

@@ -1,4 +1,5 @@
-"""The real engine on our own tasks: scripted play, and faults of the infrastructure (not the agent's attacks)."""
+"""AppWorld's engine on our own tasks: scripted episodes, and infrastructure faults. For attacks by the agent's code,
+see test_appworld_attacks.py."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from skillsd import cli
 from skillsd import config as configs
+from skillsd.cli.app import main
 from skillsd.config import RunConfig, SummariserSection
 from skillsd.envs.appworld import AppWorld, client, paths
 from skillsd.envs.appworld.data import SolutionTurn
@@ -28,9 +29,9 @@ from skillsd.envs.conformance import assert_conforms
 from skillsd.errors import UserError
 from skillsd.rollouts.collect import collect
 from skillsd.rollouts.policy import Budget, EpisodeState
+from skillsd.runs.build import build
 from skillsd.skills.endpoint_summariser import EndpointSummariser
 from skillsd.skills.summary_prompt import SummaryPrompt, load_prompt
-from skillsd.training.run import build
 from skillsd.types import Message, Outcome, Skill
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -40,15 +41,15 @@ from fake_endpoint import SKILL, FakeEndpoint, Reply, Request, completion
 pytestmark = pytest.mark.timeout(240)
 
 
-# ------------------------------------------------------------------------------------------------- playing by the rules
+# --- scripted episodes ---
 
 
-def test_keeps_every_promise_of_an_environment(task_set: AppWorld) -> None:
+def test_conforms_to_the_environment_interface(task_set: AppWorld) -> None:
     actions = ("print(apis.supervisor.show_profile())", "apis.supervisor.complete_task()", "1/0", "print('a' * 9999)")
     assert_conforms(task_set, episodes=1, actions=actions)
 
 
-def test_reference_solutions_solve_and_others_do_not(task_set: AppWorld) -> None:
+def test_reference_solutions_succeed_and_wrong_ones_fail(task_set: AppWorld) -> None:
     question, payment = task_of(task_set, "songcount"), task_of(task_set, "sendmoney")
     for task in (question, payment):
         solved = play(task_set, task, solution(task_set, task))[-1]
@@ -63,36 +64,35 @@ def test_reference_solutions_solve_and_others_do_not(task_set: AppWorld) -> None
         "for song in apis.spotify.show_song_library(access_token=token):\n"
         "    apis.spotify.remove_song_from_library(access_token=token, song_id=song['song_id'])"
     )
-    harmful = play(task_set, question, [*steps, harm, end])[-1]  # what was asked for, and damage besides
+    harmful = play(task_set, question, [*steps, harm, end])[-1]  # solves the task, with a harmful side effect
     assert 0 < harmful.reward < 1
     assert not harmful.success
 
 
-def test_a_golden_skill_is_what_the_rules_write_of_the_reference_solution(
+def test_the_golden_skill_is_the_summary_of_the_reference_solution(
     task_set: AppWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task_of(task_set, "sendmoney")
     skill = task_set.golden_skill(task)
     assert skill is not None
     assert "venmo.create_transaction(" in skill.golden_workflow
-    assert "access_token=" not in skill.golden_workflow  # names of arguments, no code
-    for found in (None, (SolutionTurn("", "apis.supervisor.complete_task()"),)):  # none, and one that solves nothing
+    assert "access_token=" not in skill.golden_workflow  # argument names without values
+    for found in (None, (SolutionTurn("", "apis.supervisor.complete_task()"),)):  # no solution, and one that fails
         monkeypatch.setattr(task_set.data, "solution", lambda task_id, given=found: given)
         assert task_set.golden_skill(task) is None
 
 
-def test_the_score_grows_with_what_is_done_and_no_turn_is_lost(task_set: AppWorld) -> None:
+def test_the_reward_grows_with_progress(task_set: AppWorld) -> None:
     task = task_of(task_set, "sendmoney")
-    steps = solution(task_set, task)
-    answers = play(task_set, task, ["no code at all, sorry", *steps])
-    scores = [step.reward for step in answers]
-    assert scores == sorted(scores)
-    assert scores[0] == 0
-    assert scores[-1] == 1
-    assert "Syntax error" in answers[0].observation
+    steps = play(task_set, task, ["no code at all, sorry", *solution(task_set, task)])
+    rewards = [step.reward for step in steps]
+    assert rewards == sorted(rewards)
+    assert rewards[0] == 0
+    assert rewards[-1] == 1
+    assert "Syntax error" in steps[0].observation
 
 
-def test_answers_in_the_words_of_the_engines_own_shell(task_set: AppWorld, tmp_path: Path) -> None:
+def test_outputs_match_the_engines_own_shell(task_set: AppWorld, tmp_path: Path) -> None:
     task = task_of(task_set, "songcount")
     script = [
         *solution(task_set, task)[:-1],
@@ -146,39 +146,39 @@ def test_answers_in_the_words_of_the_engines_own_shell(task_set: AppWorld, tmp_p
         assert mine.rstrip() == other.rstrip(), code
 
 
-def test_any_model_behind_an_endpoint_is_evaluated(
+def test_a_model_behind_an_endpoint_can_be_evaluated(
     task_set: AppWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     by_instruction = {str(task.payload["instruction"]): task for task in task_set.tasks("dev")}
 
     def answer(request: Request) -> Reply:
         messages = request.body["messages"]
-        task = next(task for words, task in by_instruction.items() if words in messages[0]["content"])
+        task = next(task for text, task in by_instruction.items() if text in messages[0]["content"])
         turn = sum(message["role"] == "assistant" for message in messages)
         return completion(f"Next.\n```python\n{solution(task_set, task)[turn]}\n```")
 
     server = FakeEndpoint(answer=answer)
-    words = ["eval", "--model", "a/model", "--endpoint", server.url, "--recipe", "appworld-smoke", "--split", "dev"]
-    words += ["--limit", "4", "--temperature", "1", "--json", str(tmp_path / "x.json")]
-    monkeypatch.setattr(sys, "argv", ["skillsd", *words])
+    arguments = ["eval", "--model", "a/model", "--endpoint", server.url, "--recipe", "appworld-smoke", "--split", "dev"]
+    arguments += ["--limit", "4", "--temperature", "1", "--json", str(tmp_path / "x.json")]
+    monkeypatch.setattr(sys, "argv", ["skillsd", *arguments])
     monkeypatch.chdir(tmp_path)
     try:
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
     finally:
         server.close()
-    said = capsys.readouterr()
-    assert ended.value.code == 0, said
-    [figures] = json.loads((tmp_path / "x.json").read_text())
-    assert (figures["accuracy"], figures["tasks"], figures["scenario_accuracy"]) == (1.0, 4, 1.0)
-    assert "whole" in said.out
+    output = capsys.readouterr()
+    assert ended.value.code == 0, output
+    [metrics] = json.loads((tmp_path / "x.json").read_text())
+    assert (metrics["accuracy"], metrics["tasks"], metrics["scenario_accuracy"]) == (1.0, 4, 1.0)
+    assert "whole" in output.out
 
 
-def test_a_language_model_summarises_what_the_agent_saw_and_no_hidden_test(task_set: AppWorld) -> None:
+def test_the_summary_prompt_has_the_episode_without_the_hidden_tests(task_set: AppWorld) -> None:
     task = task_of(task_set, "songcount")
-    player = Script(lambda prompt: [*solution(task_set, task)[:-1], "apis.supervisor.complete_task(answer=-1)"])
+    policy = Script(lambda prompt: [*solution(task_set, task)[:-1], "apis.supervisor.complete_task(answer=-1)"])
     budget = Budget(turns=8, turn_tokens=10, trajectory_tokens=1000)
-    collected = asyncio.run(collect(player, task_set, [task], budget, group_size=1, seed=0))
+    collected = asyncio.run(collect(policy, task_set, [task], budget, group_size=1, seed=0))
     [trajectory] = collected.groups[0].trajectories
     hidden = trajectory.turns[-1].info["failures"]
     assert hidden
@@ -194,18 +194,18 @@ def test_a_language_model_summarises_what_the_agent_saw_and_no_hidden_test(task_
     for turn in trajectory.turns:
         assert turn.action in request.text
         assert turn.observation in request.text
-    assert not [words for words in hidden if words in request.text]
+    assert not [test for test in hidden if test in request.text]
 
 
-def test_an_episode_is_the_same_whenever_it_is_played(task_set: AppWorld) -> None:
+def test_episodes_are_deterministic(task_set: AppWorld) -> None:
     script = ["print({'a', 'b', 'c', 'd', 'e'}, random.random(), hash('x'))", "apis.supervisor.complete_task()"]
     first, second = (play(task_set, task_of(task_set, "songcount"), script) for _ in range(2))
     assert first == second
 
 
-def test_the_official_data_are_played() -> None:
+def test_plays_the_official_data() -> None:
     if paths.official() is None:
-        pytest.skip("AppWorld's official data are not here: $APPWORLD_ROOT names no folder that holds them")
+        pytest.skip("needs AppWorld's official data: set $APPWORLD_ROOT to a folder that contains them")
     official = AppWorld(root="official", max_turns=3)
     assert (len(official.tasks("train")), len(official.tasks("dev"))) == (90, 57)
     task = official.tasks("dev")[0]
@@ -214,31 +214,33 @@ def test_the_official_data_are_played() -> None:
     assert (idle[-1].done, idle[-1].success) == (True, False)
 
 
-# -------------------------------------------------------------------------------------------------------------- faults
+# --- infrastructure faults ---
 
 
 class Script:
-    """A `Policy` that says the lines of a reference solution."""
+    """A `Policy` that plays fixed actions, chosen by the prompt."""
 
     temperature = 1.0
 
-    def __init__(self, lines: Callable[[tuple[Message, ...]], list[str]]) -> None:
-        self._lines = lines
+    def __init__(self, actions: Callable[[tuple[Message, ...]], list[str]]) -> None:
+        self._actions = actions
 
-    def begin(self, prompt: tuple[Message, ...], budget: Budget, *, seed: int, session: str, context: str = "") -> EpisodeState:
-        lines = self._lines(prompt)
+    def begin(
+        self, prompt: tuple[Message, ...], budget: Budget, *, seed: int, session: str, context: str = ""
+    ) -> EpisodeState:
+        actions = self._actions(prompt)
 
-        class Reader(EpisodeState):
-            async def act(self, number: int) -> str | None:
-                return lines[number] if number < len(lines) else None
+        class Scripted(EpisodeState):
+            async def act(self, turn: int) -> str | None:
+                return actions[turn] if turn < len(actions) else None
 
-            def hear(self, observation: str) -> None:
+            def observe(self, observation: str) -> None:
                 pass
 
-        return Reader()
+        return Scripted()
 
 
-def test_a_killed_world_costs_a_try_and_nothing_else(task_set: AppWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_episodes_of_killed_worlds_are_retried(task_set: AppWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of(task_set, "songcount")
     execute, killed = client.World.execute, []
 
@@ -250,14 +252,14 @@ def test_a_killed_world_costs_a_try_and_nothing_else(task_set: AppWorld, monkeyp
         return await execute(world, code, seconds)
 
     monkeypatch.setattr(client.World, "execute", kill_first)
-    player = Script(lambda prompt: solution(task_set, task))
+    policy = Script(lambda prompt: solution(task_set, task))
     budget = Budget(turns=8, turn_tokens=10, trajectory_tokens=1000)
-    collected = asyncio.run(collect(player, task_set, [task], budget, group_size=2, seed=0, retries=2))
+    collected = asyncio.run(collect(policy, task_set, [task], budget, group_size=2, seed=0, retries=2))
     assert len(killed) == 2
     assert [t.outcome for group in collected.groups for t in group.trajectories] == [Outcome.SOLVED, Outcome.SOLVED]
 
 
-def test_a_hung_world_is_killed_at_the_deadline(task_set: AppWorld) -> None:
+def test_a_hung_world_is_killed_at_its_deadline(task_set: AppWorld) -> None:
     async def hang() -> int:
         world = await client.World.open(task_set.host(), task_of(task_set, "songcount").id, 60)
         assert world._pid is not None
@@ -269,7 +271,7 @@ def test_a_hung_world_is_killed_at_the_deadline(task_set: AppWorld) -> None:
     assert gone(asyncio.run(hang()))
 
 
-def test_nothing_is_left_of_an_episode(task_set: AppWorld) -> None:
+def test_episodes_leave_no_files_or_processes(task_set: AppWorld) -> None:
     task, host = task_of(task_set, "songcount"), client.Host(paths.python(), task_set.data.root.absolute())
     before = sorted(task_set.data.root.rglob("*"))
 
@@ -287,13 +289,11 @@ def test_nothing_is_left_of_an_episode(task_set: AppWorld) -> None:
     finally:
         host.stop()
     assert not folder.exists()
-    assert sorted(task_set.data.root.rglob("*")) == before  # the data's folder may be read-only
+    assert sorted(task_set.data.root.rglob("*")) == before  # the data folder may be read-only
 
 
-def test_the_server_is_started_again_and_ends_with_the_trainer(
-    task_set: AppWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client, "_hosts", {})  # not the server of the other tests
+def test_the_server_is_restarted_and_ends_with_the_trainer(task_set: AppWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_hosts", {})  # don't use the other tests' server
     task = task_of(task_set, "songcount")
     host = task_set.host()
     host.ensure()
@@ -323,8 +323,8 @@ def test_the_server_is_started_again_and_ends_with_the_trainer(
     assert wait_for(lambda: not Path(folder).exists())
 
 
-def test_a_server_of_jails_that_dies_takes_no_agent_down(task_set: AppWorld) -> None:
-    """Its sessions end, which is no fault of theirs: the episode is lost, and the next one has a new server."""
+def test_a_dead_jail_server_is_an_infrastructure_failure(task_set: AppWorld) -> None:
+    """The episode is lost through no fault of the agent, and the next one gets a new server."""
     task, host = task_of(task_set, "songcount"), client.Host(paths.python(), task_set.data.root.absolute())
 
     async def broken() -> None:
@@ -345,13 +345,13 @@ def test_a_server_of_jails_that_dies_takes_no_agent_down(task_set: AppWorld) -> 
         host.stop()
 
 
-def test_no_jail_is_taken_that_holds_less_than_it_should(task_set: AppWorld) -> None:
-    host = client.Host(paths.python(), task_set.data.root.absolute(), limits={"held": ["limits", "moonlight"]})
-    with pytest.raises(client.WorldBrokenError, match="came up without moonlight"):
+def test_a_jail_with_a_missing_protection_is_rejected(task_set: AppWorld) -> None:
+    host = client.Host(paths.python(), task_set.data.root.absolute(), limits={"protections": ["limits", "moonlight"]})
+    with pytest.raises(client.WorldBrokenError, match="started without moonlight"):
         host.ensure()
 
 
-def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+def test_a_server_that_fails_to_start_reports_the_reason(tmp_path: Path) -> None:
     with pytest.raises(client.WorldBrokenError, match=r"did not start.*No module named"):
         client.Host(Path(sys.executable), tmp_path).ensure()
     host = client.Host(Path("/bin/cat"), tmp_path, start_seconds=0.5)
@@ -360,7 +360,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
 
 
 class FakeHost:
-    """A server of ours in this process, which answers what it is told to."""
+    """A world server in this process that sends prepared responses."""
 
     def __init__(self, address: Path, answers: Sequence[bytes]) -> None:
         self.address, self._answers = address, list(answers)
@@ -381,28 +381,28 @@ class FakeHost:
 
 
 @pytest.mark.parametrize(
-    ("answer", "complaint"),
+    ("response", "message"),
     [
         (b"", "(died|broke) during 'open'"),
-        (b"nonsense\n", "with nonsense: b'nonsense"),
-        (b"[]\n", "with nonsense"),
-        (b'{"ok": []}\n', "without a usable"),
-        (b'{"ok": {"apps": 3, "held": []}}\n', "without a usable 'apps'"),
+        (b"nonsense\n", "malformed response to 'open': b'nonsense"),
+        (b"[]\n", "malformed response"),
+        (b'{"ok": []}\n', "without a valid"),
+        (b'{"ok": {"apps": 3, "protections": []}}\n', "without a valid 'apps'"),
         (b'{"error": "KeyError: 3"}\n', "failed at 'open': KeyError: 3"),
-        (b"x" * (client.MESSAGE + 10), "broke during 'open'"),
+        (b"x" * (client.MAX_MESSAGE_BYTES + 10), "broke during 'open'"),
     ],
 )
-def test_a_world_that_answers_nonsense_is_broken(tmp_path: Path, answer: bytes, complaint: str) -> None:
-    host: Any = FakeHost(tmp_path / "s", [b'{"ok": {"pid": 999999999}}\n', *([answer] if answer else [])])
+def test_a_malformed_response_breaks_the_world(tmp_path: Path, response: bytes, message: str) -> None:
+    host: Any = FakeHost(tmp_path / "s", [b'{"ok": {"pid": 999999999}}\n', *([response] if response else [])])
 
     async def use() -> None:
-        with pytest.raises(client.WorldBrokenError, match=complaint):
+        with pytest.raises(client.WorldBrokenError, match=message):
             await client.World.open(host, "a_1", 5)
 
     asyncio.run(host.serve(use()))
 
 
-# ------------------------------------------------------------------------------------------------------------- helpers
+# --- helpers ---
 
 
 def gone(pid: int) -> bool:
@@ -412,7 +412,7 @@ def gone(pid: int) -> bool:
 
 
 def jails(host: client.Host) -> list[int]:
-    """Process ids of this server's jails, their keepers, and the one that they are forked from."""
+    """Process ids of this server's jail server, keepers and jails."""
     assert host._process is not None
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -432,25 +432,28 @@ def command(pid: int) -> str:
     return ""
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 10.0) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it did not come about"
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.05)
     return True
 
 
-def test_an_unknown_style_or_number_is_named(tmp_path: Path) -> None:
+# --- options ---
+
+
+def test_invalid_options_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="AppWorld prompt style"):
         AppWorld(style="reactt")
     with pytest.raises(UserError, match="max_turns is 0"):
         AppWorld(max_turns=0)
-    with pytest.raises(UserError, match="no AppWorld root"):
+    with pytest.raises(UserError, match="not an AppWorld root"):
         AppWorld(root=str(tmp_path))
 
 
-def test_splits_that_can_not_be_graded_are_left_out_and_refused_by_name(task_set: AppWorld, tmp_path: Path) -> None:
-    """As the official test splits may be: training on the others goes on."""
+def test_splits_without_ground_truth_are_hidden_and_rejected(task_set: AppWorld, tmp_path: Path) -> None:
+    """The official test splits may have none. The other splits stay usable."""
     shutil.copytree(task_set.data.root / "data", tmp_path / "data")
     for task in task_set.data.tasks("test_scenario"):
         (tmp_path / "data" / "tasks" / task.id / "ground_truth" / "evaluation.py").unlink()
@@ -462,7 +465,7 @@ def test_splits_that_can_not_be_graded_are_left_out_and_refused_by_name(task_set
     assert max(task.difficulty for task in hard.tasks("dev")) == 1
 
 
-def test_deadlines_that_contradict_each_other_are_refused(task_set: AppWorld, tmp_path: Path) -> None:
+def test_conflicting_deadlines_are_rejected(task_set: AppWorld, tmp_path: Path) -> None:
     slow = AppWorld(root=str(task_set.data.root), code_seconds=90)
     with pytest.raises(UserError, match=r"step_seconds is 60, but a call of 'appworld' may take 120 s"):
         build(configs.load(RunConfig, "appworld-smoke"), tmp_path, task_set=slow)

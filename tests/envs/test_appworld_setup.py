@@ -1,10 +1,11 @@
-"""Setting AppWorld up: each step once, again if interrupted, and in words when it fails. No network, no engine.
+"""Setting up AppWorld: completed steps are skipped, interrupted ones repeated, failures reported. No network.
 
-A shell script plays the Python, venv, pip, AppWorld and the world's builder; the last part asks the real ones.
+A shell script replaces Python, venv, pip, AppWorld and the world builder; the last section uses the real ones.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -16,10 +17,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from skillsd import doctor
+from skillsd.cli.doctor import examine
 from skillsd.envs import registry
-from skillsd.envs.appworld import paths, setup
+from skillsd.envs.appworld import client, doctor, paths, setup
 from skillsd.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -52,14 +54,14 @@ exit 0
 
 
 class Fake:
-    """The played Python, what was asked of it, and what was said."""
+    """The fake Python, with the steps it ran and the lines that set-up printed."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.python, self._calls, self._set = folder / "fake-python", folder / "calls", monkeypatch.setenv
         self._unset = monkeypatch.delenv
         self.python.write_text(FAKE, encoding="utf-8")
         self.python.chmod(0o755)
-        self.said: list[str] = []
+        self.lines: list[str] = []
         self._set("FAKE_CALLS", str(self._calls))
         self.builds("0123456789ab", monkeypatch)
 
@@ -68,10 +70,10 @@ class Fake:
         self._set("FAKE_WORLD", version)
 
     def __call__(self) -> None:
-        setup.setup(self.said.append, python=str(self.python))
+        setup.setup(self.lines.append, python=str(self.python))
 
     def steps(self) -> list[str]:
-        """The steps run since the last call of this."""
+        """The steps run since the last call."""
         steps = self._calls.read_text(encoding="utf-8").split() if self._calls.exists() else []
         self._calls.unlink(missing_ok=True)
         return steps
@@ -103,10 +105,10 @@ def official_data(root: Path) -> Path:
     return root
 
 
-# -- once, and again -------------------------------------------------------------------------------------------------
+# --- skipped and repeated steps ---
 
 
-def test_each_step_once(fake: Fake) -> None:
+def test_each_step_runs_once(fake: Fake) -> None:
     with pytest.raises(UserError, match="run `skillsd envs setup appworld`"):
         paths.python()
     with pytest.raises(UserError, match="run `skillsd envs setup appworld`"):
@@ -115,34 +117,34 @@ def test_each_step_once(fake: Fake) -> None:
     assert fake.steps() == ALL
     assert paths.python() == paths.home() / "venv/bin/python"
     assert paths.world() == paths.home() / f"world-{paths.builder_version()}"
-    assert "      5 of 9 tasks" in fake.said
-    assert any("done in" in line for line in fake.said)
-    fake.said.clear()
+    assert "      5 of 9 tasks" in fake.lines
+    assert any("done in" in line for line in fake.lines)
+    fake.lines.clear()
     fake()
     assert fake.steps() == []
-    assert sum("there already" in line for line in fake.said) == 4
+    assert sum("already done" in line for line in fake.lines) == 4
 
 
-def test_another_builder_makes_another_world(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_builder_version_builds_a_new_world(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     fake()
     first = paths.world()
     fake.builds("ba9876543210", monkeypatch)
-    with pytest.raises(UserError, match="one of other sources is"):
+    with pytest.raises(UserError, match="one built by other sources is"):
         paths.world()
     fake.steps()
     fake()
     assert fake.steps() == ["build"]
     assert paths.world() != first
-    assert first.is_dir()  # a run may be playing there
+    assert first.is_dir()  # a run may be using it
 
 
 AFTER = {"venv": ALL, "pip": ALL, "unpack": ALL[2:], "build": ALL[3:]}
-"""A failed pip leaves half packages: everything from the venv on is done again."""
+"""Steps to repeat after a failed step. A failed pip leaves incomplete packages, so the venv is recreated too."""
 
 
 @pytest.mark.parametrize("step", ALL)
 @pytest.mark.parametrize("killed", [False, True], ids=["fails", "killed"])
-def test_an_interrupted_step_is_done_again(fake: Fake, step: str, killed: bool) -> None:
+def test_an_interrupted_step_is_repeated(fake: Fake, step: str, killed: bool) -> None:
     fake.fails(step, "something broke", signal="9" if killed else "")
     with pytest.raises(UserError) as error:
         fake()
@@ -150,7 +152,7 @@ def test_an_interrupted_step_is_done_again(fake: Fake, step: str, killed: bool) 
     ended = "killed by signal 9" if killed else "exit status 1"
     remedy = "It ran out of memory" if killed else "Run the command again"
     first, second = str(error.value).splitlines()
-    assert first.startswith(f"setting AppWorld up: step {number}/4 ({name}) failed, {ended}: ")
+    assert first.startswith(f"AppWorld set-up: step {number}/4 ({name}) failed, {ended}: ")
     assert first.endswith("something broke")
     assert second.startswith(remedy)
     assert "something broke" in Path(second.rpartition(": ")[2]).read_text(encoding="utf-8")
@@ -164,7 +166,7 @@ def test_an_interrupted_step_is_done_again(fake: Fake, step: str, killed: bool) 
     assert paths.world().is_dir()
 
 
-def test_stopping_it_stops_what_it_runs(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_stops_the_running_step(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_SLOW", "build")
 
     def stop(line: str) -> None:
@@ -177,20 +179,20 @@ def test_stopping_it_stops_what_it_runs(fake: Fake, monkeypatch: pytest.MonkeyPa
     assert paths.built_by(paths.world_folder()) is None
 
 
-def test_an_interpreter_that_went_away(fake: Fake) -> None:
+def test_a_removed_interpreter_is_reinstalled(fake: Fake) -> None:
     fake()
     fake.steps()
-    (paths.venv() / "bin/python").unlink()  # as when the Python it was a link to is uninstalled
+    (paths.venv() / "bin/python").unlink()  # as if the Python it links to were uninstalled
     with pytest.raises(UserError, match="is not installed"):
         paths.python()
     fake()
     assert fake.steps() == ALL[:3]
 
 
-# -- two at once -----------------------------------------------------------------------------------------------------
+# --- concurrent set-ups ---
 
 
-def test_two_at_once_do_it_once(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_set_ups_run_each_step_once(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_SLOW", "pip")
     threads = [threading.Thread(target=fake) for _ in range(2)]
     for thread in threads:
@@ -198,10 +200,10 @@ def test_two_at_once_do_it_once(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> 
     for thread in threads:
         thread.join()
     assert fake.steps() == ALL
-    assert any("waiting for it" in line for line in fake.said)
+    assert any("waiting for it" in line for line in fake.lines)
 
 
-def test_what_a_killed_one_left_running_is_waited_for(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_for_the_orphan_of_a_killed_set_up(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_SLOW", "pip")
     code = f"from skillsd.envs.appworld import setup; setup.setup(print, python={str(fake.python)!r})"
     first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
@@ -212,11 +214,11 @@ def test_what_a_killed_one_left_running_is_waited_for(fake: Fake, monkeypatch: p
     first.send_signal(signal.SIGKILL)
     first.wait()
     fake()
-    assert any("waiting for it" in line for line in fake.said)
+    assert any("waiting for it" in line for line in fake.lines)
     assert fake.steps() == ["venv", "pip", *ALL]
 
 
-# -- faults ----------------------------------------------------------------------------------------------------------
+# --- failures ---
 
 FAULTS = [
     (
@@ -236,7 +238,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("step", "words", "remedy"), FAULTS)
-def test_a_fault_names_its_step_and_its_remedy(fake: Fake, step: str, words: str, remedy: str) -> None:
+def test_a_failure_names_its_step_and_a_remedy(fake: Fake, step: str, words: str, remedy: str) -> None:
     fake.fails(step, words)
     with pytest.raises(UserError) as error:
         fake()
@@ -247,49 +249,49 @@ def test_a_fault_names_its_step_and_its_remedy(fake: Fake, step: str, words: str
     assert remedy in second
 
 
-def test_no_room(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup, "ROOM", 1 << 60)
+def test_too_little_disk_space(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "REQUIRED_BYTES", 1 << 60)
     with pytest.raises(UserError, match=r"MB free. Set SKILLSD_CACHE to a folder with more"):
         fake()
     assert fake.steps() == []
 
 
-def test_a_cache_folder_that_cant_be(fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unusable_cache_folder(fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SKILLSD_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"can't set AppWorld up in .* Set SKILLSD_CACHE to a folder"):
+    with pytest.raises(UserError, match=r"can't set up AppWorld in .* Set SKILLSD_CACHE to a writable folder"):
         fake()
 
 
 @pytest.mark.parametrize("version", ["3 10", "3 14"])
-def test_a_python_that_does_not_fit(fake: Fake, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+def test_an_unsupported_python(fake: Fake, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setenv("FAKE_VERSION", version)
     with pytest.raises(
-        UserError, match=rf"needs Python 3.11 to 3.13, and .*fake-python is {version.replace(' ', '.')}"
+        UserError, match=rf"needs Python 3.11 to 3.13, but .*fake-python is {version.replace(' ', '.')}"
     ):
         fake()
 
 
 @pytest.mark.parametrize("python", ["/no/python", "no-such-python", "/bin/true"])
-def test_no_python_at_all(fake: Fake, python: str) -> None:
-    with pytest.raises(UserError, match=f"--python is {python!r}, which is no Python that runs"):
-        setup.setup(fake.said.append, python=python)
+def test_a_python_that_does_not_run(fake: Fake, python: str) -> None:
+    with pytest.raises(UserError, match=f"--python is {python!r}, which is not a working Python"):
+        setup.setup(fake.lines.append, python=python)
 
 
-def test_no_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_builder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert paths.BUILDER.is_file()
     monkeypatch.setitem(sys.modules, "skillsd.envs.appworld.world.build", None)
-    with pytest.raises(UserError, match=r"builder of AppWorld's tasks does not load.*Install skillsd again"):
+    with pytest.raises(UserError, match=r"can't import the builder of AppWorld's tasks.*Reinstall skillsd"):
         paths.builder_version()
 
 
-def test_a_builder_of_another_version(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_world_of_another_version(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_WORLD", "ba9876543210")
-    with pytest.raises(UserError, match=r"step 4/4 .* is of version 'ba9876543210', expected '0123456789ab'"):
+    with pytest.raises(UserError, match=r"step 4/4 .* it built version 'ba9876543210', expected '0123456789ab'"):
         fake()
 
 
-def test_names(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_registry_finds_the_set_up() -> None:
     assert registry.setup_of("appworld") is setup.setup
     with pytest.raises(UserError, match="'sokoban' needs no set-up"):
         registry.setup_of("sokoban")
@@ -297,50 +299,78 @@ def test_names(capsys: pytest.CaptureFixture[str]) -> None:
         registry.setup_of("appwrld")
 
 
-# -- official data ---------------------------------------------------------------------------------------------------
+# --- official data ---
 
 
 def test_official_data_are_found(fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake()
     assert paths.official() is None
-    assert f"    {paths.venv()}/bin/appworld download data --root ~/appworld" in fake.said
+    assert f"    {paths.venv()}/bin/appworld download data --root ~/appworld" in fake.lines
     root = official_data(tmp_path / "official")
     monkeypatch.setenv("APPWORLD_ROOT", str(root))
     assert paths.official() == root
     fake()
-    assert fake.said[-1] == f"official data: {root}; in a recipe: environment.options.root={root}"
-    monkeypatch.setenv("APPWORLD_ROOT", str(paths.world()))  # ours is not taken for theirs
+    assert fake.lines[-1] == f"official data: {root}; in a recipe: environment.options.root={root}"
+    monkeypatch.setenv("APPWORLD_ROOT", str(paths.world()))  # our own world doesn't count as official
     assert paths.official() is None
-    assert "our own tasks built; official data: not found" in doctor._appworld()[0]
 
 
-def test_data_is_checked_before_anything_is_done(fake: Fake, tmp_path: Path) -> None:
+def test_data_are_checked_before_the_first_step(fake: Fake, tmp_path: Path) -> None:
     root = official_data(tmp_path / "official")
     for wrong, why in [
         (tmp_path / "nowhere", "without data/"),
-        (root / "data", f"give the one above it, {str(root)!r}"),
+        (root / "data", f"give its parent, {str(root)!r}"),
     ]:
         with pytest.raises(UserError, match=re.escape(why)):
-            setup.setup(fake.said.append, data=wrong, python=str(fake.python))
+            setup.setup(fake.lines.append, data=wrong, python=str(fake.python))
     (root / "data/datasets/train.txt").unlink()
     (root / "data/base_dbs").rmdir()
     with pytest.raises(UserError, match=r"without data/base_dbs, data/datasets/train.txt"):
-        setup.setup(fake.said.append, data=root, python=str(fake.python))
+        setup.setup(fake.lines.append, data=root, python=str(fake.python))
     assert fake.steps() == []
     official_data(tmp_path / "whole")
     root = tmp_path / "whole"
-    setup.setup(fake.said.append, data=root, python=str(fake.python))
-    assert fake.said[-1].endswith(f"environment.options.root={root}")
+    setup.setup(fake.lines.append, data=root, python=str(fake.python))
+    assert fake.lines[-1].endswith(f"environment.options.root={root}")
 
 
-# -- nothing of AppWorld's protected part may be passed on -----------------------------------------------------------
+# --- `skillsd doctor` ---
+
+
+def test_the_doctor_reports_what_is_installed(fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    [line] = doctor.report()
+    assert line == (
+        "not installed (skillsd envs setup appworld); our own tasks not built; "
+        "official data: not found ($APPWORLD_ROOT)"
+    )
+    fake()
+    monkeypatch.setattr(client, "protections", lambda python: ["files", "network"] if python == paths.python() else [])
+    monkeypatch.setenv("APPWORLD_ROOT", str(official_data(tmp_path / "official")))
+    state, jail, *missing = doctor.report()
+    assert state == f"installed; our own tasks built; official data: {tmp_path / 'official'}"
+    assert jail == "jail for the model's code: files, network (docs/appworld.md)"
+    assert [line.split()[2] for line in missing] == ["processes", "user", "syscalls", "limits"]
+    assert missing[-1] == f"MISSING PROTECTION: limits ({client.PROTECTIONS['limits']})"
+    monkeypatch.setattr(client, "protections", lambda python: [])
+    assert doctor.report()[1].startswith("jail for the model's code: no protection")
+
+
+def test_the_doctor_command_shows_the_report(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "report", lambda: ["one line", "and another"])
+    output = io.StringIO()
+    examine(Console(file=output, width=200), None)
+    lines = [line.split(maxsplit=1) for line in output.getvalue().splitlines()]
+    assert [text for name, text in lines if name == "appworld"] == ["one line", "and another"]
+
+
+# --- AppWorld's protected files must not be redistributed ---
 
 PROTECTED = re.compile(
     r"\.(db|bundle)$|(^|/)(api_docs|base_dbs|ground_truth)/|(^|/)apps/[^/]+/(apis|models|factories|responses)\.pyi?$"
     r"|(^|/)data/(tasks|datasets)/"
 )
 CANARY = "appworld:" + "d17ac3f"
-"""How AppWorld marks its files, so that they can be found where they must not be."""
+"""AppWorld's files contain this string, so that leaked copies can be found."""
 
 
 def _git(*words: str) -> list[str]:
@@ -350,7 +380,7 @@ def _git(*words: str) -> list[str]:
     return ended.stdout.splitlines()
 
 
-def test_the_pattern_knows_what_is_protected() -> None:
+def test_the_pattern_matches_protected_files() -> None:
     root = "lib/python3.11/site-packages/appworld"
     for name in (f"{root}/apps/spotify/apis.py", f"{root}/apps/gmail/models.pyi", "data/tasks/a_1/specs.json",
                  "x/data/base_dbs/spotify.jsonl", "data/api_docs/standard/gmail.json", "a.db", "y/.source/apps.bundle",
@@ -358,19 +388,19 @@ def test_the_pattern_knows_what_is_protected() -> None:
         assert PROTECTED.search(name), name
 
 
-def test_the_repository_holds_nothing_protected() -> None:
+def test_the_repository_has_no_protected_files() -> None:
     files = _git("ls-files")
     assert [name for name in files if PROTECTED.search(name)] == []
     assert _git("grep", "-l", CANARY) == []
 
 
-def test_git_ignores_what_is_protected() -> None:
+def test_git_ignores_protected_files() -> None:
     _git("rev-parse")
     for name in ("data/tasks/a/specs.json", "src/skillsd/x.db", "x/api_docs/gmail.json", "x/ground_truth/answer.json"):
         assert _git("check-ignore", name) == [name]
 
 
-def test_the_package_holds_nothing_protected() -> None:
+def test_the_package_has_no_protected_files() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     package = REPOSITORY / "src/skillsd"
     found = {
@@ -383,10 +413,10 @@ def test_the_package_holds_nothing_protected() -> None:
     assert sorted(name for name in found if PROTECTED.search(name)) == []
     if tracked := set(_git("ls-files", "src/skillsd")):
         changed = set(_git("ls-files", "--others", "--exclude-standard", "src/skillsd"))
-        assert sorted(found - tracked - changed) == []  # nothing that git ignores gets into a wheel
+        assert sorted(found - tracked - changed) == []  # no file that git ignores may get into a wheel
 
 
-# -- the real ones ---------------------------------------------------------------------------------------------------
+# --- the real programs ---
 
 
 def test_real_pip_without_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,14 +429,14 @@ def test_real_pip_without_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         setup.setup(lambda line: None)
 
 
-def test_really_set_up_it_is_quick() -> None:
+def test_a_completed_set_up_is_quick() -> None:
     if not paths.installed() or paths.built_by(paths.world_folder()) != paths.builder_version():
-        pytest.skip(f"AppWorld is not set up; to do it: {paths.SETUP}")
-    said: list[str] = []
+        pytest.skip(f"AppWorld is not set up: run `{paths.SETUP}`")
+    lines: list[str] = []
     start = time.monotonic()
-    setup.setup(said.append)
+    setup.setup(lines.append)
     assert time.monotonic() - start < 5
-    assert sum("there already" in line for line in said) == 4
+    assert sum("already done" in line for line in lines) == 4
     assert paths.world().name == f"world-{paths.built_by(paths.world())}"
     site = next((paths.venv() / "lib").glob("python*/site-packages"))
     assert (site / "appworld/apps/supervisor/apis.py").is_file()

@@ -1,4 +1,4 @@
-"""Our own task world for AppWorld: what it promises on paper, and, where AppWorld is installed, in the real engine."""
+"""Our own task world for AppWorld: its generated data, and its tasks in the engine if AppWorld is installed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def specs(world: World) -> list[tasks.TaskSpec]:
     return tasks.make_tasks(world)
 
 
-def test_there_are_scenarios_of_every_difficulty_over_many_apps() -> None:
+def test_scenarios_cover_all_difficulties_and_many_apps() -> None:
     difficulties = Counter(scenario.difficulty for scenario in SCENARIOS.values())
     assert difficulties[1] >= 6
     assert difficulties[2] >= 5
@@ -38,7 +38,7 @@ def test_there_are_scenarios_of_every_difficulty_over_many_apps() -> None:
     assert len({app for scenario in SCENARIOS.values() for app in scenario.apps}) >= 6
     assert Counter(scenario.kind for scenario in SCENARIOS.values()) == {"train": 14, "dev": 2, "test": 2}
     for scenario in SCENARIOS.values():
-        assert scenario.id.isalnum()  # AppWorld takes what stands before "_" as the scenario
+        assert scenario.id.isalnum()  # AppWorld takes the part before "_" as the scenario
         assert 2 <= len(set(scenario.instructions)) <= 3
         assert (scenario.difficulty == 3) == (len(scenario.apps) > 1)
         assert scenario.harms
@@ -52,7 +52,9 @@ def test_every_scenario_has_twelve_tasks_and_each_belongs_to_one_split(specs: li
     assert set(sizes) == set(tasks.SPLITS)
 
 
-def test_evaluation_meets_no_person_and_no_scenario_of_training(world: World, specs: list[tasks.TaskSpec]) -> None:
+def test_evaluation_shares_no_person_and_no_held_out_scenario_with_training(
+    world: World, specs: list[tasks.TaskSpec]
+) -> None:
     seen = {"train": set(), "dev": set(), "test": set()}
     for spec in specs:
         person = spec.supervisor
@@ -64,19 +66,19 @@ def test_evaluation_meets_no_person_and_no_scenario_of_training(world: World, sp
     assert not held_out & {spec.scenario.id for spec in specs if spec.split == "train"}
 
 
-def test_no_task_is_there_twice(specs: list[tasks.TaskSpec]) -> None:
+def test_tasks_are_unique(specs: list[tasks.TaskSpec]) -> None:
     keys = Counter((spec.scenario.id, spec.supervisor.email, str(spec.parameters)) for spec in specs)
     assert set(keys.values()) == {1}
 
 
-def test_two_builds_draw_the_same(specs: list[tasks.TaskSpec]) -> None:
+def test_builds_are_deterministic(specs: list[tasks.TaskSpec]) -> None:
     again = tasks.make_tasks(make_world())
     assert [(s.id, s.instruction, s.expected, s.answer, s.solution) for s in again] == [
         (s.id, s.instruction, s.expected, s.answer, s.solution) for s in specs
     ]
 
 
-def test_people_know_each_other_both_ways(world: World) -> None:
+def test_relations_are_mutual(world: World) -> None:
     for person in world.people.values():
         for email in person.contacts:
             assert person.email in world.people[email].contacts
@@ -86,14 +88,14 @@ def test_people_know_each_other_both_ways(world: World) -> None:
     assert len({person.phone_number for person in world.people.values()}) == len(world.people)
 
 
-def test_pages_matter_where_a_solution_turns_them(world: World) -> None:
+def test_paging_is_needed_where_a_solution_uses_it(world: World) -> None:
     for email, life in world.lives.items():
         assert 5 <= len(life.library) <= 20
         assert sum(payment.sender == email for payment in world.payments) > 20
         assert sum(payment.receiver == email for payment in world.payments) > 20
 
 
-def test_solutions_are_short_and_alike(specs: list[tasks.TaskSpec]) -> None:
+def test_solutions_are_short_and_uniform(specs: list[tasks.TaskSpec]) -> None:
     for spec in specs:
         codes = [turn["code"] for turn in spec.solution]
         assert 3 <= len(codes) <= 5, spec.id
@@ -107,31 +109,31 @@ def test_solutions_are_short_and_alike(specs: list[tasks.TaskSpec]) -> None:
         assert all(turn["thought"].endswith(".") for turn in spec.solution)
 
 
-def test_texts_are_complete(specs: list[tasks.TaskSpec]) -> None:
+def test_texts_have_no_unfilled_parameters(specs: list[tasks.TaskSpec]) -> None:
     for spec in specs:
         for text in (spec.instruction, *(turn["code"] for turn in spec.solution)):
             assert "<" not in text, spec.id
 
 
-def test_solutions_know_nothing_that_the_instruction_and_the_apps_do_not_tell(specs: list[tasks.TaskSpec]) -> None:
+def test_solutions_use_only_the_instruction_and_the_apps(specs: list[tasks.TaskSpec]) -> None:
     for spec in specs:
         code = "\n".join(turn["code"] for turn in spec.solution)
         for value in spec.parameters.values():
             assert str(value) in spec.instruction
         for name, value in spec.expected.items():
             for part in value if isinstance(value, list) else [value]:
-                told = str(part).lower() in spec.instruction.lower()
-                assert told or str(part) not in code, (spec.id, name)
+                given = str(part).lower() in spec.instruction.lower()
+                assert given or str(part) not in code, (spec.id, name)
         literals = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
         assert spec.answer is None or spec.answer not in [x for x in literals if x not in (0, 1, 5, 20, True, False)]
 
 
-def test_parameters_that_would_break_the_code_are_refused() -> None:
+def test_parameters_that_would_break_the_code_are_rejected() -> None:
     with pytest.raises(ValueError, match="cannot be written inside double quotes"):
         tasks.fill('print("<title>")', {"title": 'The "Best" Song'})
 
 
-def test_evaluations_stand_alone() -> None:
+def test_evaluations_are_self_contained() -> None:
     for scenario in SCENARIOS.values():
         source = tasks.evaluation_source(scenario)
         names = {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
@@ -141,13 +143,13 @@ def test_evaluations_stand_alone() -> None:
         assert source.count("with test(") == len(texts)
 
 
-def test_the_version_follows_the_sources() -> None:
+def test_the_version_is_stable() -> None:
     assert len(build.version()) == 12
     assert build.version() == build.version()
 
 
-def test_the_tasks_are_made_without_appworld_and_without_skillsd() -> None:
-    """The scripts run on AppWorld's Python, which has none of our dependencies."""
+def test_the_task_world_does_not_import_skillsd() -> None:
+    """Its scripts run on AppWorld's Python, which doesn't have our dependencies."""
     ours = {path.stem for path in FOLDER.rglob("*.py")}
     for path in FOLDER.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -166,8 +168,8 @@ def run(script: str, *arguments: str, timeout: float) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def test_the_engine_accepts_the_solutions_and_nothing_else() -> None:
-    """A sample of what ``verify.py`` checks of all tasks; half a minute of work on a free core."""
+def test_the_engine_accepts_only_the_solutions() -> None:
+    """A sample of the tasks that ``verify.py`` checks; takes half a minute on an idle core."""
     try:
         root = paths.world()
     except UserError as error:
@@ -175,15 +177,15 @@ def test_the_engine_accepts_the_solutions_and_nothing_else() -> None:
     sample = ["songcount_1", "sendmoney_9", "likeartist_11", "urgenttodos_4", "requestdebt_10", "textcontact_6"]
     result = run("verify.py", "--root", str(root), "--tasks", *sample, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "6 of 6 tasks keep their promises" in result.stdout
+    assert "6 of 6 tasks pass all checks" in result.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_world_is_built_whole_and_verify_finds_a_broken_task(tmp_path: Path) -> None:
+def test_builds_a_complete_world_and_verify_finds_a_wrong_task(tmp_path: Path) -> None:
     result = run("build.py", "--root", str(tmp_path), timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]  # nothing of the building is left
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]  # no temporary files
     index = json.loads((tmp_path / "data" / "skillsd.json").read_text())
     assert index["version"] == build.version()
     for split, ids in index["splits"].items():
@@ -197,10 +199,10 @@ def test_a_world_is_built_whole_and_verify_finds_a_broken_task(tmp_path: Path) -
     assert result.returncode == 1
     assert "filecount_2: the solution does not pass" in result.stdout
     findings = json.loads(report.read_text())
-    assert not findings["filecount_1"]["broken"]
+    assert not findings["filecount_1"]["failed"]
 
 
-def test_data_of_others_is_not_touched(tmp_path: Path) -> None:
+def test_other_data_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "data").mkdir()
     with pytest.raises(SystemExit, match="did not write"):

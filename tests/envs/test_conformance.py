@@ -1,4 +1,4 @@
-"""Every check of the conformance kit is seen failing once, and the shipped environments pass."""
+"""Every conformance check fails for some broken environment, and the shipped environments pass."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TICK = itertools.count()
 
 
 class Counting(Environment):
-    """Count to three: the smallest environment that keeps all promises."""
+    """Count to three: a minimal environment that conforms."""
 
     async def reset(self, task: Task, seed: int) -> tuple[Message, ...]:
         self.count = 0
@@ -54,7 +54,7 @@ class Good(TaskSet):
 
 
 def stepping(change: Callable[[Any, Step], Any]) -> type[Good]:
-    """A task set whose environment's steps are changed."""
+    """A task set whose environment returns modified steps."""
 
     class Changed(Counting):
         async def step(self, action: str) -> Step:
@@ -64,7 +64,7 @@ def stepping(change: Callable[[Any, Step], Any]) -> type[Good]:
 
 
 def tasking(change: Callable[[str, list[Task]], list[Task]]) -> type[Good]:
-    """A task set whose tasks are changed."""
+    """A task set with modified tasks."""
     return type("Broken", (Good,), {"tasks": lambda self, split: change(split, Good.tasks(self, split))})
 
 
@@ -79,7 +79,7 @@ def explode(action: str, step: Step) -> Step:
 
 
 async def forgetful_reset(self: Any, task: Task, seed: int) -> tuple[Message, ...]:
-    self.count = getattr(self, "count", 0)  # what an earlier episode left is kept
+    self.count = getattr(self, "count", 0)  # keeps state from an earlier episode
     return (Message("user", "Say up three times."),)
 
 
@@ -132,7 +132,7 @@ class RaisesTheWrongError(Good):
 BROKEN[2] = ("unknown_split", RaisesTheWrongError)
 
 
-def test_the_good_one_conforms() -> None:
+def test_a_correct_environment_conforms() -> None:
     assert check(Good()) == []
 
 

@@ -1,4 +1,4 @@
-"""A person at the keyboard, scripted."""
+"""Playing in the terminal, with scripted input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from skillsd.errors import UserError
 
 
 def session(lines: list[str], which: int | str = 0) -> tuple[Played, str]:
-    """Type the lines, then end the input. Returns the result and all that was shown."""
+    """Play with these input lines, then end of input. Returns the result and the output."""
     shown: list[str] = []
     typed = iter(lines)
 
@@ -24,7 +24,7 @@ def session(lines: list[str], which: int | str = 0) -> tuple[Played, str]:
     return result, "\n".join(shown)
 
 
-def test_keys_words_restart_and_help_lead_to_the_solution() -> None:
+def test_keys_actions_restart_and_help() -> None:
     task = Sokoban().tasks("train")[0]
     plan = Sokoban().oracle(task)
     assert plan is not None
@@ -35,10 +35,10 @@ def test_keys_words_restart_and_help_lead_to_the_solution() -> None:
     assert "w Up" in shown
     assert "Invalid" in shown
     assert "######" in shown
-    assert f"Solved in {len(moves)} turns, score 1.00." in shown
+    assert f"Solved in {len(moves)} turns, reward 1.00." in shown
 
 
-def test_q_and_the_end_of_the_input_are_polite() -> None:
+def test_q_and_end_of_input_quit() -> None:
     assert session(["q"])[0] == Played(0, 0.0, False)
     result, shown = session(["w"])
     assert result.turns == 1
@@ -46,6 +46,6 @@ def test_q_and_the_end_of_the_input_are_polite() -> None:
 
 
 @pytest.mark.parametrize("which", [96, -97, "nobody"])
-def test_a_missing_task_is_told(which: int | str) -> None:
+def test_a_missing_task_is_an_error(which: int | str) -> None:
     with pytest.raises(UserError):
         session([], which)

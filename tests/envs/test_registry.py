@@ -1,45 +1,68 @@
-"""Environments are found by entry point and by ``module:Class``; what is wrong is told with the nearest right name."""
+"""Finding environments by entry point and by ``module:Class``, and their hooks for set-up and `skillsd doctor`."""
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import skillsd.cli.doctor
+from skillsd import plugins
 from skillsd.envs import registry
+from skillsd.envs.sokoban import Sokoban
 from skillsd.errors import UserError
 
 EXAMPLE = (Path(__file__).parents[2] / "examples" / "custom_env.py").read_text()
 
 
+class Distribution:
+    """An installed third-party package with one environment, called ``guess``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._package = folder / "their_env"
+        self._package.mkdir()
+        self.write("__init__", EXAMPLE)
+        info = folder / "their_env-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-env\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[skillsd.environments]\nguess = their_env:GuessNumber\n")
+
+    def write(self, module: str, source: str) -> None:
+        (self._package / f"{module}.py").write_text(source)
+
+
 @pytest.fixture
-def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package of somebody else's, installed: its module, and the entry point in its metadata."""
-    (tmp_path / "their_env.py").write_text(EXAMPLE)
-    info = tmp_path / "their_env-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-env\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[skillsd.environments]\nguess = their_env:GuessNumber\n")
+def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Distribution]:
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "their_env", raising=False)
-    return tmp_path
+    yield Distribution(tmp_path)
+    for module in [name for name in sys.modules if name.partition(".")[0] == "their_env"]:
+        del sys.modules[module]
 
 
-def test_a_third_party_registers_by_entry_point(third_party: Path) -> None:
-    assert {"guess", "sokoban"} <= set(registry.names())
+def test_shipped_environments_need_no_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source tree works without being installed."""
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [])
+    assert registry.names() == ["appworld", "sokoban"]
+    assert isinstance(registry.load("sokoban"), Sokoban)
+
+
+def test_a_third_party_registers_by_entry_point(third_party: Distribution) -> None:
+    assert registry.names() == ["appworld", "guess", "sokoban"]
     assert registry.load("guess").name == "guess-number"
 
 
-def test_a_class_in_the_folder_where_the_command_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_own_env.py").write_text(EXAMPLE)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as under an installed command
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as in an installed command
     monkeypatch.chdir(tmp_path)
     assert registry.load("my_own_env:GuessNumber").max_turns == 10
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "told"),
+    ("name", "options", "message"),
     [
         ("sokobann", {}, "Did you mean 'sokoban'"),
         ("sokoban", {"presett": "nano"}, "Did you mean 'preset'"),
@@ -47,8 +70,51 @@ def test_a_class_in_the_folder_where_the_command_is_given(tmp_path: Path, monkey
         ("no_such_module:Thing", {}, "can't be imported"),
     ],
 )
-def test_mistakes_are_told_in_one_line(name: str, options: dict[str, str], told: str) -> None:
+def test_mistakes_are_reported_in_one_line(name: str, options: dict[str, str], message: str) -> None:
     with pytest.raises(UserError) as error:
         registry.load(name, options)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# --- hooks ---
+
+
+def test_a_third_party_can_have_a_set_up(third_party: Distribution) -> None:
+    with pytest.raises(UserError, match="'guess' needs no set-up"):
+        registry.setup_of("guess")
+    third_party.write("setup", "def setup(say, **options): say('done')")
+    lines: list[str] = []
+    registry.setup_of("guess")(lines.append)
+    assert lines == ["done"]
+
+
+def test_a_set_up_that_cannot_be_imported_is_an_error(third_party: Distribution) -> None:
+    third_party.write("setup", "import no_such_module")
+    with pytest.raises(UserError, match=r"'their_env\.setup' can't be imported: No module named 'no_such_module'"):
+        registry.setup_of("guess")
+
+
+def test_environments_report_to_the_doctor(third_party: Distribution) -> None:
+    assert set(registry.doctor_reports()) == {"appworld"}  # Sokoban and `guess` have no report
+    third_party.write("doctor", "def report(): return ['one', 'two']")
+    reports = registry.doctor_reports()
+    assert list(reports) == ["appworld", "guess"]
+    assert reports["guess"] == ["one", "two"]
+
+
+@pytest.mark.parametrize("fault", ["import no_such_module", "def report(): raise RuntimeError('no luck')"])
+def test_a_failing_report_does_not_hide_the_others(third_party: Distribution, fault: str) -> None:
+    third_party.write("doctor", fault)
+    reports = registry.doctor_reports()
+    [line] = reports["guess"]
+    assert line.startswith("the report failed: ")
+    assert "no_such_module" in line or "no luck" in line
+    assert reports["appworld"]
+
+
+def test_the_doctor_command_names_no_environment() -> None:
+    """Environments report to it through the registry, so a new one needs no change there."""
+    source = Path(skillsd.cli.doctor.__file__).read_text()
+    for name in registry.names():
+        assert not re.search(name, source, re.IGNORECASE), name

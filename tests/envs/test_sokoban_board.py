@@ -1,4 +1,4 @@
-"""Rules, ids, deadlocks and the solver, against brute force."""
+"""Rules, ids, deadlock detection and the solver, compared with brute force."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CORRIDOR = Level.from_rows(["#####", "#@$.#", "#####"])
 
 @st.composite
 def levels(draw: st.DrawFn) -> Level:
-    """Small rooms with up to 3 boxes, solvable or not, border or not."""
+    """Small rooms with up to 3 boxes, solvable or not, with or without a border."""
     height, width = draw(st.integers(2, 4)), draw(st.integers(2, 4))
     cells = draw(st.permutations(range(height * width)))
     boxes = draw(st.integers(1, min(3, (height * width - 1) // 2)))
@@ -32,7 +32,7 @@ def levels(draw: st.DrawFn) -> Level:
 
 
 def _balanced(text: list[str], width: int) -> Level:
-    # Nothing above overwrites a target or box with another thing, so the counts agree.
+    # The code above never overwrites a target or a box, so their numbers are equal.
     return Level.from_rows(["".join(text[i : i + width]) for i in range(0, len(text), width)])
 
 
@@ -53,7 +53,7 @@ def brute_force(level: Level, start: State) -> int | None:
 
 @settings(max_examples=120, deadline=None)
 @given(levels())
-def test_solver_table_and_brute_force_agree_and_dead_is_sound(level: Level) -> None:
+def test_the_solvers_match_brute_force_and_deadlock_detection_is_sound(level: Level) -> None:
     shortest = brute_force(level, level.start)
     solution = solve(level)
     assert (None if solution is None else len(solution)) == shortest
@@ -67,7 +67,7 @@ def test_solver_table_and_brute_force_agree_and_dead_is_sound(level: Level) -> N
 
 @settings(max_examples=60, deadline=None)
 @given(levels())
-def test_symmetric_levels_share_id_and_difficulty(level: Level) -> None:
+def test_symmetric_levels_have_the_same_id_and_difficulty(level: Level) -> None:
     table = distance_table(level)
     for rows in symmetries(level.rows()):
         other = Level.from_rows(rows)
@@ -79,11 +79,11 @@ def test_symmetric_levels_share_id_and_difficulty(level: Level) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(levels())
-def test_ascii_survives_the_round_trip(level: Level) -> None:
+def test_ascii_round_trip(level: Level) -> None:
     assert Level.from_rows(level.rows()) == level
 
 
-def test_a_push_and_blocked_moves() -> None:
+def test_pushes_and_blocked_moves() -> None:
     right = MOVES.index("Right")
     assert CORRIDOR.play(CORRIDOR.start, MOVES.index("Up")) is None
     after = CORRIDOR.play(CORRIDOR.start, right)
@@ -99,13 +99,13 @@ def test_two_boxes_against_a_wall_are_frozen() -> None:
     open_floor = Level.from_rows(["######", "#    #", "# $$ #", "#@.. #", "######"])
     assert not open_floor.is_dead(open_floor.start)
     pair = Level.from_rows(["######", "#.$$.#", "#@   #", "######"])
-    assert pair.is_dead(pair.start)  # side by side at a wall: neither can be moved, though no cell is dead
+    assert pair.is_dead(pair.start)  # both are stuck at the wall, although neither cell is a dead square
 
 
 @pytest.mark.parametrize(
     ("rows", "word"),
     [(["#x@$."], "'x'"), (["@@$."], "2 players"), (["@$"], "1 boxes and 0 targets"), (["@"], "0 boxes")],
 )
-def test_illegal_levels_are_told_in_words(rows: list[str], word: str) -> None:
+def test_invalid_levels_are_rejected(rows: list[str], word: str) -> None:
     with pytest.raises(UserError, match=word):
         Level.from_rows(rows)

@@ -1,4 +1,4 @@
-"""The rules of an episode, what is said, and how an agent's text is read."""
+"""Episodes: rules, observations and parsing of the agent's text."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ def test_terse_episode() -> None:
     assert episode.steps == 3
 
 
-def test_terse_marks_boxes_and_players_on_targets() -> None:
+def test_terse_marks_the_box_and_the_player_on_targets() -> None:
     episode = Game(Level.from_rows(["#####", "#+* #", "# $ #", "#   #", "#####"]), Sokoban().rules)
     assert episode.prompt()[0].content == "Sokoban: .r1c1 .r1c2 *r1c2 $r2c2 +r1c1"
 
 
-def test_the_budget_counts_blocked_and_invalid_moves() -> None:
+def test_blocked_and_invalid_moves_count() -> None:
     episode = game(max_steps=3)
     assert not episode.step("Up").done
     assert not episode.step("").done
     step = episode.step("Up")
     assert (step.observation, step.done, step.success, step.reward) == ("Over", True, False, 0.0)
-    assert episode.step("Down").info["moves"] == []  # nothing moves after the end
+    assert episode.step("Down").info["moves"] == []  # no effect after the end
 
 
-def test_partial_score_and_deadlock() -> None:
+def test_partial_reward_and_deadlock() -> None:
     episode = game(TWO, preset="paper")
     step = episode.step("<action>Right</action>")
     assert (step.reward, step.success, step.done) == (0.5, False, False)
@@ -62,12 +62,12 @@ def test_partial_score_and_deadlock() -> None:
     stuck = game(["#####", "#@  #", "# $ #", "#.  #", "#####"])
     for move in ("Right", "Down"):
         step = stuck.step(move)
-    assert step.info["deadlock"] is False  # along the bottom wall there is a target
+    assert step.info["deadlock"] is False  # there is a target along the bottom wall
     corner = game(["#####", "#@$ #", "#.  #", "#   #", "#####"])
     assert corner.step("Right").info["deadlock"] is True
 
 
-def test_prose_says_what_went_wrong() -> None:
+def test_prose_reports_what_went_wrong() -> None:
     episode = game(preset="ragen")
     step = episode.step("<answer>Up, Up || Right Right Down Left Left</answer>")
     assert step.success
@@ -82,7 +82,7 @@ def test_prose_says_what_went_wrong() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "expected"),
     [
         ("Up", "Up"),
         (" uP ,left||RIGHT\ndown", "Up Left Right Down"),
@@ -96,9 +96,9 @@ def test_prose_says_what_went_wrong() -> None:
         ("上", None),
     ],
 )
-def test_parsing(text: str, words: str | None) -> None:
+def test_parsing(text: str, expected: str | None) -> None:
     moves = parse(text)
-    assert (None if moves is None else " ".join(MOVES[move] for move in moves)) == words
+    assert (None if moves is None else " ".join(MOVES[move] for move in moves)) == expected
 
 
 def test_task_set() -> None:
@@ -120,7 +120,7 @@ def test_task_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"preset": "papper"}, "Did you mean 'paper'"),
         ({"style": "gird"}, "Did you mean 'grid'"),
@@ -129,11 +129,11 @@ def test_task_set() -> None:
         ({"colour": 1}, "colour"),
     ],
 )
-def test_bad_options(options: dict[str, object], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_invalid_options_are_rejected(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         load("sokoban", options)
 
 
-def test_a_task_without_a_level_is_told() -> None:
+def test_a_task_without_a_level_is_an_error() -> None:
     with pytest.raises(UserError, match=r"payload\['level'\]"):
         asyncio.run(Sokoban().make().reset(Task("x", "sokoban", "train"), 0))

@@ -1,4 +1,4 @@
-"""The generator is deterministic everywhere; the panels are disjoint, solvable and as hard as they say."""
+"""Level generation is deterministic; the panels are disjoint and solvable, with the stated difficulty."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ SCRIPT = (
 )
 
 
-def test_a_seed_gives_the_committed_level() -> None:
+def test_seeds_give_the_expected_levels() -> None:
     found = {name: [generate(PRESETS[name], seed)[0].level.id for seed in range(3)] for name in EXPECTED}
     assert found == EXPECTED
 
 
 @pytest.mark.parametrize("hash_seed", ["0", "4321"])
-def test_a_seed_gives_the_same_level_in_another_process(hash_seed: str) -> None:
+def test_seeds_give_the_same_levels_in_another_process(hash_seed: str) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
     run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.split() == EXPECTED["nano"] + EXPECTED["paper"]
 
 
-def test_rebuilding_gives_the_stored_panel() -> None:
+def test_rebuilding_reproduces_the_stored_panel() -> None:
     assert tuple(draw("nano", "train", 96, set())) == panel("nano")["train"]
 
 
-def test_no_level_is_in_two_places() -> None:
+def test_no_level_occurs_twice() -> None:
     ids = [entry.level.id for name in PRESETS for split in panel(name).values() for entry in split]
     assert len(set(ids)) == len(ids)
     assert panel_ids() == set(ids)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_panels_are_what_the_preset_promises(name: str) -> None:
+def test_panels_match_their_preset(name: str) -> None:
     preset = PRESETS[name]
     stored = panel(name)
     assert {split: len(entries) for split, entries in stored.items()} == dict(preset.splits)
@@ -66,6 +66,6 @@ def test_panels_are_what_the_preset_promises(name: str) -> None:
             assert distance_table(entry.level).pushes[entry.level.start] == entry.pushes
 
 
-def test_an_unknown_preset_is_told() -> None:
+def test_an_unknown_preset_is_an_error() -> None:
     with pytest.raises(UserError, match="Did you mean 'nano'"):
         panel("nanoo")

@@ -1,4 +1,4 @@
-"""The summariser on hand-made episodes, and what the demonstrations promise."""
+"""The summariser on hand-made episodes, and properties of the demonstrations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TWO = ["######", "#@$. #", "#    #", "# $ .#", "#    #", "######"]
 
 
 def trajectory(rows: list[str], actions: str, outcome: Outcome | None = None, **options: object) -> Trajectory:
-    """The trajectory that the actions, separated by white space, make on the level."""
+    """The trajectory of playing the actions (separated by white space) on the level."""
     sokoban = Sokoban(**options)  # type: ignore[arg-type]
     game = Game(Level.from_rows(rows), sokoban.rules)
     turns, step = [], None
@@ -36,9 +36,9 @@ def skill(rows: list[str], actions: str, **options: object) -> Skill | None:
     return Sokoban(**options).summariser()(trajectory(rows, actions, **options))  # type: ignore[arg-type]
 
 
-def test_a_success_loses_its_loops() -> None:
+def test_loops_are_removed_from_a_success() -> None:
     found = skill(ONE, "Down Up Right Left Left fly Right Right")
-    # Left and back after the push changes nothing; Left against the wall and `fly` change nothing either.
+    # Neither the detour (Left and back), nor Left against the wall, nor `fly` appears in the plan.
     assert found == Skill("solved 2 moves 2 pushes", "", "@r2c1 Right @r2c2 Right")
 
 
@@ -46,20 +46,20 @@ def test_a_push_into_the_corner_is_named() -> None:
     found = skill(["######", "#+$  #", "#    #", "######"], "Down Up Right Right Right Left Left")
     assert found == Skill("", "never @r1c2 Right", "")
     found = skill(["######", "#  . #", "#@$  #", "#    #", "######"], "Right Right Left")
-    assert found == Skill("", "never @r2c2 Right", "")  # along the right wall there is no target
+    assert found == Skill("", "never @r2c2 Right", "")  # there is no target along the right wall
 
 
-def test_an_episode_without_a_lesson_gives_none() -> None:
+def test_an_episode_with_nothing_to_report_gives_no_skill() -> None:
     assert skill(ONE, "Down Down Right") is None
     assert skill(ONE, "fly") is None
 
 
-def test_a_loop_is_told_once_it_is_clear() -> None:
+def test_only_repeated_loops_are_reported() -> None:
     assert skill(ONE, "Down Up") is None
     assert skill(ONE, "Down Up Down Up") == Skill("", "loop @r2c1 @r3c1", "")
 
 
-def test_partial_success_keeps_the_way_to_the_best_state() -> None:
+def test_a_partial_success_gives_the_plan_to_its_best_state() -> None:
     found = skill(TWO, "<action>Right</action> <action>Down</action>", preset="paper", style="terse")
     assert found == Skill("", "", "@r1c1 Right")
     prose = skill(TWO, "Right Down", preset="paper")
@@ -77,9 +77,9 @@ def test_prose_names_pushes_and_mistakes() -> None:
     assert "legal moves only" in found.mistake_analysis
 
 
-def test_the_infrastructures_failures_teach_nothing() -> None:
-    cut = trajectory(ONE, "Right Right", Outcome.ENV_ERROR)
-    assert Sokoban().summariser()(cut) is None
+def test_infrastructure_failures_give_no_skill() -> None:
+    failed = trajectory(ONE, "Right Right", Outcome.ENV_ERROR)
+    assert Sokoban().summariser()(failed) is None
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def stream() -> list[Demonstration]:
 
 
 def replay(demonstration: Demonstration) -> list[tuple[State, int, bool]]:
-    """(state, move, learn) of every turn; checks that the observations are the environment's."""
+    """(state, move, learn) of every turn. Checks that the observations match the environment's."""
     game = Game(Level.from_rows(demonstration.task.payload["level"].split("\n")), Sokoban().rules)
     assert demonstration.prompt == game.prompt()
     visited = []
@@ -104,7 +104,7 @@ def table_of(demonstration: Demonstration) -> DistanceTable:
     return distance_table(Level.from_rows(demonstration.task.payload["level"].split("\n")))
 
 
-def test_the_stream_is_deterministic_and_avoids_all_panels(stream: list[Demonstration]) -> None:
+def test_demonstrations_are_deterministic_and_exclude_all_panels(stream: list[Demonstration]) -> None:
     assert list(islice(Sokoban().demonstrations("train", seed=7), 40)) == stream[:40]
     assert list(islice(Sokoban().demonstrations("train", seed=8), 40)) != stream[:40]
     assert not {demonstration.task.id for demonstration in stream} & panel_ids()
@@ -114,7 +114,7 @@ def test_the_stream_is_deterministic_and_avoids_all_panels(stream: list[Demonstr
     assert 150 < with_skill < 250
 
 
-def test_the_experts_labels_are_optimal() -> None:
+def test_the_experts_moves_are_optimal() -> None:
     for demonstration in islice(Sokoban().demonstrations("train", seed=1, skill_share=0.0, expert_share=1.0), 40):
         table = table_of(demonstration)
         for state, move, learn in replay(demonstration):
@@ -122,8 +122,8 @@ def test_the_experts_labels_are_optimal() -> None:
             assert move in table.best_moves(state)
 
 
-def test_followers_follow_the_plan_and_the_expert_off_it(stream: list[Demonstration]) -> None:
-    seen = strayed = 0
+def test_followers_play_the_plan_and_optimal_moves_off_it(stream: list[Demonstration]) -> None:
+    seen = noisy = 0
     for demonstration in stream:
         if demonstration.skill is None or not demonstration.skill.golden_workflow:
             continue
@@ -139,14 +139,14 @@ def test_followers_follow_the_plan_and_the_expert_off_it(stream: list[Demonstrat
             state = after
         assert table.level.is_solved(state)
         for state, move, learn in replay(demonstration):
-            strayed += not learn
+            noisy += not learn
             if learn:
                 assert move == plan[state] if state in plan else move in table.best_moves(state)
     assert seen > 100
-    assert strayed > 50
+    assert noisy > 50
 
 
-def test_a_lone_warning_is_heeded(stream: list[Demonstration]) -> None:
+def test_play_avoids_the_mistake_its_skill_warns_about(stream: list[Demonstration]) -> None:
     warned = [d for d in stream if d.skill is not None and not d.skill.golden_workflow]
     assert warned
     for demonstration in warned:
@@ -159,7 +159,7 @@ def test_a_lone_warning_is_heeded(stream: list[Demonstration]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "options", "words"),
+    ("split", "options", "message"),
     [
         ("test", {}, "only"),
         ("train", {"nois": 0.1}, "Did you mean 'noise'"),
@@ -167,6 +167,6 @@ def test_a_lone_warning_is_heeded(stream: list[Demonstration]) -> None:
         ("train", {"per_level": 0}, "per_level is 0"),
     ],
 )
-def test_bad_demonstration_options(split: str, options: dict[str, float], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_invalid_demonstration_options_are_rejected(split: str, options: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         Sokoban().demonstrations(split, seed=0, **options)

@@ -1,4 +1,4 @@
-"""AppWorld without its engine: root folders, prompts, answers, skills and demonstrations, on invented tasks."""
+"""AppWorld without its engine: root folders, prompts, parsing, skills and demonstrations, on invented tasks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from skillsd.envs.appworld.data import SolutionTurn, World, scenario_of
 from skillsd.envs.appworld.demonstrations import demonstrate
 from skillsd.envs.appworld.prompt import STYLES, Code, Style, Unusable, code_of, first_prompt, observation, turn_text
-from skillsd.envs.appworld.summarise import MOST_SHORT_CHARS, summarise_turns, summariser
+from skillsd.envs.appworld.summarise import MAX_SHORT_CHARS, summarise_turns, summariser
 from skillsd.envs.base import Step
 from skillsd.errors import UserError
 from skillsd.types import Demonstration, Outcome, Skill, Task, Trajectory, Turn
@@ -52,7 +52,7 @@ def write_task(root: Path, task_id: str, difficulty: int | None = 1, **changes: 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three scenarios to train on, of two instances each, and one test task without ground truth."""
+    """Three training scenarios with two instances each, and one test task without ground truth."""
     root = tmp_path / "world"
     datasets = root / "data" / "datasets"
     datasets.mkdir(parents=True)
@@ -67,7 +67,7 @@ def root(tmp_path: Path) -> Path:
 
 
 class TestWorld:
-    def test_the_tasks_go_from_easy_to_hard(self, root: Path) -> None:
+    def test_tasks_are_sorted_from_easy_to_hard(self, root: Path) -> None:
         world = World(root)
         assert world.splits == ("train", "test_normal")
         assert [task.id for task in world.tasks("train")] == ["bbb_2", "bbb_10", "ccc_1", "ccc_2", "aaa_1", "aaa_2"]
@@ -81,7 +81,7 @@ class TestWorld:
         (test,) = world.tasks("test_normal")
         assert (test.id, test.split, test.payload["difficulty"]) == ("ddd_1", "test_normal", None)
 
-    def test_ground_truth_is_there_or_not(self, root: Path) -> None:
+    def test_ground_truth_is_optional(self, root: Path) -> None:
         world = World(root)
         assert world.has_ground_truth("aaa_1")
         assert world.answer("aaa_1") == 3
@@ -90,7 +90,7 @@ class TestWorld:
         assert world.answer("ddd_1") is None
         assert world.solution("ddd_1") is None
 
-    def test_an_official_solution_is_one_turn_that_calls_it(self, root: Path) -> None:
+    def test_an_official_solution_is_one_turn(self, root: Path) -> None:
         truth = root / "data/tasks/ddd_1/ground_truth"
         (truth / "compiled_solution.py").write_text("# Canary String: x\ndef solution(apis, requester):\n    pass\n")
         turns = World(root).solution("ddd_1")
@@ -98,7 +98,7 @@ class TestWorld:
         (turn,) = turns
         assert turn.code == "def solution(apis, requester):\n    pass\n\nsolution(apis, requester)"
 
-    def test_the_fingerprint_follows_what_is_evaluated_and_not_where_it_lies(self, root: Path) -> None:
+    def test_the_fingerprint_depends_on_the_evaluation_and_not_on_the_location(self, root: Path) -> None:
         before = World(root).fingerprint_source
         moved = root.rename(root.with_name("moved"))
         assert World(moved).fingerprint_source == before
@@ -108,11 +108,11 @@ class TestWorld:
         (moved / "data/tasks/aaa_1/ground_truth/answer.json").write_text("4")
         assert World(moved).fingerprint_source != before
 
-    def test_no_root(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"no AppWorld root: .*data/datasets.*skillsd envs setup appworld"):
+    def test_not_a_root_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"not an AppWorld root: .*data/datasets.*skillsd envs setup appworld"):
             World(tmp_path)
 
-    def test_an_evaluation_task_must_not_be_trained_on(self, root: Path) -> None:
+    def test_an_evaluation_task_in_train_is_rejected(self, root: Path) -> None:
         (root / "data/datasets/dev.txt").write_text("aaa_2\n")
         with pytest.raises(UserError, match=r"'dev' and in 'train' \(aaa_2\)"):
             World(root)
@@ -120,32 +120,32 @@ class TestWorld:
     @pytest.mark.parametrize(
         ("ids", "message"),
         [
-            ("eee_1", "names the task 'eee_1', but there is no"),
-            ("../../x", "no AppWorld id"),
+            ("eee_1", r"names the task 'eee_1', but .*specs\.json is missing"),
+            ("../../x", "not an AppWorld id"),
             ("ddd_1\nddd_1", "'ddd_1' twice"),
         ],
     )
-    def test_a_bad_dataset(self, root: Path, ids: str, message: str) -> None:
+    def test_an_invalid_dataset_is_rejected(self, root: Path, ids: str, message: str) -> None:
         (root / "data/datasets/dev.txt").write_text(ids)
         with pytest.raises(UserError, match=message):
             World(root)
 
-    def test_an_empty_dataset_is_no_split(self, root: Path) -> None:
+    def test_an_empty_dataset_is_not_a_split(self, root: Path) -> None:
         (root / "data/datasets/dev.txt").write_text("\n")
         assert World(root).splits == ("train", "test_normal")
         (root / "data/datasets/train.txt").write_text("\n")
-        with pytest.raises(UserError, match=r"ids of the tasks to train on in .*train\.txt"):
+        with pytest.raises(UserError, match=r"ids of the training tasks in .*train\.txt"):
             World(root)
 
-    def test_a_split_that_is_not_there(self, root: Path) -> None:
+    def test_an_unknown_split(self, root: Path) -> None:
         with pytest.raises(UserError, match=r"unknown split .* 'trian'\. Did you mean 'train'"):
             World(root).tasks("trian")
 
     @pytest.mark.parametrize(
         ("changes", "message"),
-        [({"db_version": "0.2.0"}, "of version 0.2.0"), ({"supervisor": {}}, "not as AppWorld writes it")],
+        [({"db_version": "0.2.0"}, "of version 0.2.0"), ({"supervisor": {}}, "not in AppWorld's format")],
     )
-    def test_a_task_that_the_engine_would_not_open(self, root: Path, changes: dict[str, Any], message: str) -> None:
+    def test_a_task_that_the_engine_would_reject(self, root: Path, changes: dict[str, Any], message: str) -> None:
         write_task(root, "eee_1", **changes)
         (root / "data/datasets/dev.txt").write_text("eee_1")
         with pytest.raises(UserError, match=message):
@@ -153,14 +153,14 @@ class TestWorld:
 
 
 class TestPrompt:
-    def test_react_tells_the_rules_and_the_task(self, root: Path) -> None:
+    def test_react_has_the_rules_and_the_task(self, root: Path) -> None:
         task = World(root).tasks("train")[0]
         system, user = first_prompt(task, "react", ["spotify", "venmo"], 40)
         assert (system.role, user.role) == ("system", "user")
-        for said in ("spotify, venmo", "40 turns", "complete_task(answer=...)", "show_account_passwords", "page"):
-            assert said in system.content
-        for said in ("Ann Lee", "ann@mail.com", "5551234567", "2023-05-18 12:00:00", "Count the songs of bbb_2."):
-            assert said in user.content
+        for text in ("spotify, venmo", "40 turns", "complete_task(answer=...)", "show_account_passwords", "page"):
+            assert text in system.content
+        for text in ("Ann Lee", "ann@mail.com", "5551234567", "2023-05-18 12:00:00", "Count the songs of bbb_2."):
+            assert text in user.content
 
     def test_short_is_short(self, root: Path) -> None:
         (message,) = first_prompt(World(root).tasks("train")[0], "short", ["spotify"], 40)
@@ -175,7 +175,7 @@ class TestPrompt:
             ("```py\nprint(1)\n```", "print(1)"),
             ("```\nprint(1)\n```", "print(1)"),
             ("Code: ```Python\nprint(1)```", "print(1)"),
-            ("```python\nprint(1", "print(1"),  # cut off: Python says what is wrong with it
+            ("```python\nprint(1", "print(1"),  # truncated: left to Python's error message
             ("1. First\n   ```python\n   if x:\n     y()\n   ```", "if x:\n  y()"),
             ("```json\n{}\n```\n```python\nprint(1)\n```", "print(1)"),
             ("```python\nprint('```')\n```", "print('```')"),
@@ -197,32 +197,32 @@ class TestPrompt:
         "reply",
         ["", " \n", "Done", "Thought: none", "# a comment", "```python\n```", "```json\n{}\n```", "```\nx\0\n```", "("],
     )
-    def test_what_holds_no_code_is_answered_in_words(self, reply: str) -> None:
+    def test_a_reply_without_code_gets_an_explanation(self, reply: str) -> None:
         found = code_of(reply)
         assert isinstance(found, Unusable)
         assert found.reason
 
     @given(st.text(st.sampled_from("`\n aпython{}()[]'\"\\:=\0\ud800") | st.characters()) | st.text())
-    def test_any_answer_is_read(self, reply: str) -> None:
+    def test_any_reply_is_handled(self, reply: str) -> None:
         found = code_of(reply)
         assert isinstance(found, Unusable) or found.text.encode()
 
     @pytest.mark.parametrize(
         "piece", ["word ", "(", "-", "f()+", "```\n", "```python ", "`", "not ", "{1:", "lambda:", "f(\n", "x.", "[1,"]
     )
-    def test_long_answers_are_read_in_no_time(self, piece: str) -> None:
+    def test_long_replies_are_parsed_quickly(self, piece: str) -> None:
         start = time.monotonic()
         for count in (15_000 // len(piece), 20_000):
             code_of(piece * count + "f()")
         assert time.monotonic() - start < 2
 
     @given(st.lists(st.text(min_size=1), min_size=1), st.sampled_from(STYLES))
-    def test_a_demonstrated_turn_is_read_as_it_was_meant(self, texts: list[str], style: Style) -> None:
+    def test_code_of_inverts_turn_text(self, texts: list[str], style: Style) -> None:
         code = "\n".join(f"print({text!r})  # ```" for text in texts if text.isprintable()) or "print(1)"
         assert code_of(turn_text("I print.", code, style)) == Code(code)
 
     @given(st.sampled_from(STYLES), st.text("`\n ab", max_size=30))
-    def test_backticks_in_the_code_close_no_block(self, style: Style, text: str) -> None:
+    def test_backticks_in_the_code_do_not_close_the_block(self, style: Style, text: str) -> None:
         code = f's = """{text}"""\nprint(s)'
         assert code_of(turn_text("", code, style)) == Code(code)
 
@@ -264,7 +264,7 @@ def skill_of(infos: Sequence[dict[str, Any]], success: bool, style: Style = "rea
 
 
 class TestSummarise:
-    def test_a_success_is_a_workflow(self) -> None:
+    def test_a_success_gives_a_workflow(self) -> None:
         docs = turn(call("api_docs.show_api_descriptions", "app_name"))
         infos = [
             docs,
@@ -286,7 +286,7 @@ class TestSummarise:
         )
         assert skill.mistake_analysis == ""
 
-    def test_the_short_wording(self) -> None:
+    def test_the_short_style(self) -> None:
         skill = skill_of([turn(PASSWORDS, LOGIN), turn(LIBRARY, LIBRARY), END], True, "short")
         assert skill == Skill(
             "",
@@ -295,7 +295,7 @@ class TestSummarise:
             "loop spotify.show_song_library(access_token, page_index); supervisor.complete_task(answer)",
         )
 
-    def test_errors_and_how_they_were_got_over(self) -> None:
+    def test_errors_and_how_they_were_resolved(self) -> None:
         infos = [
             turn(error="Exception: No API named 'find' found in the spotify app."),
             turn(call("spotify.login", "user", error='Exception: Response status code is 422:\n{"x": 1}'), error="x"),
@@ -306,8 +306,8 @@ class TestSummarise:
             turn(error="TimeoutError: the code took longer than 30 seconds"),
             turn(code=None, error="no code"),
         ]
-        told = skill_of(infos, False).mistake_analysis
-        assert told == (
+        mistakes = skill_of(infos, False).mistake_analysis
+        assert mistakes == (
             "complete_task was never called, so the task stayed unfinished. "
             "apis.spotify.login failed (wrong or missing arguments); it worked with (username, password). "
             "apis.spotify.like_song failed (not authorised) and never worked. "
@@ -315,7 +315,7 @@ class TestSummarise:
             "1 turn failed with too long a run. 1 answer held no code to run."
         )
 
-    def test_a_failure_shows_no_change_as_golden(self) -> None:
+    def test_a_failures_workflow_has_no_changes(self) -> None:
         wrong = {**END, "passes": ["a"], "failures": ["assert answers match the hidden one", "assert no other change"]}
         skill = skill_of([turn(PASSWORDS, LOGIN), turn(LIKE), wrong], False)
         assert "like_song" not in skill.golden_workflow
@@ -327,10 +327,10 @@ class TestSummarise:
         assert "These calls worked: supervisor.show_account_passwords" in skill.success_analysis
 
     @pytest.mark.parametrize("style", STYLES)
-    def test_without_a_call_there_is_no_lesson(self, style: Style) -> None:
+    def test_an_episode_without_calls_gives_no_skill(self, style: Style) -> None:
         assert summarise_turns([turn(), turn(error="NameError: x"), turn(code=None)], False, style) is None
 
-    def test_an_episode_that_was_cut_off_by_the_infrastructure_has_no_lesson(self) -> None:
+    def test_an_infrastructure_failure_gives_no_skill(self) -> None:
         def trajectory(outcome: Outcome) -> Trajectory:
             turns = (Turn("print(1)", "1", 0, 0, turn(LOGIN)),)
             return Trajectory(Task("t_1", "appworld", "train"), (), (), (), (), 0, turns, outcome, 0.0, False, 0)
@@ -340,10 +340,8 @@ class TestSummarise:
 
     @settings(max_examples=50, deadline=None)
     @given(st.data(), st.booleans(), st.sampled_from(STYLES))
-    def test_no_value_gets_into_a_skill_and_it_stays_compact(
-        self, data: st.DataObject, success: bool, style: Style
-    ) -> None:
-        # "~" keeps a value from being a name, "7Q" from being a word of the summariser's own ("missing").
+    def test_skills_are_short_and_contain_no_values(self, data: st.DataObject, success: bool, style: Style) -> None:
+        # "~" makes a value an invalid name; "7Q" avoids the summariser's own phrases ("missing").
         secret = st.text(string.ascii_letters + string.digits + "@._-", min_size=6, max_size=12).map("~{}7Q".format)
         name = st.text(string.ascii_lowercase + "_", min_size=1, max_size=40).filter(str.isidentifier)
         secrets: list[str] = []
@@ -378,11 +376,11 @@ class TestSummarise:
         text = "\n".join((skill.success_analysis, skill.mistake_analysis, skill.golden_workflow))
         assert not [value for value in secrets if value in text or value[1:] in text]
         assert len(text) < 1200
-        assert style == "react" or len(text) <= MOST_SHORT_CHARS + 2
+        assert style == "react" or len(text) <= MAX_SHORT_CHARS + 2
 
 
 class Engine:
-    """Answers like the environment would, and counts."""
+    """Returns steps like the environment's and records the played tasks."""
 
     def __init__(self, succeeds: bool = True) -> None:
         self.played: list[str] = []
@@ -413,7 +411,7 @@ class TestDemonstrations:
         )
         return list(islice(found, count))
 
-    def test_every_train_task_once_an_epoch_as_the_engine_answered(self, root: Path) -> None:
+    def test_each_training_task_once_per_epoch_with_the_engines_outputs(self, root: Path) -> None:
         engine = Engine()
         found = self.stream(root, engine, 12)
         assert sorted(engine.played) == sorted(demonstration.task.id for demonstration in found[:6])
@@ -424,7 +422,7 @@ class TestDemonstrations:
                 f"{demonstration.task.id} {n}" for n in (0, 1)
             ]
 
-    def test_each_is_played_once_and_again_only_when_it_changed(self, root: Path) -> None:
+    def test_solutions_are_played_again_only_if_they_changed(self, root: Path) -> None:
         first = self.stream(root, Engine(), 12)
         engine = Engine()
         assert self.stream(root, engine, 12) == first
@@ -436,7 +434,7 @@ class TestDemonstrations:
         self.stream(root, engine, 1, style="react")
         assert len(engine.played) == 7
 
-    def test_an_interrupted_recording_goes_on(self, root: Path) -> None:
+    def test_an_interrupted_recording_resumes(self, root: Path) -> None:
         class Breaks(Engine):
             async def play(self, task: Task, actions: Sequence[str]) -> list[Step]:
                 if len(self.played) == 4:
@@ -450,7 +448,7 @@ class TestDemonstrations:
         assert len(first.played) == 4
         assert len(second.played) == 2
 
-    def test_skills_are_what_the_rules_write(self, root: Path) -> None:
+    def test_skills_come_from_the_summariser(self, root: Path) -> None:
         workflow = "spotify.login(username, password); supervisor.complete_task(answer)"
         assert {found.skill for found in self.stream(root, Engine(), 12, skill_share=1)} == {Skill("", "", workflow)}
         assert {found.skill for found in self.stream(root, Engine(), 12, skill_share=0)} == {None}
@@ -480,17 +478,16 @@ class TestDemonstrations:
             ({"difficulties": [7]}, "of difficulty 7 has a reference solution"),
         ],
     )
-    def test_bad_options(self, root: Path, options: dict[str, Any], message: str) -> None:
+    def test_invalid_options_are_rejected(self, root: Path, options: dict[str, Any], message: str) -> None:
         with pytest.raises(UserError, match=message):
             self.stream(root, Engine(), 1, **options)
 
-    def test_a_solution_that_does_not_solve_is_not_shown(self, root: Path) -> None:
+    def test_failed_solutions_are_excluded(self, root: Path) -> None:
         with pytest.raises(UserError, match="no demonstrations"):
             self.stream(root, Engine(succeeds=False), 1)
 
 
-def test_the_example_of_a_turn_is_read_as_code() -> None:
-    """What the prompt shows has to be what `code_of` reads."""
+def test_the_prompts_example_turn_can_be_parsed() -> None:
     task = Task("t_1", "appworld", "train", {"instruction": "x", "supervisor": SUPERVISOR, "datetime": "2023"})
     example = first_prompt(task, "react", ["a"], 1)[0].content.partition("A turn looks like this:\n")[2]
     found = code_of(example)
@@ -499,7 +496,7 @@ def test_the_example_of_a_turn_is_read_as_code() -> None:
     assert not found.note
 
 
-def test_a_short_answer_is_code_however_broken() -> None:
+def test_a_short_reply_is_code_even_if_invalid() -> None:
     assert code_of("answer = (", "short") == Code("answer = (")
     assert isinstance(code_of("answer = ("), Unusable)
     assert code_of("Look:\n```python\nprint(1)\n```", "short") == Code("print(1)")
