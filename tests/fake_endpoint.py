@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's chat completions, in this process, and misbehaves on purpose."""
+"""A server with OpenAI's chat completions API, in this process, that can be made to misbehave."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SKILL = {"success_analysis": "Left first.", "mistake_analysis": "", "golden_work
 
 @dataclass(frozen=True)
 class Reply:
-    """What the server does about one request.
+    """The server's response to one request.
 
     Attributes:
-        hang: seconds before the answer.
-        lost: bytes of the body that are promised and never sent.
+        hang: seconds before the response.
+        lost: number of bytes of the body that are announced but not sent.
     """
 
     body: Any
@@ -30,7 +30,7 @@ class Reply:
 
 
 def completion(content: Any, *, finish: str = "stop", usage: Any = (100, 20)) -> Reply:
-    """A chat completion; a dict becomes the JSON text of its message."""
+    """A chat completion; a dict is sent as JSON text."""
     text = json.dumps(content) if isinstance(content, dict) else content
     counts = {"prompt_tokens": usage[0], "completion_tokens": usage[1], "total_tokens": sum(usage)} if usage else None
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
@@ -55,7 +55,7 @@ class Request:
 
 
 class FakeEndpoint:
-    """Answers with `replies` in turn (the last one for ever), or with what a function makes of the request."""
+    """Responds with `replies` in turn, repeating the last one, or with the result of a function of the request."""
 
     def __init__(self, *replies: Reply, answer: Callable[[Request], Reply] | None = None) -> None:
         self.requests: list[Request] = []
@@ -78,7 +78,7 @@ class FakeEndpoint:
             request_queue_size = 128
 
             def handle_error(self, *args: Any) -> None:
-                pass  # a client that gave up is what the tests are about
+                pass  # clients that disconnect are expected
 
         self._server = Server(("127.0.0.1", 0), Handler)
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -88,7 +88,7 @@ class FakeEndpoint:
         return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
     def close(self) -> None:
-        """Gone: whoever comes is refused, whoever waits is cut off."""
+        """Stop: new connections are refused, waiting ones are cut off."""
         self._closed.set()
         self._server.shutdown()
         self._server.server_close()

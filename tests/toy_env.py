@@ -1,8 +1,8 @@
-"""A tiny environment for the tests of rollouts and training, with faults that can be switched on.
+"""A tiny environment for the tests of rollouts and training, with faults that can be injected.
 
-An episode: the task names a move that solves it and one that loses it; every other one is answered by a cell drawn
-from the environment's seed. Whoever avoided `Down` in the first turn has half the score. Any text counts as one of the
-four moves, so that a model which never learnt to say one earns rewards of all kinds.
+A task has one move that solves it and one that fails it. Any other move is answered with a cell drawn from the
+environment's seed. Avoiding `Down` in the first turn gives half the reward. Any text counts as one of the four moves,
+so that even an untrained model gets a mix of rewards.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ DEFAULT_SPLITS = {"train": 7, "tune": 4, "test": 3}
 
 
 def move_of(text: str) -> str:
-    """The move that `text` counts as; a move counts as itself."""
+    """The move that `text` counts as; a move's name counts as that move."""
     return ("Down", "Up", "Right", "Left")[sum(map(ord, text)) % 4]
 
 
 class ToyEnvironment(Environment):
-    """One episode. Its owner's `faults` are asked at every call, and may raise or return something to wait for."""
+    """One episode. The owner's `faults` is called first in every call, and may raise or return an awaitable."""
 
     def __init__(self, owner: Toy, number: int) -> None:
         self.owner, self.number = owner, number
@@ -45,13 +45,13 @@ class ToyEnvironment(Environment):
         self.actions.append(action)
         await self.owner.fault("step", self)
         self.turn += 1
-        said = move_of(action)
-        solved = said == self.task.payload["target"]
-        if self.turn == 1 and said != "Down":
+        move = move_of(action)
+        solved = move == self.task.payload["target"]
+        if self.turn == 1 and move != "Down":
             self.reward = 0.5
         if solved:
             self.reward = 1.0
-        lost = not solved and said == self.task.payload.get("loses")
+        lost = not solved and move == self.task.payload.get("loses")
         words = "Solved" if solved else "Over" if lost else f"@{self._cell()}"
         return Step(words, solved or lost, self.reward, solved, {"turn": self.turn})
 
@@ -64,7 +64,14 @@ class ToyEnvironment(Environment):
 
 
 class Toy(TaskSet):
-    """Its tasks are numbered; `splits` gives their numbers, `overlap` puts the first train task into `tune` too."""
+    """Tasks are numbered within a split.
+
+    Args:
+        turns: maximum number of turns.
+        sizes: split -> number of tasks.
+        overlap: put the first training task into `tune` as well.
+        delay: seconds that a step takes.
+    """
 
     name: ClassVar[str] = "toy"
 
@@ -75,11 +82,11 @@ class Toy(TaskSet):
         self.made: list[ToyEnvironment] = []
         self.summarised: list[Trajectory] = []
         self.faults: Callable[[str, ToyEnvironment], Any] | None = None
-        self.write: Callable[[Trajectory], Skill | None] = _lesson
+        self.write: Callable[[Trajectory], Skill | None] = _skill
 
     async def fault(self, call: str, environment: ToyEnvironment) -> None:
         if self._delay and call == "step":
-            time.sleep(self._delay)  # blocks: who is decoded together with whom, and so every bit, stays the same
+            time.sleep(self._delay)  # blocking, so that decode batches, and so every bit, stay the same
         if self.faults is not None:
             outcome = self.faults(call, environment)
             if outcome is not None:
@@ -121,11 +128,11 @@ class Toy(TaskSet):
         raise NotImplementedError
 
     @property
-    def fates(self) -> Counter[int]:
-        """How often each environment was closed."""
+    def times_closed(self) -> Counter[int]:
+        """Environment's number -> how often it was closed."""
         return Counter({environment.number: environment.closed for environment in self.made})
 
 
-def _lesson(trajectory: Trajectory) -> Skill | None:
-    said = " ".join(turn.action for turn in trajectory.turns)
-    return Skill("", "", said) if trajectory.success else Skill("", f"never {said}", "")
+def _skill(trajectory: Trajectory) -> Skill | None:
+    actions = " ".join(turn.action for turn in trajectory.turns)
+    return Skill("", "", actions) if trajectory.success else Skill("", f"never {actions}", "")

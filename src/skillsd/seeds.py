@@ -1,4 +1,4 @@
-"""Seeds that depend on names, not on order: the same in every process, whatever ran before."""
+"""Seeds derived from names, so they do not depend on the order of execution and are the same in every process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from the run's seed and the names of what it is for, e.g. (seed, "rollout", iteration, task)."""
+    """A 63-bit seed from a parent seed and the names of its purpose, e.g. (seed, "rollout", iteration, task)."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,3 +1,5 @@
+"""Skill templates: their syntax, and where a context is appended."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -13,7 +15,7 @@ from skillsd.types import Message, Skill
 WORKFLOW, MISTAKE = "@r2c2 Right @r2c3 Up", "never @r1c3 Left"
 
 
-def test_the_context_goes_where_a_user_would_write_it() -> None:
+def test_context_is_appended_to_the_last_user_message() -> None:
     system, user, shot, last = (
         Message("system", "S"),
         Message("user", "one"),
@@ -27,7 +29,7 @@ def test_the_context_goes_where_a_user_would_write_it() -> None:
 
 
 @pytest.mark.parametrize("messages", [(), (Message("system", "S"), Message("assistant", "A"))])
-def test_a_prompt_without_a_user(messages: tuple[Message, ...]) -> None:
+def test_prompt_without_a_user_message_is_an_error(messages: tuple[Message, ...]) -> None:
     with pytest.raises(ValueError, match="last user message"):
         with_context(messages, "x")
 
@@ -44,11 +46,11 @@ def test_a_prompt_without_a_user(messages: tuple[Message, ...]) -> None:
         ),
     ],
 )
-def test_terse(skill: Skill, text: str) -> None:
+def test_terse_template(skill: Skill, text: str) -> None:
     assert render_skill(skill, load_template("teacher_terse")) == text
 
 
-def test_in_clear_english() -> None:
+def test_default_template() -> None:
     text = render_skill(Skill("a", "", "c\nd"), load_template("teacher"))
     introduction, *rest = text.removeprefix("\n\n").split("\n")
     assert text.startswith("\n\nNotes from an earlier attempt")
@@ -67,33 +69,33 @@ def test_in_clear_english() -> None:
         ("\n\n{golden_workflow}\n", "\n\nC\n"),
     ],
 )
-def test_the_syntax(template: str, text: str) -> None:
+def test_syntax(template: str, text: str) -> None:
     assert render_skill(Skill("A", "", "C"), template) == text
 
 
 @given(st.text(min_size=1).filter(str.strip))
-def test_a_skill_cannot_speak_the_templates_language(value: str) -> None:
+def test_braces_and_backslashes_in_a_skill_have_no_meaning(value: str) -> None:
     assert render_skill(Skill("", "", value), "<{golden_workflow}>") == f"<{value.strip()}>"
     assert render_skill(Skill("{golden_workflow}\\", "", "x"), "{success_analysis}\n!") == "{golden_workflow}\\\n!"
 
 
-def test_an_empty_skill_has_nothing_to_say() -> None:
+def test_empty_skill_is_an_error() -> None:
     with pytest.raises(ValueError, match="empty skill"):
         render_skill(Skill("", " ", ""), load_template("teacher"))
 
 
 class TestLoading:
-    def test_a_file_of_ones_own(self, tmp_path: Path) -> None:
+    def test_own_file(self, tmp_path: Path) -> None:
         path = tmp_path / "mine.txt"
         path.write_text("Do: {golden_workflow}\n")
         assert load_template(path) == load_template(str(path)) == "Do: {golden_workflow}"
 
-    def test_an_unknown_name_is_told_the_nearest(self) -> None:
+    def test_error_for_an_unknown_name_names_the_nearest(self) -> None:
         with pytest.raises(UserError, match=r"'teacher_tense'.*Did you mean 'teacher_terse'"):
             load_template("teacher_tense")
 
     @pytest.mark.parametrize("name", ["missing.txt", "some/where"])
-    def test_a_missing_file(self, name: str) -> None:
+    def test_missing_file(self, name: str) -> None:
         with pytest.raises(UserError, match="cannot read the template"):
             load_template(name)
 
@@ -107,11 +109,11 @@ class TestLoading:
             ("Do: {golden_workflow.__class__}", "unknown field"),
             ("Do: {golden_workflow", "cannot read the line"),
             ("Do: }", "cannot read the line"),
-            ("Do your best", "names no field"),
-            ("", "names no field"),
+            ("Do your best", "contains no field"),
+            ("", "contains no field"),
         ],
     )
-    def test_a_bad_template(self, tmp_path: Path, text: str, message: str) -> None:
+    def test_malformed_template_is_refused(self, tmp_path: Path, text: str, message: str) -> None:
         path = tmp_path / "bad.txt"
         path.write_text(text)
         with pytest.raises(UserError, match=message) as caught:

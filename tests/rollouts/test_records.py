@@ -1,3 +1,5 @@
+"""Trajectories as JSON and back."""
+
 from __future__ import annotations
 
 import json
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from skillsd.rollouts.records import trajectory_from_json, trajectory_to_json
 from skillsd.types import Message, Outcome, Task, Trajectory, Turn
 
-# Any text at all: a tokenizer may leave lone surrogates behind.
+# Any text, including lone surrogates, which a tokenizer may produce.
 texts = st.text(st.characters(exclude_categories=()), max_size=20)
 floats = st.floats(allow_nan=False, allow_infinity=False)
 values = st.recursive(st.none() | st.booleans() | st.integers() | floats | texts, st.lists, max_leaves=5)
@@ -39,11 +41,12 @@ trajectories = st.builds(
     success=st.booleans(),
     seed=st.integers(),
     error=texts,
+    versions=st.none() | st.tuples(st.integers(0), st.integers(0)),
 )
 
 
 @given(trajectories)
-def test_nothing_is_lost(trajectory: Trajectory) -> None:
+def test_round_trip_is_exact(trajectory: Trajectory) -> None:
     line = json.dumps(trajectory_to_json(trajectory))
     assert "\n" not in line
     back = trajectory_from_json(json.loads(line))
@@ -51,13 +54,30 @@ def test_nothing_is_lost(trajectory: Trajectory) -> None:
     assert repr(back) == repr(trajectory)  # True is not 1, 1.0 is not 1, -0.0 is not 0.0
 
 
+TRAJECTORY = Trajectory(
+    task=Task("t", "toy", "train"),
+    prompt=(Message("user", "Go!"),),
+    tokens=(1, 2, 3),
+    action_mask=(False, True, False),
+    logprobs=(0.0, -0.5, 0.0),
+    prompt_length=1,
+    turns=(Turn("Up", "Over", 1, 2),),
+    outcome=Outcome.FAILED,
+    reward=0.5,
+    success=False,
+    seed=7,
+    versions=(0, 1),
+)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda r: r.update(format=2), "format is 2, expected 1"),
+        (lambda r: r.update(format=1), "format is 1, expected 2"),
         (lambda r: r.pop("format"), "format is None"),
         (lambda r: r.pop("task"), "'task' is missing"),
-        (lambda r: r.pop("score"), "score"),
+        (lambda r: r.pop("reward"), "reward"),
+        (lambda r: r.pop("versions"), "'versions' is missing"),
         (lambda r: r.update(extra=1), "extra"),
         (lambda r: r.update(outcome="won"), "won"),
         (lambda r: r.update(turns=3), "not a trajectory record"),
@@ -65,15 +85,13 @@ def test_nothing_is_lost(trajectory: Trajectory) -> None:
         (lambda r: r.update(prompt=["hello"]), "not a trajectory record"),
     ],
 )
-def test_another_record_is_refused(
-    trajectory: Trajectory, spoil: Callable[[dict[str, Any]], object], message: str
-) -> None:
-    record = trajectory_to_json(trajectory)
+def test_invalid_record_is_refused(spoil: Callable[[dict[str, Any]], object], message: str) -> None:
+    record = trajectory_to_json(TRAJECTORY)
     spoil(record)
     with pytest.raises(ValueError, match=message):
         trajectory_from_json(record)
 
 
-def test_what_is_no_record_at_all_is_refused() -> None:
+def test_non_mapping_is_refused() -> None:
     with pytest.raises(ValueError, match="format is 'list'"):
         trajectory_from_json([])  # type: ignore[arg-type]

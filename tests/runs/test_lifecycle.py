@@ -1,4 +1,4 @@
-"""A run's folder: started, interrupted, killed, taken up again."""
+"""A run's folder: start, interrupt, kill, resume."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from toy_run import toy_settings
+from toy_run import toy_settings, without_clocks
 
 from skillsd import config as configs
 from skillsd.config import RunConfig
 from skillsd.errors import UserError
 from skillsd.report.writer import EVALUATIONS, METRICS, read
+from skillsd.runs.lifecycle import run_training
 from skillsd.skills.bank import Bank
 from skillsd.training import checkpoint
-from skillsd.runs.lifecycle import run_training
 
 TESTS = Path(__file__).parents[1]
-CLOCKS = ("time/", "memory/", "seconds", "rollout/sampled_tokens_per_second", "eval/seconds")
 
 
 @pytest.fixture
@@ -42,19 +41,19 @@ def changed(config: RunConfig, **sections: Mapping[str, Any] | str | int) -> Run
 
 
 def records(folder: Path, file: str = METRICS) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if not k.startswith(CLOCKS)} for r in read(folder / file)]
+    return without_clocks(read(folder / file))
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
-    """All that a run leaves behind, but for the clock's figures."""
+    """The folders are equal, except for metrics of the clock."""
     for file in (METRICS, EVALUATIONS):
         assert records(folder, file) == records(expected, file)
     with Bank(folder / "skills.sqlite") as bank, Bank(expected / "skills.sqlite") as other:
         assert bank.skills() == other.skills()
-    paths = [checkpoint.latest(folder), checkpoint.latest(expected)]
-    left, right = (torch.load(path / "engine.pt") for path in paths if path)
-    assert left["weights"].keys() == right["weights"].keys()
-    assert all(torch.equal(left["weights"][name], right["weights"][name]) for name in left["weights"])
+    paths = [checkpoint.find(run) / "engine.pt" for run in (folder, expected)]
+    left, right = (torch.load(path)["weights"] for path in paths)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
     names = [sorted(path.name for path in (f / "trajectories").iterdir()) for f in (folder, expected)]
     assert names[0] == names[1]
     for name in names[0]:
@@ -85,7 +84,7 @@ def skillsd_process(script: list[str], **options: Any) -> subprocess.Popen[str]:
 # -- a run's folder -------------------------------------------------------------------------------------------------
 
 
-def test_what_a_run_leaves(uninterrupted: Path, config: RunConfig) -> None:
+def test_files_of_a_run(uninterrupted: Path, config: RunConfig) -> None:
     assert configs.load(RunConfig, str(uninterrupted / "config.yaml")) == config
     assert [r["iteration"] for r in records(uninterrupted)] == [1, 2, 3, 4, 5, 6]
     assert [r["iteration"] for r in records(uninterrupted, EVALUATIONS)] == [0, 2, 4, 6]
@@ -98,20 +97,20 @@ def test_what_a_run_leaves(uninterrupted: Path, config: RunConfig) -> None:
     assert len(list((uninterrupted / "trajectories").iterdir())) == 6
 
 
-def test_a_folder_that_holds_a_run_is_not_written_over(uninterrupted: Path, config: RunConfig) -> None:
+def test_existing_run_is_not_overwritten(uninterrupted: Path, config: RunConfig) -> None:
     before = (uninterrupted / METRICS).read_bytes()
     with pytest.raises(UserError, match="--resume"):
         run_training(config, uninterrupted)
     assert (uninterrupted / METRICS).read_bytes() == before
 
 
-def test_a_finished_run_taken_up_is_left_as_it_is(uninterrupted: Path, config: RunConfig) -> None:
+def test_resuming_a_finished_run_changes_nothing(uninterrupted: Path, config: RunConfig) -> None:
     before = (uninterrupted / METRICS).read_text(), (uninterrupted / EVALUATIONS).read_text()
     assert run_training(config, uninterrupted, resume=True)
     assert before == ((uninterrupted / METRICS).read_text(), (uninterrupted / EVALUATIONS).read_text())
 
 
-def test_other_settings_are_named_when_a_run_is_taken_up(uninterrupted: Path, config: RunConfig) -> None:
+def test_resume_names_settings_that_differ(uninterrupted: Path, config: RunConfig) -> None:
     other = changed(config, training={"learning_rate": 0.5}, method="grpo")
     with pytest.raises(UserError) as error:
         run_training(other, uninterrupted, resume=True)
@@ -119,7 +118,7 @@ def test_other_settings_are_named_when_a_run_is_taken_up(uninterrupted: Path, co
     assert "\n" not in str(error.value)
 
 
-def test_a_run_can_be_made_longer(config: RunConfig, tmp_path: Path) -> None:
+def test_run_can_be_extended(config: RunConfig, tmp_path: Path) -> None:
     assert run_training(changed(config, training={"iterations": 2}), tmp_path / "run")
     assert run_training(changed(config, training={"iterations": 3}), tmp_path / "run", resume=True)
     assert [r["iteration"] for r in records(tmp_path / "run")] == [1, 2, 3]
@@ -127,21 +126,21 @@ def test_a_run_can_be_made_longer(config: RunConfig, tmp_path: Path) -> None:
     assert configs.load(RunConfig, str(tmp_path / "run" / "config.yaml")).training.iterations == 3
 
 
-def test_a_run_does_not_go_on_with_other_tasks(config: RunConfig, tmp_path: Path) -> None:
+def test_resume_with_other_tasks_is_refused(config: RunConfig, tmp_path: Path) -> None:
     short = changed(config, training={"iterations": 1})
     run_training(short, tmp_path / "run")
     path = tmp_path / "run" / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["panels"]["tune"] = "another"
     path.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="the tasks of tune are others"):
+    with pytest.raises(UserError, match="the tasks of tune have changed"):
         run_training(short, tmp_path / "run", resume=True)
 
 
-def test_folders_that_are_no_runs(config: RunConfig, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
+def test_folders_with_other_files_are_refused(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("text")
     for resume in (False, True):
-        with pytest.raises(UserError, match="other things than a run"):
+        with pytest.raises(UserError, match="files that are not a run's"):
             run_training(config, tmp_path, resume=resume)
     with pytest.raises(UserError, match="is a file"):
         run_training(config, tmp_path / "thesis.tex")
@@ -154,13 +153,14 @@ def test_folders_that_are_no_runs(config: RunConfig, tmp_path: Path) -> None:
         {"model": {"name": "/no/such/model"}},
         {"environment": {"options": {"colour": "blue"}}},
         {"rollout": {"trajectory_tokens": 9999}},
+        {"objective": {"estimator": "reverse_kl", "top_k": 10**6}},
         {"log": {"wandb": "project"}},
     ],
 )
-def test_a_try_that_never_began_is_not_in_the_next_ones_way(
+def test_failed_start_leaves_no_folder(
     config: RunConfig, tmp_path: Path, broken: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if not installed
     with pytest.raises(UserError):
         run_training(changed(config, **broken), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -170,7 +170,7 @@ def test_a_try_that_never_began_is_not_in_the_next_ones_way(
 # -- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def test_what_users_put_beside_the_checkpoints_stays(config: RunConfig, tmp_path: Path) -> None:
+def test_other_files_in_the_checkpoints_folder_are_kept(config: RunConfig, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     run_training(changed(config, training={"iterations": 1}, checkpoint={"every": 1, "keep": 1}), tmp_path / "run")
     (folder / "step-1").rename(folder / "step-1-good")
@@ -181,18 +181,26 @@ def test_what_users_put_beside_the_checkpoints_stays(config: RunConfig, tmp_path
     assert sorted(path.name for path in folder.iterdir()) == ["step-1-good", "step-3", "step-99.txt"]
 
 
-def test_the_newest_checkpoint_is_the_highest_number(tmp_path: Path) -> None:
+def test_newest_checkpoint_is_the_highest_number(tmp_path: Path) -> None:
     for name in ("step-9", "step-10", "step-11-copy", ".step-12.partial"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-10"
     assert checkpoint.latest(tmp_path / "nothing") is None
 
 
-def test_a_damaged_checkpoint_is_told(config: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"iteration"', "is not a checkpoint of a run"),
+        ("[]", "state.json is no JSON object"),
+        ('{"iteration": 1}', r"state.json lacks best_successes, pending_summaries"),
+    ],
+)
+def test_damaged_checkpoint_is_refused(config: RunConfig, tmp_path: Path, content: str, message: str) -> None:
     short = changed(config, training={"iterations": 1})
     run_training(short, tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "step-1" / "state.json").write_text('{"iteration"')
-    with pytest.raises(UserError, match="is not a checkpoint"):
+    (tmp_path / "run" / "checkpoints" / "step-1" / "state.json").write_text(content)
+    with pytest.raises(UserError, match=message):
         run_training(short, tmp_path / "run", resume=True)
 
 
@@ -203,30 +211,30 @@ from skillsd.config import RunConfig, load
 from skillsd.engines.torch.engine import TorchEngine
 from skillsd.runs.lifecycle import run_training
 
-save, saves = TorchEngine.save, 0
+save, saves = TorchEngine.save_state, 0
 
-def half(self, folder):
+async def half(self, folder):
     global saves
     saves += 1
     if saves == 2:
-        save(self, folder)
+        await save(self, folder)
         (folder / "engine.pt").write_bytes((folder / "engine.pt").read_bytes()[:1000])
         os.kill(os.getpid(), signal.SIGKILL)
-    save(self, folder)
+    await save(self, folder)
 
-TorchEngine.save = half
+TorchEngine.save_state = half
 run_training(load(RunConfig, sys.argv[1]), Path(sys.argv[2]))
 """
 
 
-def test_a_run_killed_in_the_midst_of_a_checkpoint_goes_on_from_the_one_before(
+def test_run_killed_while_saving_resumes_from_the_previous_checkpoint(
     config: RunConfig, tmp_path: Path, uninterrupted: Path
 ) -> None:
     recipe, folder = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(configs.dump(config))
     process = skillsd_process(["-c", KILLED_WHILE_SAVING, str(recipe), str(folder)])
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL, said
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == [".step-4.partial", "step-2"]
     assert [r["iteration"] for r in records(folder)] == [1, 2, 3, 4]  # further than the checkpoint
@@ -237,10 +245,10 @@ def test_a_run_killed_in_the_midst_of_a_checkpoint_goes_on_from_the_one_before(
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-4", "step-6"]
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again(
+def test_run_without_a_checkpoint_starts_again(
     config: RunConfig, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(run: Any) -> Path:
+    async def fails(run: Any) -> Path:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -253,7 +261,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(
+def test_ctrl_c_saves_a_checkpoint_and_prints_the_resume_command(
     tiny_model: Path, config: RunConfig, tmp_path: Path, uninterrupted: Path
 ) -> None:
     slow = toy_settings(tiny_model, environment={"options": {"delay": 0.02}})
@@ -264,10 +272,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     while not records(folder) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert f"skillsd train '{recipe}' --out {folder} --resume" in said
+    assert f"skillsd train '{recipe}' --out {folder} --resume" in output
     done = len(records(folder))
     assert 1 <= done < 6
     found = checkpoint.latest(folder)
@@ -278,7 +286,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert_same_run(folder, uninterrupted)  # the delay changes nothing
 
 
-def test_a_second_ctrl_c_stops_at_once_without_a_traceback(tiny_model: Path, tmp_path: Path) -> None:
+def test_second_ctrl_c_stops_at_once_without_a_traceback(tiny_model: Path, tmp_path: Path) -> None:
     slow = toy_settings(tiny_model, environment={"options": {"delay": 0.2}})
     recipe, folder = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(yaml.safe_dump(slow))
@@ -291,22 +299,22 @@ def test_a_second_ctrl_c_stops_at_once_without_a_traceback(tiny_model: Path, tmp
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "Ctrl-C again: at once" in said
+    assert "Ctrl-C again: stop at once" in output
     assert errors == "stopped\n"
 
 
-def test_a_run_killed_while_it_was_put_together_begins_again(config: RunConfig, tmp_path: Path) -> None:
+def test_run_killed_during_its_setup_starts_again(config: RunConfig, tmp_path: Path) -> None:
     short = changed(config, training={"iterations": 1})
     folder = tmp_path / "run"
     (folder / "tensorboard").mkdir(parents=True)
     for name in ("skills.sqlite", "skills.sqlite-wal", "manifest.json"):
         (folder / name).write_text("half")
-    with pytest.raises(UserError, match="other things than a run"):  # who does not say so may mean another folder
+    with pytest.raises(UserError, match="files that are not a run's"):  # without resume nothing is deleted
         run_training(short, folder)
-    (folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="other things than a run"):
+    (folder / "thesis.tex").write_text("text")
+    with pytest.raises(UserError, match="files that are not a run's"):
         run_training(short, folder, resume=True)
     assert (folder / "skills.sqlite").read_text() == "half"
     (folder / "thesis.tex").unlink()

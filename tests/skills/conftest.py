@@ -1,4 +1,4 @@
-"""A trajectory of an invented environment, to be changed where a test needs it different."""
+"""A trajectory of an invented environment, and ways to vary it."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Background summaries: order, limits, faults of the summariser, and restarts."""
+
 from __future__ import annotations
 
 import asyncio
@@ -10,7 +12,7 @@ import pytest
 
 from skillsd.rollouts.records import trajectory_to_json
 from skillsd.skills.background import BackgroundSummaries
-from skillsd.skills.bank import HeldOutTaskError, Bank
+from skillsd.skills.bank import Bank, HeldOutTaskError
 from skillsd.skills.summarise import RuleSummariser, Summariser
 from skillsd.types import Outcome, Skill, Trajectory
 
@@ -18,14 +20,14 @@ Make = Callable[..., Trajectory]
 
 
 class Async:
-    """A summariser made of an async function."""
+    """A summariser made from an async function."""
 
     def __init__(self, fn: Callable[[Trajectory], Awaitable[Any]]) -> None:
         self.summarise: Any = fn
 
 
 def by_seed(trajectory: Trajectory) -> Skill:
-    return Skill("", "", f"lesson {trajectory.seed}")
+    return Skill("", "", f"skill {trajectory.seed}")
 
 
 def background(bank: Bank, summariser: Summariser, **options: Any) -> BackgroundSummaries:
@@ -38,7 +40,7 @@ def bank() -> Iterator[Bank]:
         yield bank
 
 
-def lessons(bank: Bank) -> list[str]:
+def skills(bank: Bank) -> list[str]:
     return [stored.skill.golden_workflow for stored in bank.skills()]
 
 
@@ -57,10 +59,10 @@ def test_from_trajectory_to_bank(bank: Bank, trajectory_with: Make) -> None:
     (stored,) = bank.skills()
     assert (stored.source, stored.iteration) == ("iteration-4/level-1/0", 4)
     assert (stored.source_reward, stored.source_outcome) == (0.25, Outcome.FAILED)
-    assert stored.skill == Skill("", "", "lesson 1")
+    assert stored.skill == Skill("", "", "skill 1")
 
 
-def test_the_bank_is_written_in_the_order_of_submission(bank: Bank, trajectory_with: Make) -> None:
+def test_bank_is_written_in_order_of_submission(bank: Bank, trajectory_with: Make) -> None:
     async def slowest_first(trajectory: Trajectory) -> Skill:
         await asyncio.sleep(0.02 * (5 - trajectory.seed))
         return by_seed(trajectory)
@@ -73,7 +75,7 @@ def test_the_bank_is_written_in_the_order_of_submission(bank: Bank, trajectory_w
         assert work.collect() == 5
 
     asyncio.run(main())
-    assert lessons(bank) == [f"lesson {seed}" for seed in range(5)]
+    assert skills(bank) == [f"skill {seed}" for seed in range(5)]
 
 
 def test_submit_and_collect_do_not_wait(bank: Bank, trajectory_with: Make) -> None:
@@ -89,16 +91,16 @@ def test_submit_and_collect_do_not_wait(bank: Bank, trajectory_with: Make) -> No
         for seed in range(3):
             work.submit(trajectory_with(seed=seed), source="s", iteration=0)
         assert await work.drain(timeout=0.05) is False
-        assert work.collect() == 2  # what is there is taken, the first comes later
+        assert work.collect() == 2  # finished skills are collected, the first one follows later
         gate.set()
         assert await work.drain(timeout=5) is True
         assert work.collect() == 1
 
     asyncio.run(main())
-    assert lessons(bank) == ["lesson 1", "lesson 2", "lesson 0"]
+    assert skills(bank) == ["skill 1", "skill 2", "skill 0"]
 
 
-def test_no_more_at_once_than_asked(bank: Bank, trajectory_with: Make) -> None:
+def test_concurrency_is_limited(bank: Bank, trajectory_with: Make) -> None:
     now = most = 0
 
     async def counted(trajectory: Trajectory) -> Skill:
@@ -121,7 +123,7 @@ def test_no_more_at_once_than_asked(bank: Bank, trajectory_with: Make) -> None:
 
 
 async def raises(trajectory: Trajectory) -> Skill:
-    raise RuntimeError("the server is on fire")
+    raise RuntimeError("server error")
 
 
 async def cancels_itself(trajectory: Trajectory) -> Skill:
@@ -133,36 +135,36 @@ async def hangs(trajectory: Trajectory) -> Skill:
     raise AssertionError
 
 
-async def hangs_on(trajectory: Trajectory) -> Skill:
-    """Swallows its cancellation, as a badly written client does, and raises much later."""
+async def ignores_cancellation(trajectory: Trajectory) -> Skill:
+    """Swallows its cancellation, like a badly written client, and raises much later."""
     try:
         await asyncio.sleep(30)
     except asyncio.CancelledError:
         await asyncio.sleep(0.3)
-    raise RuntimeError("too late to matter")
+    raise RuntimeError("late")
 
 
-async def rubbish(trajectory: Trajectory) -> str:
+async def returns_text(trajectory: Trajectory) -> str:
     return "Sure! Here is the skill:"
 
 
-async def empty(trajectory: Trajectory) -> Skill:
+async def returns_empty(trajectory: Trajectory) -> Skill:
     return Skill(" ", "", "")
 
 
-async def endless(trajectory: Trajectory) -> Skill:
+async def too_long(trajectory: Trajectory) -> Skill:
     return Skill("", "", "and then " * 1000)
 
 
-async def copy(trajectory: Trajectory) -> Skill:
+async def copies(trajectory: Trajectory) -> Skill:
     return Skill("", "", "\n".join(f"{turn.action}\n{turn.observation}" for turn in trajectory.turns))
 
 
-async def nothing(trajectory: Trajectory) -> None:
+async def returns_none(trajectory: Trajectory) -> None:
     return None
 
 
-def no_coroutine(trajectory: Trajectory) -> Skill:
+def not_async(trajectory: Trajectory) -> Skill:
     return Skill("", "", "x")
 
 
@@ -176,24 +178,24 @@ def raises_at_once(trajectory: Trajectory) -> Skill:
         (raises, "failed"),
         (cancels_itself, "failed"),
         (hangs, "timeout"),
-        (hangs_on, "timeout"),
-        (rubbish, "rejected_malformed"),
-        (empty, "rejected_empty"),
-        (endless, "rejected_too_long"),
-        (copy, "rejected_copies_trajectory"),
-        (nothing, "no_skill"),
-        (no_coroutine, "failed"),
+        (ignores_cancellation, "timeout"),
+        (returns_text, "rejected_malformed"),
+        (returns_empty, "rejected_empty"),
+        (too_long, "rejected_too_long"),
+        (copies, "rejected_copies_trajectory"),
+        (returns_none, "no_skill"),
+        (not_async, "failed"),
         (raises_at_once, "failed"),
     ],
 )
-def test_a_fault_is_counted_and_stops_nothing(
+def test_fault_is_counted_and_stops_nothing_else(
     bank: Bank, trajectory_with: Make, fault: Any, counted_as: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def one_fault(trajectory: Trajectory) -> Any:
         return by_seed(trajectory) if trajectory.seed else await fault(trajectory)
 
     async def main() -> None:
-        # One slot: were it not given back, the healthy ones behind would wait for ever.
+        # With one slot, a slot that is not released would block the others.
         work = background(bank, Async(one_fault), concurrency=1, timeout=0.1)
         for seed in range(3):
             work.submit(trajectory_with(seed=seed), source="s", iteration=0)
@@ -203,15 +205,15 @@ def test_a_fault_is_counted_and_stops_nothing(
         assert stats.pop(counted_as) == 1
         assert stats == {"submitted": 3, "added": 2, "duplicate": 0, "pending": 0}
         assert work.pending() == []
-        if fault is hangs_on:
-            await asyncio.sleep(0.4)  # its late exception is nobody's business
+        if fault is ignores_cancellation:
+            await asyncio.sleep(0.4)  # its late exception must not be logged
 
     asyncio.run(main())
-    assert lessons(bank) == ["lesson 1", "lesson 2"]
+    assert skills(bank) == ["skill 1", "skill 2"]
     assert "never retrieved" not in caplog.text
 
 
-def test_a_duplicate_is_not_new(bank: Bank, trajectory: Trajectory) -> None:
+def test_duplicates_are_counted(bank: Bank, trajectory: Trajectory) -> None:
     async def main() -> None:
         work = background(bank, RuleSummariser(by_seed))
         for _ in range(3):
@@ -223,7 +225,7 @@ def test_a_duplicate_is_not_new(bank: Bank, trajectory: Trajectory) -> None:
     asyncio.run(main())
 
 
-def test_a_held_out_task_is_never_summarised(bank: Bank, trajectory_with: Make) -> None:
+def test_held_out_task_is_never_summarised(bank: Bank, trajectory_with: Make) -> None:
     seen: list[Trajectory] = []
 
     async def main() -> None:
@@ -243,7 +245,7 @@ def test_a_held_out_task_is_never_summarised(bank: Bank, trajectory_with: Make) 
     assert not seen
 
 
-def test_a_bank_that_cannot_be_written_loses_nothing(
+def test_nothing_is_lost_if_the_bank_cannot_be_written(
     bank: Bank, trajectory_with: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
@@ -267,10 +269,10 @@ def test_a_bank_that_cannot_be_written_loses_nothing(
         assert work.collect() == 3
 
     asyncio.run(main())
-    assert lessons(bank) == ["lesson 0", "lesson 1", "lesson 2"]
+    assert skills(bank) == ["skill 0", "skill 1", "skill 2"]
 
 
-def test_a_killed_run_takes_up_what_was_pending(trajectory_with: Make) -> None:
+def test_restart_continues_with_pending_summaries(trajectory_with: Make) -> None:
     calls: list[int] = []
 
     async def first_run() -> str:
@@ -300,17 +302,17 @@ def test_a_killed_run_takes_up_what_was_pending(trajectory_with: Make) -> None:
     records = asyncio.run(first_run())
     with Bank(":memory:") as bank:
         asyncio.run(second_run(records, bank))
-        assert lessons(bank) == ["lesson 0", "lesson 1", "lesson 2"]
+        assert skills(bank) == ["skill 0", "skill 1", "skill 2"]
         assert [(stored.source, stored.iteration) for stored in bank.skills()] == [
             ("s0", 0),
             ("s1", 1),
             ("s2", 2),
         ]
-    assert calls == [1]  # the finished ones were not paid for twice
+    assert calls == [1]  # finished summaries are not repeated
 
 
 @pytest.mark.parametrize("record", [{}, {"trajectory": 3}, {"trajectory": {"format": 1}}])
-def test_a_record_of_something_else_is_refused(bank: Bank, record: dict[str, Any]) -> None:
+def test_invalid_record_is_refused(bank: Bank, record: dict[str, Any]) -> None:
     async def main() -> None:
         with pytest.raises(ValueError, match="not a"):
             background(bank, RuleSummariser(by_seed)).resume([record])
@@ -319,6 +321,6 @@ def test_a_record_of_something_else_is_refused(bank: Bank, record: dict[str, Any
 
 
 @pytest.mark.parametrize("option", [{"concurrency": 0}, {"max_chars": 0}, {"timeout": 0}])
-def test_settings_that_cannot_work_are_refused(bank: Bank, option: dict[str, int]) -> None:
+def test_invalid_settings_are_refused(bank: Bank, option: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected"):
         background(bank, RuleSummariser(by_seed), **option)

@@ -1,4 +1,4 @@
-"""The summariser behind an endpoint, against a server that misbehaves on purpose."""
+"""The summariser behind an endpoint, against a server that misbehaves."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 from fake_endpoint import SKILL, FakeEndpoint, Reply, completion, refusal
 
-from skillsd import endpoint
 from skillsd.config import SummariserSection
+from skillsd.engines import endpoint
 from skillsd.errors import UserError
 from skillsd.skills.background import BackgroundSummaries
 from skillsd.skills.bank import Bank
 from skillsd.skills.endpoint_summariser import NAMES, EndpointSummariser
-from skillsd.skills.summary_prompt import SummaryPrompt, load_prompt
 from skillsd.skills.summarise import SummaryError
+from skillsd.skills.summary_prompt import SummaryPrompt, load_prompt
 from skillsd.types import Message, Skill, Trajectory
 
 KEY = "sk-very-secret-0123456789"
@@ -41,7 +41,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _warm() -> None:
-    """The client's first request imports a lot, which counts against its deadline."""
+    """The client's first request imports a lot, which would count against its deadline."""
     server = FakeEndpoint(GOOD)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NO_PROXY", "127.0.0.1")
@@ -79,7 +79,7 @@ def summariser(server: FakeEndpoint, counts: Counter[str] | None = None, **optio
 
 
 def outcome(server: FakeEndpoint, trajectory: Trajectory, **options: Any) -> tuple[str, Counter[str]]:
-    """``ok`` or the reason why there is no skill, and the counts."""
+    """``ok`` or the reason for having no skill, and the counts."""
     counts: Counter[str] = Counter()
     try:
         skill = asyncio.run(summariser(server, counts, **options).summarise(trajectory))
@@ -89,7 +89,7 @@ def outcome(server: FakeEndpoint, trajectory: Trajectory, **options: Any) -> tup
     return "ok", counts
 
 
-def test_what_is_asked(serve: Serve, trajectory: Trajectory) -> None:
+def test_request(serve: Serve, trajectory: Trajectory) -> None:
     server = serve(GOOD)
     result, counts = outcome(server, trajectory, temperature=0.5, request={"seed": 3, "reasoning_effort": "low"})
     assert result == "ok"
@@ -111,18 +111,18 @@ def test_what_is_asked(serve: Serve, trajectory: Trajectory) -> None:
 
 LIMIT = refusal(429, "slow down", Retry_After="0.1")
 CUT = json.dumps(SKILL)[:60]
-FAULTS: dict[str, tuple[list[Reply], str, int]] = {  # name -> (replies, what becomes of it, requests)
+FAULTS: dict[str, tuple[list[Reply], str, int]] = {  # name -> (replies, result, requests)
     "429 then ok": ([LIMIT, GOOD], "ok", 2),
-    "429 for ever": ([LIMIT], "failed_http_429", 3),
+    "429 always": ([LIMIT], "failed_http_429", 3),
     "429 of an empty account": ([refusal(429, "no money", code="insufficient_quota")], "failed_http_429", 1),
     "429 till tomorrow": ([refusal(429, "enough for today", Retry_After="86400")], "failed_http_429", 1),
     "429 with an odd header": ([refusal(429, "slow down", Retry_After="soon"), GOOD], "ok", 2),
     "500, 503, then ok": ([refusal(500, "oops"), refusal(503, "busy", Retry_After="0"), GOOD], "ok", 3),
-    "500 for ever": ([refusal(500, "oops")], "failed_http_500", 3),
+    "500 always": ([refusal(500, "oops")], "failed_http_500", 3),
     "hangs, then ok": ([Reply({}, hang=5), GOOD], "ok", 2),
-    "hangs for ever": ([Reply({}, hang=5)], "failed_timeout", 3),
+    "hangs always": ([Reply({}, hang=5)], "failed_timeout", 3),
     "cut off, then ok": ([Reply({"choices": []}, lost=5), GOOD], "ok", 2),
-    "cut off for ever": ([Reply({"choices": []}, lost=5)], "failed_connection", 3),
+    "cut off always": ([Reply({"choices": []}, lost=5)], "failed_connection", 3),
     "half a JSON body": ([Reply(b'{"choices": [{"mess'), GOOD], "ok", 2),
     "a web page": ([Reply(b"<html>Welcome</html>")], "failed_response", 3),
     "an error with status 200": ([Reply({"error": {"message": "no"}})], "failed_response", 3),
@@ -138,7 +138,7 @@ FAULTS: dict[str, tuple[list[Reply], str, int]] = {  # name -> (replies, what be
     "422 for the schema": ([refusal(422, "extra fields"), GOOD], "ok", 2),
     "truncated JSON": ([completion(CUT)], "rejected_malformed", 1),
     "truncated by the limit of tokens": ([completion(CUT, finish="length")], "rejected_too_long", 1),
-    "all tokens thought away": ([completion(None, finish="length")], "rejected_too_long", 1),
+    "all tokens spent on thinking": ([completion(None, finish="length")], "rejected_too_long", 1),
     "wrong schema": ([completion({"skill": "go left"})], "rejected_malformed", 1),
     "wrong types": ([completion({**SKILL, "golden_workflow": ["left"]})], "rejected_malformed", 1),
     "empty": ([completion("  ")], "rejected_empty", 1),
@@ -157,13 +157,13 @@ def test_faults(serve: Serve, trajectory: Trajectory, fault: str) -> None:
     assert counts["retries"] == (0 if "schema" in fault else calls - 1)
 
 
-def test_a_server_that_is_not_there(serve: Serve, trajectory: Trajectory) -> None:
+def test_unreachable_server(serve: Serve, trajectory: Trajectory) -> None:
     server = serve(GOOD)
     server.close()
     assert outcome(server, trajectory) == ("failed_connection", {"calls": 3, "retries": 2})
 
 
-def test_a_429_stops_everyone_for_as_long_as_it_says(serve: Serve, trajectory: Trajectory) -> None:
+def test_429_pauses_all_requests_for_the_given_time(serve: Serve, trajectory: Trajectory) -> None:
     server = serve(refusal(429, "slow down", Retry_After="0.4"), GOOD)
 
     async def main() -> None:
@@ -180,13 +180,13 @@ def test_a_429_stops_everyone_for_as_long_as_it_says(serve: Serve, trajectory: T
     assert min(times[1:]) >= 0.4
 
 
-def test_a_rest_may_be_a_date() -> None:
+def test_retry_after_may_be_a_date() -> None:
     date = email.utils.formatdate(time.time() + 30, usegmt=True)
     assert endpoint._rest({"retry-after": date}) == pytest.approx(30, abs=2)
     assert endpoint._rest({"retry-after": "1e999"}) is None
 
 
-def test_a_refused_schema_is_remembered_and_a_refused_request_is_not(serve: Serve, trajectory: Trajectory) -> None:
+def test_refused_schema_is_remembered_and_refused_request_is_not(serve: Serve, trajectory: Trajectory) -> None:
     def answer(request: Any) -> Reply:
         if "too long" in request.text:
             return refusal(400, "too long")
@@ -210,7 +210,7 @@ def with_word(trajectory: Trajectory, word: str) -> Trajectory:
     return dataclasses.replace(trajectory, prompt=(dataclasses.replace(trajectory.prompt[0], content=word),))
 
 
-def test_so_many_requests_a_minute(serve: Serve, trajectory: Trajectory) -> None:
+def test_requests_per_minute(serve: Serve, trajectory: Trajectory) -> None:
     server = serve(GOOD)
 
     async def main() -> None:
@@ -224,7 +224,7 @@ def test_so_many_requests_a_minute(serve: Serve, trajectory: Trajectory) -> None
 
 
 @pytest.mark.parametrize(("budget", "calls"), [({"budget_calls": 2}, 2), ({"budget_tokens": 121}, 2)])
-def test_a_spent_budget_ends_the_calls(
+def test_spent_budget_stops_the_calls(
     serve: Serve, trajectory: Trajectory, budget: dict[str, int], calls: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = serve(GOOD)
@@ -244,18 +244,18 @@ def test_a_spent_budget_ends_the_calls(
         stats = asyncio.run(main({}))
         assert (len(server.requests), stats["calls"], stats["skipped_budget"]) == (calls, calls, 4 - calls)
         assert caplog.text.count("are spent") == 1
-        again = asyncio.run(main(stats))  # a restart does not fill the purse
+        again = asyncio.run(main(stats))  # a restart does not reset the budget
         assert (len(server.requests), again["calls"], again["skipped_budget"]) == (calls, calls, 8 - calls)
 
 
-def test_retries_are_of_the_budget_too(serve: Serve, trajectory: Trajectory) -> None:
+def test_retries_count_towards_the_budget(serve: Serve, trajectory: Trajectory) -> None:
     server = serve(refusal(500, "oops"))
     assert outcome(server, trajectory, budget_calls=2)[0] == "skipped_budget"
     assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize("usage", [None, (None, 3), (-1, 3), ("7", 3)])
-def test_tokens_that_are_not_told_are_guessed(serve: Serve, trajectory: Trajectory, usage: Any) -> None:
+def test_missing_token_counts_are_estimated(serve: Serve, trajectory: Trajectory, usage: Any) -> None:
     reply = completion(SKILL, usage=None)
     if usage:
         reply.body["usage"] = {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
@@ -266,7 +266,7 @@ def test_tokens_that_are_not_told_are_guessed(serve: Serve, trajectory: Trajecto
     assert counts["tokens_out"] == pytest.approx(len(json.dumps(SKILL)) / 4, abs=1)
 
 
-def test_a_clear_message_once(serve: Serve, trajectory: Trajectory, caplog: pytest.LogCaptureFixture) -> None:
+def test_failure_is_logged_once(serve: Serve, trajectory: Trajectory, caplog: pytest.LogCaptureFixture) -> None:
     server = serve(refusal(401, "Incorrect API key provided"))
     with Bank(":memory:") as bank:
 
@@ -287,17 +287,17 @@ def test_a_clear_message_once(serve: Serve, trajectory: Trajectory, caplog: pyte
 # -- the key --------------------------------------------------------------------------------------------------------
 
 
-def test_the_key_is_nowhere_to_be_read(
+def test_key_is_never_logged_or_returned(
     serve: Serve, trajectory: Trajectory, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if the server repeats it, and with every library at its most talkative."""
+    """Even if the server repeats it, and with debug logging in every library."""
     caplog.set_level(logging.DEBUG)
     for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
         monkeypatch.setattr(logging.getLogger(name), "level", logging.DEBUG)
-    told = {**SKILL, "golden_workflow": f"Use {KEY}."}
+    leaking = {**SKILL, "golden_workflow": f"Use {KEY}."}
     server = serve(
-        refusal(500, f"the key {KEY} made me fall"),
-        completion(told),
+        refusal(500, f"the key {KEY} is bad"),
+        completion(leaking),
         refusal(401, f"the key {KEY} is wrong"),
         Reply({"error": KEY}),
     )
@@ -320,7 +320,7 @@ def test_the_key_is_nowhere_to_be_read(
     assert KEY not in repr(summariser(server).__dict__.get("_options"))
 
 
-def test_a_local_server_gets_no_key(serve: Serve, trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_server_gets_no_key(serve: Serve, trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve(GOOD)
     assert outcome(server, trajectory, api_key_env=None)[0] == "ok"
@@ -336,7 +336,7 @@ def test_a_local_server_gets_no_key(serve: Serve, trajectory: Trajectory, monkey
         ({"api_key_env": "ODD"}, "sk-\N{EM DASH}", "odd characters"),
     ],
 )
-def test_a_missing_or_odd_key_is_told_before_anything_is_asked(
+def test_missing_or_odd_key_is_refused_before_any_request(
     options: dict[str, str], value: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if value:
@@ -347,20 +347,20 @@ def test_a_missing_or_odd_key_is_told_before_anything_is_asked(
 
 
 @pytest.mark.parametrize("key", ["gsk_abc123", "hf_AbC"])
-def test_a_key_in_the_place_of_its_name_is_not_repeated(key: str) -> None:
+def test_key_given_instead_of_its_name_is_not_repeated(key: str) -> None:
     with pytest.raises(UserError, match=r"summariser.api_key_env is not set \(not repeated here") as error:
         endpoint.check_access(SummariserSection(model="m", api_key_env=key), NAMES)
     assert key not in str(error.value)
 
 
-def test_a_name_that_is_there_is_repeated_whatever_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_of_an_existing_variable_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("my_key", "")
     with pytest.raises(UserError, match="'my_key' holds no key"):
         endpoint.check_access(SummariserSection(model="m", api_key_env="my_key"), NAMES)
 
 
 @pytest.mark.parametrize("key", ["EMPTY", "x", "L"])
-def test_a_dummy_key_is_not_struck_out_of_the_answers(
+def test_dummy_key_is_not_redacted_from_answers(
     serve: Serve, trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("MY_KEY", key)
@@ -371,25 +371,25 @@ def test_a_dummy_key_is_not_struck_out_of_the_answers(
 
 
 @pytest.mark.parametrize("proxy", ["nonsense://host:1", "http://host:port"])
-def test_a_client_that_cannot_be_made_is_told(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+def test_error_if_the_client_cannot_be_constructed(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, proxy)
     with pytest.raises(UserError, match=r"'http://some.host/v1' \(summariser.base_url\) can't be asked"):
         endpoint.Endpoint(SummariserSection(model="m", base_url="http://some.host/v1"), Counter(), NAMES)
 
 
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UserError, match=r"pip install 'skillsd\[openai\]'"):
         endpoint.check_access(SummariserSection(model="m", base_url="http://localhost:1/v1"), NAMES)
 
 
-def test_openais_own_address_gets_the_usual_key_and_the_new_name_of_the_limit(
+def test_openais_own_address_gets_the_usual_key_and_max_completion_tokens(
     trajectory: Trajectory, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve(GOOD)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://elsewhere.invalid/v1")  # the recipe says where, nobody else
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://elsewhere.invalid/v1")  # only the recipe sets the address
     monkeypatch.setattr(endpoint, "OPENAI", server.url)
     assert outcome(server, trajectory, base_url=None, api_key_env=None)[0] == "ok"
     [request] = server.requests

@@ -1,4 +1,4 @@
-"""What a summariser is told, how a long episode is condensed, and how an answer is read."""
+"""The summariser's prompt, condensing long episodes, and parsing answers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from skillsd.errors import UserError
 from skillsd.prompting.templates import load_template
-from skillsd.skills.summary_prompt import MAX_ANSWER_CHARS, SummaryPrompt, load_prompt, parse_skill
 from skillsd.skills.summarise import SummaryError
+from skillsd.skills.summary_prompt import MAX_ANSWER_CHARS, SummaryPrompt, load_prompt, parse_skill
 from skillsd.types import Message, Outcome, Skill, Trajectory, Turn
 
 Make = Callable[..., Trajectory]
@@ -25,10 +25,10 @@ def prompt(template: str | None = None, limit: int = 100_000) -> SummaryPrompt:
     return SummaryPrompt(text, max_chars=700, max_input_chars=limit)
 
 
-# -- the words ------------------------------------------------------------------------------------------------------
+# -- the template ---------------------------------------------------------------------------------------------------
 
 
-def test_the_shipped_prompt_tells_all(trajectory_with: Make) -> None:
+def test_shipped_prompt_contains_everything(trajectory_with: Make) -> None:
     trajectory = trajectory_with(outcome=Outcome.TRUNCATED_TURNS, success=False, reward=0.5)
     text, condensed = prompt().render(trajectory)
     assert not condensed
@@ -43,13 +43,13 @@ def test_the_shipped_prompt_tells_all(trajectory_with: Make) -> None:
     assert "{" not in text
 
 
-def test_braces_in_an_episode_are_no_fields(trajectory_with: Make) -> None:
+def test_braces_in_an_episode_are_not_fields(trajectory_with: Make) -> None:
     turns = (Turn("print({x!r})", "{prompt} {{}}", 2, 3),)
     text, _ = prompt("{{literal}} {trajectory}").render(trajectory_with(turns=turns))
     assert text == "{literal} Turn 1\nAction: print({x!r})\nObservation: {prompt} {{}}"
 
 
-def test_a_users_own_file(tmp_path: Path, trajectory: Trajectory) -> None:
+def test_own_file(tmp_path: Path, trajectory: Trajectory) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("{outcome}: {trajectory}\n")
     text, _ = prompt(load_prompt(file)).render(trajectory)
@@ -59,20 +59,20 @@ def test_a_users_own_file(tmp_path: Path, trajectory: Trajectory) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("What happened?", r"does not name \{trajectory\}"),
+        ("What happened?", r"lacks the field \{trajectory\}"),
         ("{trajectories}", r"unknown field in the line '\{trajectories\}'; expected \{prompt\}, \{trajectory\}"),
         ("{trajectory!r}", "unknown field"),
         ("{trajectory} {", "cannot read the line"),
     ],
 )
-def test_a_file_that_cannot_work(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "mine.txt"
     file.write_text(text)
     with pytest.raises(UserError, match=message):
         load_prompt(file)
 
 
-def test_names_of_one_kind_are_not_of_the_other() -> None:
+def test_skill_templates_and_summary_prompts_have_separate_names() -> None:
     with pytest.raises(UserError, match=r"unknown template 'teacher'.* Known: summarise$"):
         load_prompt("teacher")
     with pytest.raises(UserError, match=r"Known: teacher, teacher_terse$"):
@@ -103,7 +103,7 @@ def test_long_observations_are_cut_before_turns_are_left_out(trajectory_with: Ma
     assert "turns" not in text
 
 
-def test_of_many_turns_the_first_and_the_last_are_kept(trajectory_with: Make) -> None:
+def test_first_and_last_turns_are_kept(trajectory_with: Make) -> None:
     trajectory = long_episode(trajectory_with, turns=40, chars=100)
     text, _ = prompt("{trajectory}", limit=2000).render(trajectory)
     kept = [number for number in range(1, 41) if f"Turn {number}\n" in text]
@@ -111,14 +111,14 @@ def test_of_many_turns_the_first_and_the_last_are_kept(trajectory_with: Make) ->
     assert "[turns 3 to 32 are left out]" in text
 
 
-def test_a_long_first_prompt_goes_last(trajectory_with: Make) -> None:
+def test_first_prompt_is_cut_last(trajectory_with: Make) -> None:
     trajectory = long_episode(trajectory_with, turns=6, chars=10, prompt_chars=50_000)
     text, _ = prompt("{prompt}\n{trajectory}", limit=1500).render(trajectory)
     assert "[turns 2 to 5 are left out]" in text
     assert "[49000 characters are left out]" in text
 
 
-def test_what_cannot_fit_is_an_error(trajectory: Trajectory) -> None:
+def test_error_if_it_cannot_fit(trajectory: Trajectory) -> None:
     with pytest.raises(SummaryError) as error:
         prompt("{trajectory}").render(trajectory, lambda text: False)
     assert error.value.reason == "failed_no_room"
@@ -131,7 +131,7 @@ def test_what_cannot_fit_is_an_error(trajectory: Trajectory) -> None:
     prompt_chars=st.integers(0, 9000),
     limit=st.integers(2000, 9000),
 )
-def test_whatever_the_episode_it_fits_and_keeps_its_ends(
+def test_any_episode_fits_and_keeps_its_ends(
     trajectory_with: Make, turns: int, chars: int, prompt_chars: int, limit: int
 ) -> None:
     trajectory = long_episode(trajectory_with, turns, chars, prompt_chars)
@@ -154,7 +154,7 @@ def test_whatever_the_episode_it_fits_and_keeps_its_ends(
         f"```json\n{json.dumps(SKILL, indent=2)}\n```",
         f"<think>{{not json}} {json.dumps({**SKILL, 'golden_workflow': 'a draft'})}</think>\n{json.dumps(SKILL)}",
         json.dumps({"skill": SKILL}),
-        json.dumps(SKILL).replace("Left first.", "\n Left first.\n"),  # a bare line break in a string
+        json.dumps(SKILL).replace("Left first.", "\n Left first.\n"),  # an unescaped line break in a string
     ],
 )
 def test_answers_with_a_skill(answer: str) -> None:
@@ -177,7 +177,7 @@ def test_answers_with_a_skill(answer: str) -> None:
         ("x" * (MAX_ANSWER_CHARS + 1), "too_long"),
     ],
 )
-def test_answers_without_one(answer: str, reason: str) -> None:
+def test_answers_without_a_skill(answer: str, reason: str) -> None:
     with pytest.raises(SummaryError) as error:
         parse_skill(answer)
     assert error.value.reason == f"rejected_{reason}"

@@ -1,3 +1,5 @@
+"""Rules that pick a skill."""
+
 from __future__ import annotations
 
 import math
@@ -27,7 +29,7 @@ banks = st.lists(records, min_size=1, max_size=8).map(lambda drawn: arms_of(*dra
 tried_banks = banks.map(lambda arms: [Arm(arm.id, arm.picks + 1, arm.mean_reward) for arm in arms])
 
 
-def test_scores_by_hand() -> None:
+def test_scores_computed_by_hand() -> None:
     assert ucb.ucb_score(0.5, 1, 1, 1.0) == 0.5  # ln 1 = 0
     assert ucb.ucb_score(0.5, 4, 8, 0.0) == 0.5
     # 0.25 + 1 * sqrt(ln 8 / 2) = 0.25 + sqrt(1.0397207708)
@@ -36,40 +38,40 @@ def test_scores_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("picks", "total"), [(0, 3), (4, 3), (-1, 1)])
-def test_a_score_of_impossible_counts_is_refused(picks: int, total: int) -> None:
+def test_impossible_counts_are_refused(picks: int, total: int) -> None:
     with pytest.raises(ValueError, match="1 <= picks <= total_picks"):
         ucb.ucb_score(0.5, picks, total, 1.0)
 
 
-def test_picks_by_hand() -> None:
+def test_picks_computed_by_hand() -> None:
     # N = 10. c = 0.5: 0.6 + 0.5 sqrt(2.302585 / 9) = 0.853 against 0.2 + 0.5 sqrt(2.302585 / 1) = 0.959
     arms = arms_of((9, 0.6), (1, 0.2))
     assert ucb.pick(arms, 0.5) == 1
     assert ucb.pick(arms, 0.1) == 0  # 0.651 against 0.352
 
 
-def test_the_newest_of_the_unpicked_goes_first() -> None:
+def test_newest_unpicked_arm_comes_first() -> None:
     assert ucb.pick(arms_of((0, 0.0), (0, 1.0), (0, 0.0), (3, 1.0)), 1.0) == 2
 
 
-def test_no_arms() -> None:
+def test_no_arms_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one arm"):
         ucb.pick([], 1.0)
 
 
 @given(banks, st.floats(0, 10))
-def test_an_unpicked_arm_goes_first(arms: list[Arm], c: float) -> None:
+def test_unpicked_arm_comes_first(arms: list[Arm], c: float) -> None:
     chosen = arms[ucb.pick(arms, c)]
     assert chosen.picks == 0 or all(arm.picks for arm in arms)
 
 
 @given(tried_banks)
-def test_without_exploration_it_is_greedy(arms: list[Arm]) -> None:
+def test_c_of_zero_is_greedy(arms: list[Arm]) -> None:
     assert arms[ucb.pick(arms, 0.0)].mean_reward == max(arm.mean_reward for arm in arms)
 
 
 @given(tried_banks.flatmap(lambda arms: st.tuples(st.just(arms), st.permutations(arms))), st.floats(0, 10))
-def test_the_order_of_arms_decides_ties_only(both: tuple[list[Arm], list[Arm]], c: float) -> None:
+def test_order_of_arms_only_breaks_ties(both: tuple[list[Arm], list[Arm]], c: float) -> None:
     arms, shuffled = both
     one, other = arms[ucb.pick(arms, c)], shuffled[ucb.pick(shuffled, c)]
     total = sum(arm.picks for arm in arms)
@@ -79,21 +81,21 @@ def test_the_order_of_arms_decides_ties_only(both: tuple[list[Arm], list[Arm]], 
 
 
 @given(tried_banks, st.floats(0, 10))
-def test_the_choice_has_the_highest_score(arms: list[Arm], c: float) -> None:
+def test_picked_arm_has_the_highest_score(arms: list[Arm], c: float) -> None:
     total = sum(arm.picks for arm in arms)
     scores = [arm.mean_reward + c * math.sqrt(math.log(total) / arm.picks) for arm in arms]
     assert scores[ucb.pick(arms, c)] == pytest.approx(max(scores))
 
 
 @given(banks, st.integers())
-def test_random_depends_on_its_seed_and_the_arms_alone(arms: list[Arm], seed: int) -> None:
+def test_random_depends_only_on_seed_and_arms(arms: list[Arm], seed: int) -> None:
     first = ucb.picking_rule("random", seed=seed)(arms, 1.0)
     assert first == ucb.picking_rule("random", seed=seed)(arms, 1.0)
     assert first is not None
     assert 0 <= first < len(arms)
 
 
-def test_random_tries_everything_and_seeds_differ() -> None:
+def test_random_covers_all_arms_and_seeds_differ() -> None:
     def draws(seed: int) -> list[int | None]:
         return [ucb.picking_rule("random", seed=seed)(arms_of((n, 0.0), (0, 1.0), (0, 0.5)), 1.0) for n in range(60)]
 
@@ -102,10 +104,14 @@ def test_random_tries_everything_and_seeds_differ() -> None:
     assert draws(0) != draws(1)
 
 
-def test_last_takes_the_newest() -> None:
+def test_last_is_the_newest() -> None:
     assert ucb.picking_rule("last")(arms_of((0, 1.0), (5, 0.0)), 1.0) == 1
 
 
-def test_an_unknown_policy_is_told_the_nearest() -> None:
+def test_best_is_the_highest_mean_and_among_equals_the_newest() -> None:
+    assert ucb.picking_rule("best")(arms_of((1, 0.5), (9, 0.75), (2, 0.75), (0, 0.25)), 1.0) == 2
+
+
+def test_error_for_an_unknown_rule_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"'ubc'.*Did you mean 'ucb'"):
         ucb.picking_rule("ubc")

@@ -1,4 +1,4 @@
-"""Whole runs whose rollouts come from elsewhere, and what is done about the difference."""
+"""Runs that sample with another engine: importance weights, length limits, and a run with vLLM."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from toy_env import Toy
 from toy_run import MakeRun, go, toy_settings
 
 from skillsd.config import ArchitectureSection, RunConfig, load
-from skillsd.engines.vllm.engine import VllmEngine
+from skillsd.engines.vllm.options import VllmOptions
+from skillsd.engines.vllm.sampler import VllmSampler
 from skillsd.errors import UserError
-from skillsd.training.run import build, check_config, comparable, sampled_length
+from skillsd.runs.build import build
+from skillsd.runs.checks import check_config, comparable, engine_spec
 from skillsd.warm_start.new_model import make_model
 
 PYTHON = Path(__file__).parents[2] / "build" / "vllm" / "bin" / "python"
@@ -19,7 +21,7 @@ PYTHON = Path(__file__).parents[2] / "build" / "vllm" / "bin" / "python"
 
 
 @pytest.mark.parametrize("method", ["skill-sd", "teacher-rollouts"])
-def test_where_sampler_and_trainer_agree_importance_changes_nothing(method: str, make_run: MakeRun) -> None:
+def test_importance_weights_are_1_if_sampler_and_trainer_agree(method: str, make_run: MakeRun) -> None:
     training = {"iterations": 2}
     plain = go(make_run("plain", method=method, training=training)).iterations
     weighted = go(make_run("weighted", method=method, training=training, objective={"importance_cap": 2.0})).iterations
@@ -30,8 +32,8 @@ def test_where_sampler_and_trainer_agree_importance_changes_nothing(method: str,
         assert record["step/grad_norm"] == pytest.approx(other["step/grad_norm"], rel=1e-3)
 
 
-def test_a_resumed_run_may_find_vllm_elsewhere_but_not_sample_by_another_engine() -> None:
-    def run(**engine: str) -> RunConfig:
+def test_resume_allows_another_path_of_vllm_but_not_another_engine() -> None:
+    def run(**engine: str) -> dict[str, object]:
         return comparable(RunConfig.model_validate({"name": "x", "engine": engine}))
 
     assert run(name="vllm", python="/a/python") == run(name="vllm", python="/b/python")
@@ -42,12 +44,19 @@ def with_vllm(*overrides: str) -> RunConfig:
     return load(RunConfig, "sokoban-qwen3-4b", ["engine.name=vllm", *overrides])
 
 
-def test_vllm_is_asked_for_no_longer_sequences_than_episodes_are() -> None:
-    """What the model takes, 262,144 tokens, would want 36 GiB of keys and values before vLLM starts."""
-    assert 10240 + 512 <= (sampled_length(with_vllm()) or 0) < 11000
-    assert sampled_length(with_vllm("engine.max_model_len=20000")) == 20000
-    assert sampled_length(with_vllm("skills.summariser=policy")) is None
-    assert sampled_length(with_vllm("skills.summariser=policy", "method=grpo")) is not None  # there are no skills
+def sampled_length(*overrides: str) -> int | None:
+    """The length that vLLM is started for."""
+    config = with_vllm(*overrides)
+    assert isinstance(config.engine, VllmOptions)
+    return config.engine.sampled_length(engine_spec(config))
+
+
+def test_vllm_is_started_for_the_length_of_the_recipes_episodes() -> None:
+    """The model takes 262,144 tokens, for which vLLM would reserve 36 GiB of keys and values."""
+    assert 10240 + 512 <= (sampled_length() or 0) < 11000
+    assert sampled_length("engine.max_model_len=20000") == 20000
+    assert 24000 + 1024 + 64 <= (sampled_length("skills.summariser=policy") or 0) < 26000
+    assert (sampled_length("skills.summariser=policy", "method=grpo") or 0) < 11000  # GRPO uses no skills
 
 
 @pytest.mark.parametrize(
@@ -59,22 +68,24 @@ def test_vllm_is_asked_for_no_longer_sequences_than_episodes_are() -> None:
         (["skills.summariser=policy"], 24000 + 1024 + 64),
     ],
 )
-def test_limit_that_would_end_in_the_middle_of_a_run_is_refused(overrides: list[str], needed: int) -> None:
+def test_max_model_len_below_the_longest_sequence_is_refused(overrides: list[str], needed: int) -> None:
     check_config(with_vllm(*overrides, f"engine.max_model_len={needed}"))
     check_config(with_vllm(*overrides))
-    check_config(load(RunConfig, "sokoban-qwen3-4b", [*overrides, "engine.max_model_len=100"]))  # vLLM's alone
-    with pytest.raises(UserError, match=rf"engine\.max_model_len is {needed - 1}, but {needed} tokens"):
+    check_config(load(RunConfig, "sokoban-qwen3-4b", overrides))  # the embedded engine has no such limit
+    with pytest.raises(
+        UserError, match=rf"engine\.max_model_len is {needed - 1}, but sequences of up to {needed} tokens"
+    ):
         check_config(with_vllm(*overrides, f"engine.max_model_len={needed - 1}"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not PYTHON.is_file(), reason=f"no vLLM in {PYTHON.parents[1]}: make vllm-env")
-def test_a_run_with_rollouts_by_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After every update the sampler's log-probs are the trainer's again, to rounding."""
+def test_run_with_rollouts_by_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every update the sampler's log-probs equal the trainer's, up to rounding."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     moves = ("Up", "Down", "Left", "Right")
-    # vLLM's kernels for a CPU want heads of at least 32.
+    # vLLM's CPU kernels need heads of at least 32.
     architecture = ArchitectureSection(hidden_size=64, layers=2, heads=2, intermediate_size=64, max_length=256)
     (tmp_path / "model").mkdir()
     make_model(tmp_path / "model", architecture, [f" {move}" for move in moves] * 3, moves, seed=0)
@@ -89,14 +100,16 @@ def test_a_run_with_rollouts_by_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "run").mkdir()
     run = build(config, tmp_path / "run", task_set=Toy())
     try:
-        assert isinstance(run.engine, VllmEngine)
+        assert isinstance(run.engine.sampler, VllmSampler)
+        assert run.engine.sampler is not run.learner
         records = go(run).iterations
-        assert run.engine.seconds_reloading > 0
+        assert run.engine.sampler.seconds_reloading > 0
     finally:
         run.close()
     assert len(records) == 4
     for record in records:
-        assert record["gap/max"] < 1e-4
+        assert record["sampler_trainer_logprob_diff/max"] < 1e-4
         assert record["loss/importance"] == pytest.approx(1, abs=1e-4)
         assert record["loss/importance_capped"] == 0
+        assert record["rollout/policy_lag"] == 0
     assert any(record["step/grad_norm"] > 1e-3 for record in records)

@@ -1,4 +1,4 @@
-"""The training loop on a toy: resume to the bit, what is not finite, summaries that fail, and who never sees what."""
+"""The training loop on a toy environment: exact resume, non-finite losses, failing summarisers, held-out tasks."""
 
 from __future__ import annotations
 
@@ -13,41 +13,33 @@ from typing import Any
 import pytest
 import torch
 from toy_env import Toy
-from toy_run import Listener, MakeRun, go
+from toy_run import Listener, MakeRun, go, without_clocks
 
 from skillsd.engines.base import SampleRequest, TokenSequence
 from skillsd.errors import UserError
-from skillsd.objective import Objective
-from skillsd.skills.bank import StoredSkill
 from skillsd.prompting.templates import render_skill
+from skillsd.skills.bank import StoredSkill
 from skillsd.training import checkpoint
 from skillsd.training.loop import measure, train
 from skillsd.training.run import Run
 from skillsd.types import Outcome, Skill, Trajectory
 
-CLOCKS = ("time/", "memory/", "seconds", "rollout/sampled_tokens_per_second", "eval/seconds", "eval_greedy/seconds")
-
-
-def comparable(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records without what the clock or the memory says."""
-    return [{k: v for k, v in record.items() if not k.startswith(CLOCKS)} for record in records]
-
 
 def state(run: Run) -> dict[str, Any]:
-    """All that decides how the run goes on."""
-    engine: Any = run.engine
-    teacher = engine._teacher or {}
+    """Everything that determines how the run continues."""
+    engine: Any = run.learner
+    teacher = engine.teacher or {}
     return {
         "weights": {n: p.detach().clone() for n, p in engine.model.named_parameters()},
         "teacher": {n: p.clone() for n, p in teacher.items()},
         "optimiser": [
             {k: v.clone() for k, v in moments.items()}
-            for moments in engine._optimiser.state_dict()["adamw"]["state"].values()
+            for moments in engine.optimiser.state_dict()["adamw"]["state"].values()
         ],
         "rng": torch.get_rng_state(),
         "bank": run.bank.skills(),
         "created": run.bank.created,
-        "curriculum": run.curriculum.state(),
+        "visits": run.visits,
         "iteration": run.iteration,
         "totals": {k: v for k, v in run.totals.items() if k != "seconds"},
         "summaries": run.summaries.stats() if run.summaries else {},
@@ -55,7 +47,7 @@ def state(run: Run) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal to the bit."""
+    """Bit-identical."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -75,7 +67,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("method", "sync_every", "stop_after"), [("grpo", 1, 3), ("skill-sd", 1, 1), ("skill-sd", 2, 3), ("skill-sd", 3, 4)]
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+def test_resumed_run_is_bit_identical_to_uninterrupted_run(
     make_run: MakeRun, method: str, sync_every: int, stop_after: int
 ) -> None:
     options: dict[str, Any] = {
@@ -99,33 +91,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     left = state(first)
     first.close()
 
-    torch.manual_seed(99)  # what a new process would have is not what the old one had
+    torch.manual_seed(99)  # a new process starts with another random state
     second = make_run("parts", **options)
     after = Listener()
 
     async def resume() -> bool:
-        checkpoint.load(second, found)
+        await checkpoint.load(second, found)
         assert differences(left, state(second)) == []
         return await train(second, after)
 
     assert asyncio.run(resume())
-    assert comparable(before.iterations + after.iterations) == comparable(expected.iterations)
-    assert comparable(before.evaluations + after.evaluations) == comparable(expected.evaluations)
+    assert without_clocks(before.iterations + after.iterations) == without_clocks(expected.iterations)
+    assert without_clocks(before.evaluations + after.evaluations) == without_clocks(expected.evaluations)
     assert before.groups + after.groups == expected.groups
     assert differences(state(whole), state(second)) == []
     if method == "skill-sd":
         assert any(skill.credited for skill in second.bank.skills())
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(make_run: MakeRun) -> None:
+def test_seed_determines_the_run(make_run: MakeRun) -> None:
     one, two, other = (go(make_run(folder, seed=seed)) for folder, seed in (("a", 1), ("b", 1), ("c", 2)))
-    assert comparable(one.iterations) == comparable(two.iterations)
-    assert comparable(one.evaluations) == comparable(two.evaluations)
+    assert without_clocks(one.iterations) == without_clocks(two.iterations)
+    assert without_clocks(one.evaluations) == without_clocks(two.evaluations)
     assert one.groups == two.groups
-    assert comparable(one.iterations) != comparable(other.iterations)
+    assert without_clocks(one.iterations) != without_clocks(other.iterations)
 
 
-def test_a_run_stopped_before_its_first_iteration_is_measured_once(make_run: MakeRun) -> None:
+def test_run_stopped_before_first_iteration_is_evaluated_once(make_run: MakeRun) -> None:
     listener = Listener()
     assert not asyncio.run(train(make_run(), listener, lambda: True))
     run = make_run()
@@ -133,14 +125,14 @@ def test_a_run_stopped_before_its_first_iteration_is_measured_once(make_run: Mak
     async def resume() -> None:
         found = checkpoint.latest(run.folder)
         assert found is not None
-        checkpoint.load(run, found)
+        await checkpoint.load(run, found)
         await train(run, listener)
 
     asyncio.run(resume())
     assert [record["iteration"] for record in listener.evaluations] == [0, 2, 4, 6]
 
 
-def test_no_iterations_is_a_measurement(make_run: MakeRun) -> None:
+def test_run_without_iterations_only_evaluates(make_run: MakeRun) -> None:
     run = make_run(training={"iterations": 0})
     listener = go(run)
     assert [record["iteration"] for record in listener.evaluations] == [0]
@@ -148,16 +140,17 @@ def test_no_iterations_is_a_measurement(make_run: MakeRun) -> None:
     assert checkpoint.latest(run.folder) is not None
 
 
-# -- what is written down -------------------------------------------------------------------------------------------
+# -- records --------------------------------------------------------------------------------------------------------
 
 
-def test_records_of_an_iteration(make_run: MakeRun) -> None:
+def test_metrics_of_an_iteration(make_run: MakeRun) -> None:
     listener = go(make_run())
     assert [record["iteration"] for record in listener.iterations] == [1, 2, 3, 4, 5, 6]
     assert [record["iteration"] for record in listener.evaluations] == [0, 2, 4, 6]
     for record in listener.iterations:
-        # The sampler's log-probs and the trainer's, in float32.
-        assert 0 <= record["gap/p50"] <= record["gap/p90"] <= record["gap/p99"] <= record["gap/max"] < 1e-5
+        # Sampler and trainer compute the same log-probs, in float32.
+        diff = [record[f"sampler_trainer_logprob_diff/{name}"] for name in ("p50", "p90", "p99", "max")]
+        assert 0 <= diff[0] <= diff[1] <= diff[2] <= diff[3] < 1e-5
         assert record["episodes"] == 12 * record["iteration"]
         assert sum(record[f"outcome/{outcome}"] for outcome in Outcome) == pytest.approx(1.0)
         assert record["step/refused"] == 0
@@ -169,8 +162,8 @@ def test_records_of_an_iteration(make_run: MakeRun) -> None:
     assert [record["sampled_tokens"] for record in listener.iterations] == [sum(sampled[: i + 1]) for i in range(6)]
 
 
-def test_the_first_visit_of_a_task_has_no_teacher_and_later_ones_have(make_run: MakeRun) -> None:
-    # Seven tasks, three an iteration: all were visited after the third.
+def test_first_visit_of_a_task_has_no_teacher_and_later_visits_do(make_run: MakeRun) -> None:
+    # Seven tasks, three per iteration: each has been visited after the third iteration.
     listener = go(make_run())
     shares = [record["batch/groups_with_teacher"] for record in listener.iterations]
     assert shares[:2] == [0.0, 0.0]
@@ -179,7 +172,7 @@ def test_the_first_visit_of_a_task_has_no_teacher_and_later_ones_have(make_run: 
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear_decay", "cosine"])
-def test_lambdas_schedule_and_the_warm_up_reach_the_update(
+def test_lambda_schedule_and_warm_up_reach_the_update(
     make_run: MakeRun, schedule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(
@@ -187,16 +180,19 @@ def test_lambdas_schedule_and_the_warm_up_reach_the_update(
         training={"iterations": 4, "warmup_iterations": 2, "learning_rate": 0.01, "minibatches": 1},
     )
     used: list[float] = []
-    call = Objective.__call__
-
-    def watch(self: Objective, *rest: Any) -> Any:
-        used.append(self.lambda_sdl)
-        return call(self, *rest)
-
-    monkeypatch.setattr(Objective, "__call__", watch)
     rates: list[float] = []
-    step = run.engine.step
-    monkeypatch.setattr(run.engine, "step", lambda rate: rates.append(rate) or step(rate))
+    forward_backward, step = run.learner.forward_backward, run.learner.step
+
+    async def watch_loss(batch: Any, loss: Any, **options: Any) -> Any:
+        used.extend(term.weight for term in loss.terms if term.name == "distillation")
+        return await forward_backward(batch, loss, **options)
+
+    async def watch_step(rate: float) -> Any:
+        rates.append(rate)
+        return await step(rate)
+
+    monkeypatch.setattr(run.learner, "forward_backward", watch_loss)
+    monkeypatch.setattr(run.learner, "step", watch_step)
     listener = go(run)
     expected = {
         "constant": [0.4] * 4,
@@ -208,12 +204,17 @@ def test_lambdas_schedule_and_the_warm_up_reach_the_update(
     assert rates == pytest.approx([0.005, 0.01, 0.01, 0.01])
 
 
-def test_the_teacher_is_synchronised_when_the_recipe_says(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teacher_is_synchronised_as_configured(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     def synchronised(folder: str, **teacher: Any) -> list[tuple[int, float]]:
         run = make_run(folder, teacher=teacher, evaluation={"every": 0})
         at: list[tuple[int, float]] = []
-        sync = run.engine.sync_teacher
-        monkeypatch.setattr(run.engine, "sync_teacher", lambda rate: at.append((run.iteration, rate)) or sync(rate))
+        sync = run.learner.sync_teacher
+
+        async def watch(rate: float) -> None:
+            at.append((run.iteration, rate))
+            await sync(rate)
+
+        monkeypatch.setattr(run.learner, "sync_teacher", watch)
         go(run)
         return at
 
@@ -224,7 +225,7 @@ def test_the_teacher_is_synchronised_when_the_recipe_says(make_run: MakeRun, mon
 # -- skills ---------------------------------------------------------------------------------------------------------
 
 
-def test_skills_are_the_lessons_of_training_trajectories_with_their_origin(make_run: MakeRun) -> None:
+def test_skills_are_written_from_training_trajectories_and_record_their_source(make_run: MakeRun) -> None:
     toy = Toy()
     run = make_run(toy=toy)
     listener = go(run)
@@ -234,31 +235,31 @@ def test_skills_are_the_lessons_of_training_trajectories_with_their_origin(make_
     assert stored
     for skill in stored:
         number, task, member = skill.source.split("/")
-        assert number == f"iteration-{skill.iteration}"  # as metrics.jsonl and the trajectories' files count
+        assert number == f"iteration-{skill.iteration}"  # counted as in metrics.jsonl and the trajectory files
         groups = listener.groups[3 * (skill.iteration - 1) : 3 * skill.iteration]
-        [origin] = [g.trajectories[int(member)] for g in groups if g.task.id == task == skill.task_id]
-        assert toy.write(origin) == skill.skill
-        assert (origin.reward, origin.outcome) == (skill.source_reward, skill.source_outcome)
+        [source] = [g.trajectories[int(member)] for g in groups if g.task.id == task == skill.task_id]
+        assert toy.write(source) == skill.skill
+        assert (source.reward, source.outcome) == (skill.source_reward, skill.source_outcome)
 
 
-def test_the_teacher_reads_the_tasks_own_skill_and_the_student_none(
+def test_teacher_sees_the_tasks_own_skill_and_student_sees_none(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run()
-    engine: Any = run.engine
+    learner, sampler = run.engine.learner, run.engine.sampler
     asked: list[tuple[int, ...]] = []
     scored: list[list[TokenSequence]] = []
     picked: list[StoredSkill] = []
-    sample, score, peek = engine.sample, engine.score, run.bank.peek
+    sample, logprobs, peek = sampler.sample, learner.logprobs, run.bank.peek
 
     async def watch_sample(request: SampleRequest) -> Any:
         asked.append(request.tokens)
         return await sample(request)
 
-    def watch_score(sequences: Sequence[TokenSequence], weights: str, **options: Any) -> Any:
+    async def watch_logprobs(sequences: Sequence[TokenSequence], weights: Any, **options: Any) -> Any:
         assert weights == "teacher"
         scored.append(list(sequences))
-        return score(sequences, weights, **options)
+        return await logprobs(sequences, weights, **options)
 
     def watch_peek(task: Any, **options: Any) -> Any:
         found = peek(task, **options)
@@ -267,8 +268,8 @@ def test_the_teacher_reads_the_tasks_own_skill_and_the_student_none(
             picked.append(found)
         return found
 
-    monkeypatch.setattr(engine, "sample", watch_sample)
-    monkeypatch.setattr(engine, "score", watch_score)
+    monkeypatch.setattr(sampler, "sample", watch_sample)
+    monkeypatch.setattr(learner, "logprobs", watch_logprobs)
     monkeypatch.setattr(run.bank, "peek", watch_peek)
     listener = go(run)
     words = {run.renderer._encode(f" {word}")[0] for word in ("Workflow:", "Mistake:", "never")}
@@ -278,15 +279,15 @@ def test_the_teacher_reads_the_tasks_own_skill_and_the_student_none(
             assert not words & set(trajectory.tokens[: trajectory.prompt_length])
     first = {trajectory.tokens[: trajectory.prompt_length] for g in listener.groups for trajectory in g.trajectories}
     assert {tokens for tokens in asked if tokens in first} >= first
-    views = [view for part in scored for view in part]
-    assert len(views) == 4 * len(picked)
+    sequences = [sequence for part in scored for sequence in part]
+    assert len(sequences) == 4 * len(picked)
     for place, skill in enumerate(picked):
         text = run.renderer._encode(render_skill(skill.skill, run.template))
-        for view in views[4 * place : 4 * place + 4]:
-            assert any(view.tokens[i : i + len(text)] == text for i in range(len(view.tokens)))
+        for sequence in sequences[4 * place : 4 * place + 4]:
+            assert any(sequence.tokens[i : i + len(text)] == text for i in range(len(sequence.tokens)))
 
 
-def test_a_skill_is_credited_with_the_group_that_it_taught(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skill_is_credited_with_the_rewards_of_its_group(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run()
     credited: list[tuple[str, list[float]]] = []
     credit = run.bank.credit
@@ -307,7 +308,7 @@ def test_a_skill_is_credited_with_the_group_that_it_taught(make_run: MakeRun, mo
     assert credited == expected
 
 
-def test_a_skill_that_does_not_fit_is_counted_and_earns_nothing(make_run: MakeRun) -> None:
+def test_skill_that_is_too_long_is_counted_and_not_credited(make_run: MakeRun) -> None:
     run = make_run(skills={"teacher_extra_tokens": 1})
     listener = go(run)
     assert [record["batch/groups_with_teacher"] for record in listener.iterations] == [0.0] * 6
@@ -316,15 +317,15 @@ def test_a_skill_that_does_not_fit_is_counted_and_earns_nothing(make_run: MakeRu
     assert run.bank.counts()["credited"] == 0
 
 
-def test_grpo_has_no_skills_and_never_asks_a_teacher(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grpo_uses_no_skills_and_no_teacher(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = Toy()
     run = make_run(toy=toy, method="grpo")
 
-    def never(*args: Any, **options: Any) -> Any:
+    async def never(*args: Any, **options: Any) -> Any:
         raise AssertionError("GRPO has no teacher")
 
-    monkeypatch.setattr(run.engine, "score", never)
-    monkeypatch.setattr(run.engine, "sync_teacher", never)
+    monkeypatch.setattr(run.learner, "logprobs", never)
+    monkeypatch.setattr(run.learner, "sync_teacher", never)
     listener = go(run)
     assert len(run.bank) == 0
     assert toy.summarised == []
@@ -332,16 +333,16 @@ def test_grpo_has_no_skills_and_never_asks_a_teacher(make_run: MakeRun, monkeypa
 
 
 def _fails(trajectory: Trajectory) -> Skill:
-    raise RuntimeError("the summariser is ill")
+    raise RuntimeError("the summariser failed")
 
 
-def _talks_rubbish(trajectory: Trajectory) -> Any:
+def _returns_a_string(trajectory: Trajectory) -> Any:
     return "a string"
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("write", [_fails, _talks_rubbish])
-def test_a_summariser_that_fails_does_not_stop_training(make_run: MakeRun, deterministic: bool, write: Any) -> None:
+@pytest.mark.parametrize("write", [_fails, _returns_a_string])
+def test_failing_summariser_does_not_stop_training(make_run: MakeRun, deterministic: bool, write: Any) -> None:
     toy = Toy()
     toy.write = write
     run = make_run(toy=toy, skills={"deterministic": deterministic})
@@ -352,7 +353,7 @@ def test_a_summariser_that_fails_does_not_stop_training(make_run: MakeRun, deter
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_a_summariser_that_hangs_does_not_stop_training(make_run: MakeRun, deterministic: bool) -> None:
+def test_hanging_summariser_does_not_stop_training(make_run: MakeRun, deterministic: bool) -> None:
     run = make_run(
         skills={"deterministic": deterministic, "timeout_seconds": 0.02 if deterministic else 60},
         training={"iterations": 3},
@@ -372,13 +373,13 @@ def test_a_summariser_that_hangs_does_not_stop_training(make_run: MakeRun, deter
     stats = run.summaries.stats()
     if deterministic:
         assert stats["timeout"] == stats["submitted"] == 36
-    else:  # they are still under way, and in the checkpoint
+    else:  # they are still in progress, and in the checkpoint
         found = checkpoint.latest(run.folder)
         assert found is not None
         assert len(json.loads((found / "state.json").read_text())["pending_summaries"]) == stats["pending"] == 36
 
 
-def test_late_summaries_serve_a_later_iteration(make_run: MakeRun) -> None:
+def test_late_summaries_are_used_in_a_later_iteration(make_run: MakeRun) -> None:
     toy = Toy()
     run = make_run(toy=toy, skills={"deterministic": False})
     assert run.summaries is not None
@@ -398,19 +399,19 @@ def test_late_summaries_serve_a_later_iteration(make_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize("method", ["grpo", "skill-sd"])
-def test_a_training_task_in_an_evaluation_split_is_refused(make_run: MakeRun, method: str) -> None:
+def test_training_task_in_an_evaluation_split_is_refused(make_run: MakeRun, method: str) -> None:
     with pytest.raises(UserError, match=r"1 training tasks .*'train-0'"):
         make_run(toy=Toy(overlap=True), method=method)
 
 
-def test_the_training_split_is_no_evaluation_split(make_run: MakeRun) -> None:
+def test_evaluation_split_must_be_held_out_and_known(make_run: MakeRun) -> None:
     with pytest.raises(UserError, match="held-out"):
         make_run(evaluation={"split": "train"})
     with pytest.raises(UserError, match=r"unknown split 'tne'.*'tune'"):
         make_run(evaluation={"split": "tne"})
 
 
-def test_measuring_changes_nothing(make_run: MakeRun) -> None:
+def test_evaluation_changes_nothing(make_run: MakeRun) -> None:
     toy = Toy()
     run = make_run(toy=toy, evaluation={"greedy": True})
     go(run)
@@ -423,8 +424,7 @@ def test_measuring_changes_nothing(make_run: MakeRun) -> None:
     assert (record["eval/temperature"], record["eval_greedy/temperature"]) == (1.0, 0.0)
 
 
-def test_the_students_of_training_and_evaluation_are_told_the_same(make_run: MakeRun) -> None:
-    """At test time and in training: the plain prompt."""
+def test_training_rollouts_use_the_plain_prompt(make_run: MakeRun) -> None:
     run = make_run()
     listener = go(run)
     for group in listener.groups:
@@ -433,33 +433,39 @@ def test_the_students_of_training_and_evaluation_are_told_the_same(make_run: Mak
             assert trajectory.tokens[: trajectory.prompt_length] == plain
 
 
-# -- what is not finite, what is broken -----------------------------------------------------------------------------
+# -- non-finite losses, infrastructure failures ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_updates_nothing_and_training_goes_on(
+def test_non_finite_loss_updates_nothing_and_training_continues(
     make_run: MakeRun, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(training={"iterations": 3})
-    engine: Any = run.engine
+    learner: Any = run.learner
     moved: list[bool] = []
-    step, call = engine.step, Objective.__call__
+    forward_backward, step = learner.forward_backward, learner.step
     calls: list[None] = []
 
-    def poisoned(self: Objective, *rest: Any) -> Any:
-        loss, figures = call(self, *rest)
+    async def poisoned(batch: Any, loss: Any, **options: Any) -> Any:
         calls.append(None)
-        return (loss + bad if len(calls) == 3 else loss), figures  # iteration 2's first minibatch
+        if len(calls) != 3:  # the first minibatch of iteration 2
+            return await forward_backward(batch, loss, **options)
 
-    def watch(rate: float) -> Any:
-        before = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
-        report = step(rate)
-        moved.append(not same(before, dict(engine.model.named_parameters())))
+        def bad_loss(*rest: Any) -> Any:
+            value, metrics = loss(*rest)
+            return value + bad, metrics
+
+        return await forward_backward(batch, bad_loss, **options)
+
+    async def watch(rate: float) -> Any:
+        before = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
+        report = await step(rate)
+        moved.append(not same(before, dict(learner.model.named_parameters())))
         assert report.applied == moved[-1]
         return report
 
-    monkeypatch.setattr(Objective, "__call__", poisoned)
-    monkeypatch.setattr(engine, "step", watch)
+    monkeypatch.setattr(learner, "forward_backward", poisoned)
+    monkeypatch.setattr(learner, "step", watch)
     listener = go(run)
     assert moved == [True, True, False, True, True, True]
     assert [record["step/refused"] for record in listener.iterations] == [0, 1, 0]
@@ -471,7 +477,7 @@ def test_a_loss_that_is_not_finite_updates_nothing_and_training_goes_on(
     assert {"tokens", "mask", "signals"} <= saved[0].keys()
 
 
-def test_dropped_groups_are_counted_and_the_rest_is_trained(make_run: MakeRun) -> None:
+def test_dropped_groups_are_counted_and_the_others_are_trained_on(make_run: MakeRun) -> None:
     toy = Toy()
 
     def fault(at: str, environment: Any) -> None:
@@ -483,29 +489,29 @@ def test_dropped_groups_are_counted_and_the_rest_is_trained(make_run: MakeRun) -
     listener = go(run)
     for record in listener.iterations:
         assert record["rollout/dropped_groups"] == 1
-        assert record["broken/env_error"] == 8
+        assert record["infra_failures/env_error"] == 8
     assert listener.iterations[-1]["episodes"] == 2 * 6 * 4
     assert "train-3" not in {skill.task_id for skill in run.bank.skills()}
 
 
-def test_an_iteration_that_lost_every_group_changes_nothing(make_run: MakeRun) -> None:
+def test_iteration_without_groups_changes_nothing(make_run: MakeRun) -> None:
     toy = Toy()
     run = make_run(toy=toy, training={"iterations": 2}, rollout={"retries": 0})
     go_on = asyncio.run(train(run, Listener(), lambda: run.iteration == 1))
     assert not go_on
     toy.faults = lambda at, e: (_ for _ in ()).throw(OSError("gone")) if at == "reset" else None
-    before = {n: p.detach().clone() for n, p in run.engine.model.named_parameters()}  # type: ignore[attr-defined]
+    before = {n: p.detach().clone() for n, p in run.learner.model.named_parameters()}  # type: ignore[attr-defined]
     listener = go(run)
     assert len(listener.iterations) == 1
-    assert same(before, dict(run.engine.model.named_parameters()))  # type: ignore[attr-defined]
+    assert same(before, dict(run.learner.model.named_parameters()))  # type: ignore[attr-defined]
     assert listener.iterations[-1]["episodes"] == 12
     assert "reset: OSError: gone" in listener.notes[0]
 
 
-def test_a_run_that_never_gets_an_episode_says_why(make_run: MakeRun) -> None:
+def test_error_if_every_episode_of_the_first_iteration_fails(make_run: MakeRun) -> None:
     toy = Toy()
-    toy.faults = lambda at, e: (_ for _ in ()).throw(OSError("no such world")) if at == "step" else None
-    with pytest.raises(UserError, match=r"every episode of iteration 1 failed .* no such world"):
+    toy.faults = lambda at, e: (_ for _ in ()).throw(OSError("no server")) if at == "step" else None
+    with pytest.raises(UserError, match=r"every episode of iteration 1 failed .* no server"):
         go(make_run(toy=toy))
 
 
@@ -514,23 +520,23 @@ def test_more_minibatches_than_groups_are_refused(make_run: MakeRun) -> None:
         make_run(training={"minibatches": 4})
 
 
-def test_more_tasks_than_there_are_is_refused(make_run: MakeRun) -> None:
+def test_more_tasks_per_iteration_than_tasks_are_refused(make_run: MakeRun) -> None:
     with pytest.raises(UserError, match=r"tasks_per_iteration is 8, but the environment has 7"):
         make_run(rollout={"tasks_per_iteration": 8})
 
 
-def test_prompts_that_leave_no_room_are_no_training(make_run: MakeRun) -> None:
+def test_error_if_prompts_leave_no_room_for_an_action(make_run: MakeRun) -> None:
     run = make_run(rollout={"trajectory_tokens": 3})
     with pytest.raises(UserError, match=r"trajectory_tokens is 3, but the prompts alone have 3 tokens"):
         go(run)
 
 
-def test_longer_trajectories_than_the_model_takes_are_refused(make_run: MakeRun) -> None:
+def test_trajectories_longer_than_the_model_takes_are_refused(make_run: MakeRun) -> None:
     with pytest.raises(UserError, match=r"trajectory_tokens is 300"):
         make_run(rollout={"trajectory_tokens": 300})
 
 
-def test_it_learns(make_run: MakeRun) -> None:
+def test_grpo_learns(make_run: MakeRun) -> None:
     run = make_run(
         toy=Toy(turns=1, sizes={"train": 1, "tune": 1}),
         method="grpo",

@@ -1,7 +1,8 @@
-"""Every row of the table of methods runs through the one loop, and its switches do what they say."""
+"""Every row of the table of methods trains with the same loop, and each of its switches has its effect."""
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from toy_env import Toy
 from toy_run import MakeRun, go
 
 from skillsd.errors import UserError
-from skillsd.methods import METHODS
-from skillsd.training import loop
 from skillsd.evaluation.evaluate import evaluate
+from skillsd.methods import METHODS
+from skillsd.runs.checks import check_engine
+from skillsd.training import loop
 from skillsd.types import Task
 
 
@@ -25,7 +27,7 @@ class WithOracle(Toy):
 
 @pytest.fixture
 def other_model(tiny_model: Path, tmp_path: Path) -> Path:
-    """The same tokenizer, other weights."""
+    """A model with the same tokenizer and other weights."""
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path / "other"
@@ -40,7 +42,7 @@ def other_model(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def weights(run: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in run.engine.model.named_parameters()}
+    return {name: p.detach().clone() for name, p in run.learner.model.named_parameters()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -48,18 +50,18 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def settings_for(name: str, model: Path) -> dict[str, Any]:
-    """What a row cannot do without."""
+    """Settings that a row requires."""
     return {"teacher": {"model": str(model)}} if METHODS[name].teacher == "external" else {}
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_row_trains(name: str, make_run: MakeRun, other_model: Path) -> None:
+def test_row_trains(name: str, make_run: MakeRun, other_model: Path) -> None:
     row = METHODS[name]
     run = make_run(method=name, toy=WithOracle(), training={"iterations": 4}, **settings_for(name, other_model))
     before = weights(run)
-    heard = go(run)
+    listener = go(run)
     assert not same(weights(run), before)
-    taught = [record["batch/groups_with_teacher"] for record in heard.iterations]
+    taught = [record["batch/groups_with_teacher"] for record in listener.iterations]
     if row.teacher == "none":
         assert taught == [0.0] * 4
     elif row.context == "skill":
@@ -67,31 +69,32 @@ def test_a_row_trains(name: str, make_run: MakeRun, other_model: Path) -> None:
     else:
         assert taught == [1.0] * 4
     assert (len(run.bank) > 0) == row.uses_skills
-    assert any(record.get("batch/imitated", 0) > 0 for record in heard.iterations) == (row.imitation_weight > 0)
-    assert any("loss/imitation_loss" in record for record in heard.iterations) == (row.imitation_weight > 0)
+    assert any(record.get("batch/imitated", 0) > 0 for record in listener.iterations) == (row.imitation_weight > 0)
+    assert any("loss/imitation_loss" in record for record in listener.iterations) == (row.imitation_weight > 0)
     assert (run.bank.counts()["credited"] > 0) == row.uses_skills
     if row.teacher == "frozen":
-        assert same(run.engine._teacher, {n: before[n] for n in run.engine._teacher}), "the teacher moved"  # type: ignore[attr-defined]
+        teacher = run.learner.teacher  # type: ignore[attr-defined]
+        assert same(teacher, {n: before[n] for n in teacher})
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_who_acts_is_told_what_the_row_says(
+def test_context_is_only_in_the_prompts_that_the_row_says(
     name: str, make_run: MakeRun, other_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The skill stands in an actor's prompt where the table says so, and nowhere else; never in an evaluation."""
+    """The sampling policy's prompt holds a context only if the row says so, and never in an evaluation."""
     row = METHODS[name]
     run = make_run(method=name, toy=WithOracle(), training={"iterations": 4}, **settings_for(name, other_model))
-    engine: Any = run.engine
-    sample = engine.sample
+    sampler: Any = run.engine.sampler
+    sample = sampler.sample
     words = {run.renderer._encode(f" {word}")[0] for word in ("Workflow:", "Mistake:")}
     asked: list[tuple[str, bool]] = []
     evaluating = False
 
     async def watch(request: Any) -> Any:
-        told = bool(words & set(request.tokens))
-        assert not (evaluating and (told or request.weights == "teacher"))
+        sees_context = bool(words & set(request.tokens))
+        assert not (evaluating and (sees_context or request.weights == "teacher"))
         if not evaluating:
-            asked.append((request.weights, told))
+            asked.append((request.weights, sees_context))
         return await sample(request)
 
     async def measure(*args: Any, **options: Any) -> Any:
@@ -102,34 +105,34 @@ def test_who_acts_is_told_what_the_row_says(
         finally:
             evaluating = False
 
-    monkeypatch.setattr(engine, "sample", watch)
+    monkeypatch.setattr(sampler, "sample", watch)
     monkeypatch.setattr(loop, "evaluate", measure)
     go(run)
-    assert {who for who, _ in asked} == {row.sampler}
-    assert {told for _, told in asked} == ({False, True} if row.actor_is_told else {False})
+    assert {weights for weights, _ in asked} == {row.sampler}
+    assert {sees_context for _, sees_context in asked} == ({False, True} if row.sampler_sees_context else {False})
 
 
-def test_what_a_teacher_acted_is_trained_under_the_plain_prompt(
+def test_teacher_rollouts_are_trained_on_under_the_plain_prompt(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(method="teacher-rollouts", training={"iterations": 4})
-    engine: Any = run.engine
+    learner: Any = run.learner
     trained: list[tuple[int, ...]] = []
-    forward_backward = engine.forward_backward
+    forward_backward = learner.forward_backward
 
-    def watch(items: Any, *rest: Any, **options: Any) -> Any:
+    async def watch(items: Any, *rest: Any, **options: Any) -> Any:
         trained.extend(item.sequence.tokens for item in items)
-        return forward_backward(items, *rest, **options)
+        return await forward_backward(items, *rest, **options)
 
-    monkeypatch.setattr(engine, "forward_backward", watch)
-    heard = go(run)
+    monkeypatch.setattr(learner, "forward_backward", watch)
+    listener = go(run)
     word = run.renderer._encode(" Workflow:")[0]
-    acted = [t.tokens for group in heard.groups for t in group.trajectories]
-    assert any(word in tokens[: len(tokens) // 2] for tokens in acted)
+    sampled = [t.tokens for group in listener.groups for t in group.trajectories]
+    assert any(word in tokens[: len(tokens) // 2] for tokens in sampled)
     assert not any(word in tokens for tokens in trained)
 
 
-def test_without_a_reward_and_without_a_teacher_there_is_nothing_to_learn(make_run: MakeRun) -> None:
+def test_distillation_alone_without_a_skill_changes_nothing(make_run: MakeRun) -> None:
     run = make_run(method="opd", training={"iterations": 1})  # the bank is empty at the first visit
     before = weights(run)
     go(run)
@@ -137,29 +140,34 @@ def test_without_a_reward_and_without_a_teacher_there_is_nothing_to_learn(make_r
 
 
 @pytest.mark.parametrize(
-    ("method", "sections", "said"),
+    ("method", "sections", "message"),
     [
         ("opd-external", {}, "give its name or folder"),
         ("skill-sd", {"teacher": {"model": "nano"}}, "not external"),
         ("skill-sd-frozen", {"teacher": {"ema": 0.5}}, "not synchronised"),
         ("skill-sd-frozen", {"teacher": {"sync_every": 2}}, "not synchronised"),
         ("grpo", {"objective": {"reward_weight": 0}}, "nothing else to learn from"),
-        ("skill-grpo", {"skills": {"hindsight": True}}, "before the group is played"),
+        ("skill-grpo", {"skills": {"hindsight": True}}, "needs the skill before the group is played"),
         ("skill-sd", {"skills": {"hindsight": True, "deterministic": False}}, "not be ready in time"),
         ("skill-grpo", {"skills": {"credit": "uplift"}}, "no episodes without the skill"),
         ("skill-sd", {"skills": {"content": "shuffled"}, "rollout": {"tasks_per_iteration": 1},
                       "training": {"minibatches": 1}}, "no other task's skill"),
         ("skill-sd", {"objective": {"top_k": 3}}, "top_k is for"),
-        ("skill-sd", {"objective": {"top_k": 10**6, "estimator": "reverse_kl"}}, "objective.top_k is 1000000"),
     ],
 )  # fmt: skip
-def test_switches_that_do_not_fit_the_row_are_refused(
-    method: str, sections: dict[str, Any], said: str, make_run: MakeRun
+def test_settings_that_do_not_fit_the_row_are_refused(
+    method: str, sections: dict[str, Any], message: str, make_run: MakeRun
 ) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         make_run(method=method, **sections)
 
 
-def test_an_environment_without_reference_solutions_has_no_oracle_to_tell(make_run: MakeRun) -> None:
+def test_top_k_beyond_the_vocabulary_is_refused(make_run: MakeRun) -> None:
+    run = make_run(objective={"top_k": 10**6, "estimator": "reverse_kl"})
+    with pytest.raises(UserError, match=r"objective\.top_k is 1000000"):
+        asyncio.run(check_engine(run))
+
+
+def test_oracle_method_needs_reference_solutions(make_run: MakeRun) -> None:
     with pytest.raises(UserError, match="reference solution"):
         make_run(method="opsd")

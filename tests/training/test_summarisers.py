@@ -1,29 +1,31 @@
-"""Whole runs whose skills are written by a language model: behind an endpoint that fails, and the policy itself."""
+"""Runs with other summarisers: a language model behind an endpoint, the policy itself, and a user's own class."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_endpoint import SKILL, FakeEndpoint, Reply, Request, completion
+from pydantic import ValidationError
 from toy_env import Toy
 from toy_run import Listener, MakeRun, go, toy_settings
 
-from skillsd import endpoint
 from skillsd.config import RunConfig
+from skillsd.engines import endpoint
 from skillsd.engines.base import Sample, SampleRequest
 from skillsd.errors import UserError
 from skillsd.report.progress import summaries_note
 from skillsd.report.writer import METRICS, read
+from skillsd.runs.lifecycle import run_training
 from skillsd.skills.bank import Bank
 from skillsd.training import checkpoint
 from skillsd.training.loop import train
-from skillsd.runs.lifecycle import run_training
 from skillsd.types import Task
 
 KEY = "sk-very-secret-0123456789"
@@ -36,8 +38,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
 
 
-def lesson(request: Request) -> Reply:
-    """A skill of its own for every episode."""
+def new_skill(request: Request) -> Reply:
+    """A different skill for every episode."""
     return completion({**SKILL, "golden_workflow": f"{hash(request.text):x}"})
 
 
@@ -68,8 +70,8 @@ def settings(server: FakeEndpoint, deterministic: bool = True, **summariser: Any
     }
 
 
-class DiesAt(Listener):
-    """The server is gone after so many iterations."""
+class StopsServer(Listener):
+    """Stops the server after a number of iterations."""
 
     def __init__(self, server: FakeEndpoint, iterations: int) -> None:
         super().__init__()
@@ -82,10 +84,10 @@ class DiesAt(Listener):
             self.server.close()
 
 
-def test_training_goes_on_when_the_server_dies(make_run: MakeRun, servers: list[FakeEndpoint]) -> None:
-    servers.append(FakeEndpoint(answer=lesson))
+def test_training_continues_when_the_server_stops(make_run: MakeRun, servers: list[FakeEndpoint]) -> None:
+    servers.append(FakeEndpoint(answer=new_skill))
     run = make_run(**settings(servers[0]))
-    listener = DiesAt(servers.pop(), 3)
+    listener = StopsServer(servers.pop(), 3)
     assert asyncio.run(train(run, listener))
     assert len(listener.iterations) == 6
     before, after = listener.iterations[2], listener.iterations[5]
@@ -100,16 +102,16 @@ def test_training_goes_on_when_the_server_dies(make_run: MakeRun, servers: list[
     assert after["summaries/pending"] == 0
     assert after["summaries/cost"] == before["summaries/cost"]
     assert len(run.bank) == before["summaries/added"] > 0
-    assert after["batch/groups_with_teacher"] == 1.0  # the skills that it wrote teach on
+    assert after["batch/groups_with_teacher"] == 1.0  # earlier skills are still used
     assert summaries_note(after) == "summaries: 108 calls, 3,600 tokens in, 720 out, cost 0.0108"
 
 
-def test_pending_summaries_survive_a_restart_at_another_address(
+def test_pending_summaries_survive_a_restart_with_another_server(
     tiny_model: Path, tmp_path: Path, servers: list[FakeEndpoint], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """From the third iteration on the server hangs; the run is stopped and goes on with a new server, at another port.
+    """From the third iteration on the server hangs; the run then resumes with a new server at another port.
 
-    And nowhere in the run's folder or in any log stands the key.
+    The API key is in no file of the run's folder and in no log.
     """
     caplog.set_level(logging.DEBUG)
     folder = tmp_path / "run"
@@ -119,7 +121,7 @@ def test_pending_summaries_survive_a_restart_at_another_address(
         return RunConfig.model_validate(toy_settings(tiny_model, **settings(server, deterministic=False), **training))
 
     hangs_now = False
-    servers.append(FakeEndpoint(answer=lambda request: hanging(request) if hangs_now else lesson(request)))
+    servers.append(FakeEndpoint(answer=lambda request: hanging(request) if hangs_now else new_skill(request)))
 
     def on_record(kind: str, record: Any) -> None:
         nonlocal hangs_now
@@ -134,7 +136,7 @@ def test_pending_summaries_survive_a_restart_at_another_address(
     assert {source.split("/")[0] for source in waiting} >= {"iteration-3", "iteration-4"}
     assert left["summary_stats"]["submitted"] == 48
 
-    servers.append(FakeEndpoint(answer=lesson))
+    servers.append(FakeEndpoint(answer=new_skill))
     assert run_training(config(servers[1], 5), folder, resume=True)
     *_, record = read(folder / METRICS)
     assert record["iteration"] == 5
@@ -142,7 +144,7 @@ def test_pending_summaries_survive_a_restart_at_another_address(
     assert record["summaries/resumed"] == len(left["pending_summaries"])
     assert record["summaries/calls"] >= left["summary_stats"]["calls"]
     asked = {request.text for request in servers[1].requests}
-    assert len(asked) >= 10  # those that hung were asked for again
+    assert len(asked) >= 10  # the hanging requests were sent again
     everything = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert b"MY_KEY" in everything
     assert KEY.encode() not in everything
@@ -151,17 +153,17 @@ def test_pending_summaries_survive_a_restart_at_another_address(
         assert {skill.source for skill in bank.skills()} & set(waiting)
 
 
-def test_what_an_environment_calls_secret_is_in_no_skill(make_run: MakeRun, servers: list[FakeEndpoint]) -> None:
-    class Secretive(Toy):
+def test_environments_secrets_are_in_no_skill(make_run: MakeRun, servers: list[FakeEndpoint]) -> None:
+    class WithSecrets(Toy):
         def secrets(self, task: Task) -> Sequence[str]:
             return (f"code {task.id}",)
 
     servers.append(FakeEndpoint(completion({**SKILL, "golden_workflow": "Say CODE train-3."})))
-    run = make_run(toy=Secretive(), training={"iterations": 3}, **settings(servers[0]))
+    run = make_run(toy=WithSecrets(), training={"iterations": 3}, **settings(servers[0]))
     listener = go(run)
     visited = [group.task.id for group in listener.groups]
     assert listener.iterations[-1]["summaries/rejected_leaks_answer"] == 4 * visited.count("train-3") > 0
-    assert {skill.task_id for skill in run.bank.skills()} == set(visited) - {"train-3"}  # no secret of theirs
+    assert {skill.task_id for skill in run.bank.skills()} == set(visited) - {"train-3"}  # not a secret of theirs
 
 
 # -- the policy -----------------------------------------------------------------------------------------------------
@@ -174,7 +176,7 @@ def bare(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_the_policy_writes_rubbish_at_first_and_training_goes_on(make_run: MakeRun, bare: str) -> None:
+def test_invalid_summaries_of_an_untrained_policy_do_not_stop_training(make_run: MakeRun, bare: str) -> None:
     options: dict[str, Any] = {
         "skills": {"summariser": "policy"},
         "summariser": {"prompt": bare, "max_output_tokens": 24},
@@ -187,28 +189,28 @@ def test_the_policy_writes_rubbish_at_first_and_training_goes_on(make_run: MakeR
     assert record["summaries/pending"] == 0
     assert record["summaries/tokens_in"] > 0
     figures = [{k: v for k, v in r.items() if k.startswith(("summaries/", "rollout/reward"))} for r in one + two]
-    assert figures[:3] == figures[3:]  # the same seed, the same summaries
+    assert figures[:3] == figures[3:]  # deterministic
 
 
-def test_what_the_policy_says_becomes_a_skill(make_run: MakeRun, bare: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_policys_answer_becomes_a_skill(make_run: MakeRun, bare: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(
         skills={"summariser": "policy", "teacher_extra_tokens": 200},
         summariser={"prompt": bare, "max_output_tokens": 100, "temperature": 0},
     )
-    engine: Any = run.engine
-    sample = engine.sample
+    sampler: Any = run.engine.sampler
+    sample = sampler.sample
     asked: list[SampleRequest] = []
 
-    async def eloquent(request: SampleRequest) -> Sample:
-        """The model's own way, but its words in the summaries are put into its mouth."""
+    async def write_skills(request: SampleRequest) -> Sample:
+        """The model plays, but its summaries are replaced."""
         if request.session is not None:
             return await sample(request)
         asked.append(request)
         await sample(request)
-        said = run.renderer.reply(json.dumps({**SKILL, "golden_workflow": f"{request.seed % 1000}"}))
-        return Sample(said, (0.0,) * len(said), "stop")
+        ids = run.renderer.reply(json.dumps({**SKILL, "golden_workflow": f"{request.seed % 1000}"}))
+        return Sample(ids, (0.0,) * len(ids), "stop")
 
-    monkeypatch.setattr(engine, "sample", eloquent)
+    monkeypatch.setattr(sampler, "sample", write_skills)
     listener = go(run)
     assert len(asked) == 72
     assert {request.temperature for request in asked} == {0}
@@ -219,30 +221,160 @@ def test_what_the_policy_says_becomes_a_skill(make_run: MakeRun, bare: str, monk
     assert run.bank.skills()[0].skill.success_analysis == "Left first."
 
 
-def test_a_policy_without_room_for_a_summary_is_refused(make_run: MakeRun) -> None:
+def test_policy_summariser_needs_room_in_the_context(make_run: MakeRun) -> None:
     with pytest.raises(UserError, match=r"takes 256 tokens: too few for .*max_output_tokens \(1024\)"):
         make_run(skills={"summariser": "policy"})
 
 
-# -- settings that do not fit ---------------------------------------------------------------------------------------
+# -- a user's own code ----------------------------------------------------------------------------------------------
+
+OWN = """
+from skillsd.types import Skill
+
+class Summariser:
+    def __init__(self, prefix, fail=False):
+        self.prefix, self.fail = prefix, fail
+
+    async def summarise(self, trajectory):
+        if self.fail:
+            raise RuntimeError("failed")
+        return Skill("", "", f"{self.prefix} {trajectory.seed % 1000}")
+
+def summarise(trajectory):
+    return Skill("", "", "by a function") if trajectory.success else None
+
+class Synchronous:
+    def summarise(self, trajectory):
+        return None
+
+class Nothing:
+    pass
+
+async def asynchronous(trajectory):
+    return None
+
+number = 3
+
+class Oldest:
+    def __call__(self, skills, c):
+        return 0
+
+class Demanding:
+    def __init__(self, required):
+        pass
+
+def none(skills, c):
+    return None
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Name of a module in the current folder with a user's summarisers and picking rules."""
+    (tmp_path / "own_code.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "own_code"
+    sys.modules.pop("own_code", None)
+
+
+def test_own_summariser_class_with_options(make_run: MakeRun, own: str) -> None:
+    run = make_run(
+        skills={"summariser": f"{own}:Summariser"},
+        summariser={"options": {"prefix": "Go"}},
+        training={"iterations": 3},
+    )
+    record = go(run).iterations[-1]
+    assert {skill.skill.golden_workflow.split()[0] for skill in run.bank.skills()} == {"Go"}
+    assert record["summaries/added"] + record["summaries/duplicate"] == record["summaries/submitted"] == 36
+
+
+def test_own_summariser_that_fails_does_not_stop_training(make_run: MakeRun, own: str) -> None:
+    run = make_run(
+        skills={"summariser": f"{own}:Summariser"},
+        summariser={"options": {"prefix": "Go", "fail": True}},
+        training={"iterations": 2},
+    )
+    assert go(run).iterations[-1]["summaries/failed"] == 24
+
+
+def test_own_summariser_function(make_run: MakeRun, own: str) -> None:
+    run = make_run(skills={"summariser": f"{own}:summarise"}, training={"iterations": 3})
+    record = go(run).iterations[-1]
+    assert {skill.skill.golden_workflow for skill in run.bank.skills()} == {"by a function"}
+    assert record["summaries/no_skill"] > 0
+
+
+def test_own_picking_rule_class_and_function(make_run: MakeRun, own: str) -> None:
+    run = make_run("class", skills={"pick": f"{own}:Oldest"})
+    go(run)
+    first_ids: dict[str, int] = {}
+    for skill in run.bank.skills():
+        first_ids.setdefault(skill.task_id, skill.id)
+    picked = {skill.id for skill in run.bank.skills() if skill.picks}
+    assert picked
+    assert picked <= set(first_ids.values())
+    run = make_run("function", skills={"pick": f"{own}:none"})
+    assert [record["batch/groups_with_teacher"] for record in go(run).iterations] == [0.0] * 6
+    assert run.bank.counts()["picks"] == 0
 
 
 @pytest.mark.parametrize(
-    ("skills", "summariser", "said"),
+    ("skills", "options", "message"),
+    [
+        ({"summariser": "no_such_module:X"}, {}, "summariser 'no_such_module:X' can't be imported: No module named"),
+        ({"summariser": "own_code:Absent"}, {}, "summariser 'own_code:Absent' can't be imported"),
+        ({"summariser": "own_code:Synchronous"}, {}, "has a method `summarise` that is not async"),
+        ({"summariser": "own_code:Nothing"}, {}, "is a class without a method `summarise`"),
+        ({"summariser": "own_code:number"}, {}, "is int; expected a class with"),
+        ({"summariser": "own_code:asynchronous"}, {}, "is an async function"),
+        ({"summariser": "own_code:Summariser"}, {}, "can't be constructed with summariser.options {}: "),
+        ({"summariser": "own_code:Summariser"}, {"prefx": 1}, "unexpected keyword argument 'prefx'"),
+        ({"summariser": "own_code:summarise"}, {"prefix": 1}, "is a function and takes none"),
+        ({"summariser": "rules"}, {"prefix": 1}, "they are for your own summariser"),
+        ({"pick": "no_such_module:X"}, {}, "picking rule 'no_such_module:X' can't be imported"),
+        ({"pick": "own_code:Absent"}, {}, "picking rule 'own_code:Absent' can't be imported"),
+        ({"pick": "own_code:number"}, {}, "is int, expected a function (skills, c) -> index"),
+        ({"pick": "own_code:Nothing"}, {}, "is Nothing, expected a function (skills, c) -> index"),
+        ({"pick": "own_code:Demanding"}, {}, "can't be constructed without arguments"),
+    ],
+)
+def test_own_code_with_the_wrong_form_is_refused(
+    make_run: MakeRun, own: str, skills: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        make_run(skills=skills, summariser={"options": options})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("summariser", "rule"), ("summariser", "a:b:c"), ("pick", "ubc")])
+def test_unknown_names_are_refused_by_the_configuration(make_run: MakeRun, key: str, value: str) -> None:
+    with pytest.raises(ValidationError, match=r"or module:Class for your own"):
+        make_run(skills={key: value})
+
+
+# -- contradictory settings -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("skills", "summariser", "message"),
     [
         ({"summariser": "openai"}, {}, "summariser.model"),
-        ({}, {"model": "gpt"}, "only 'openai' asks a model of that name"),
+        ({}, {"model": "gpt"}, "only 'openai' uses it"),
         ({"summariser": "policy", "deterministic": False}, {}, "Set skills.deterministic to true"),
         ({"summariser": "policy"}, {"prompt": "nonsense"}, "unknown template 'nonsense'"),
         (
             {"summariser": "openai"},
             {"model": "m", "requests_per_minute": 6},
-            "concurrency 16 a summary may wait 160 s for its turn, but skills.timeout_seconds is 120",
+            "concurrency 16 a summary may wait 160 s, but skills.timeout_seconds is 120",
         ),
         ({"summariser": "openai"}, {"model": "m", "api_key_env": "MISSING"}, "'MISSING' holds no key"),
     ],
 )
-def test_refused(make_run: MakeRun, skills: dict[str, Any], summariser: dict[str, Any], said: str) -> None:
+def test_contradictory_settings_are_refused(
+    make_run: MakeRun, skills: dict[str, Any], summariser: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError) as error:
         make_run(skills=skills, summariser=summariser)
-    assert said in str(error.value)
+    assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""Finished episodes of an evaluation, appended to a file as they end, so that a later attempt resumes from there."""
+"""Finished episodes of an evaluation, appended to a file as they end, so that an interrupted evaluation can resume."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from skillsd.types import Trajectory
 
 FORMAT = 1
 _BEGIN = f'{{"format": {FORMAT}, "settings": '.encode()
-"""The first bytes of every such file."""
+"""The first bytes of every episode log."""
 
 
 class EpisodeLog:
-    """JSON lines: the settings first, then the episodes, each with what had been spent by then.
+    """JSON lines: first the settings, then the episodes, each with the calls and tokens spent so far.
 
-    A file that a crash cut short loses its last line. A lock file beside it allows one process at a time.
+    An incomplete last line, left by a crash, is dropped. A lock file next to it excludes other processes.
 
     Args:
-        settings: everything that decides whether episodes are comparable.
+        settings: everything that must be equal for episodes to be comparable.
+
+    Attributes:
+        spent: calls and tokens spent so far, by name.
 
     Raises:
-        UserError: if the file holds something else, or episodes of other settings, or another process uses it.
+        UserError: if the file is not an episode log, has episodes of other settings, or is in use by another process.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -56,7 +59,7 @@ class EpisodeLog:
             raise
 
     def of(self, iteration: int | None, temperature: float) -> Mapping[int, Trajectory]:
-        """Seed -> episode, of a checkpoint (None: a model) at a temperature."""
+        """Seed -> episode, for a checkpoint's iteration (None: a model) and a temperature."""
         return self._episodes.setdefault((iteration, temperature), {})
 
     def __len__(self) -> int:
@@ -74,7 +77,11 @@ class EpisodeLog:
         )
 
     def close(self, spent: Mapping[str, int]) -> None:
-        """`spent`: the total, including episodes without a result."""
+        """Close the file.
+
+        Args:
+            spent: the total, including episodes without a result.
+        """
         try:
             if self.spent != spent:
                 self._write({"spent": dict(spent)})
@@ -89,14 +96,14 @@ class EpisodeLog:
         self.spent = Counter(record.get("spent", {}))
 
     def _read(self, settings: Mapping[str, Any]) -> int:
-        """Read the file; returns its length in complete lines, in bytes."""
+        """Read the file; returns the length of its complete lines, in bytes."""
         lines = self.path.read_bytes().splitlines(keepends=True)
         cut = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
         try:
             if not lines:
-                # Only our own first line may have been cut by a crash; any other file of one line is the user's.
+                # An incomplete first line of our own is left by a crash; anything else is a user's file: keep it.
                 if not (cut.startswith(_BEGIN) or _BEGIN.startswith(cut)):
-                    raise ValueError("it does not begin like an episode log")
+                    raise ValueError("it does not start like an episode log")
                 return 0
             head, *records = map(json.loads, lines)
             if head["format"] != FORMAT:
@@ -114,7 +121,7 @@ class EpisodeLog:
         for key in sorted(settings.keys() | theirs.keys()):
             if settings.get(key) != theirs.get(key):
                 raise UserError(
-                    f"{str(self.path)!r} holds episodes of another evaluation: their {key} is {theirs.get(key)!r}, "
+                    f"{str(self.path)!r} has episodes of another evaluation: their {key} is {theirs.get(key)!r}, "
                     f"here it is {settings.get(key)!r}. Give another file (--episodes) or delete that one"
                 )
         return sum(map(len, lines))

@@ -1,4 +1,4 @@
-"""Held-out evaluation: accuracy and completion on a split, with intervals. Never touches the bank or the weights."""
+"""Held-out evaluation: accuracy and completion on a split, with intervals. Uses no skill and changes no weights."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ from skillsd.types import Group, Task, Trajectory
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one evaluation.
+    """The result of one evaluation.
 
     Attributes:
         accuracy: share of episodes with full success (pass@1).
         interval: 95 % interval of the accuracy over *tasks*: the panel's sampling error, not the training's.
         completion: mean reward, the share of sub-goals reached.
         completion_interval: 95 % interval of the completion over tasks.
-        tasks, episodes: how many were played; episodes that the infrastructure broke are not among them.
-        scenario_accuracy: share of the scenarios all of whose tasks were solved (AppWorld's SGC), the mean over
-            samples; None where tasks are no variants of scenarios.
-        mean_turns: turns an episode took.
-        fingerprint: identifies the panel; figures with different ones are not comparable.
-        outcomes: how the episodes ended (`skillsd.types.Outcome`), and how often.
-        successes, rewards: of each task of the panel, in its order: the mean over its episodes. None for a task that
-            the infrastructure broke.
+        tasks, episodes: number of those that were played. Tasks lost to infrastructure failures are not included.
+        mean_turns: mean number of turns per episode.
+        seconds: wall-clock time.
+        split: the split that was played.
+        fingerprint: identifies the panel; results with different fingerprints are not comparable.
+        temperature: of sampling; 0 is greedy.
+        scenario_accuracy: share of scenarios in which all tasks were solved (AppWorld's SGC), the mean over samples;
+            None if the environment's tasks are not grouped into scenarios.
+        outcomes: number of episodes by outcome (`skillsd.types.Outcome`), without zeros.
+        successes, rewards: the mean over each task's episodes, in the panel's order. None for a task lost to
+            infrastructure failures.
     """
 
     accuracy: float
@@ -52,21 +55,21 @@ class Evaluation:
     rewards: tuple[float | None, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures of the whole panel that are single numbers or names."""
+        """The fields that are single numbers or names."""
         figures = {k: v for k, v in self.with_tasks().items() if k not in ("outcomes", "successes", "rewards")}
         if self.scenario_accuracy is None:
             del figures["scenario_accuracy"]
         return figures
 
     def with_tasks(self) -> dict[str, Any]:
-        """The figures, with those of each task."""
+        """All fields, those per task included."""
         return asdict(self)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of `values` in [0, 1].
 
-    For 0/1 values Wilson's interval, which keeps its coverage near the ends; otherwise Student's t.
+    For 0/1 values Wilson's interval, whose coverage holds near 0 and 1; otherwise Student's t. (nan, nan) if empty.
     """
     n = len(values)
     if n == 0:
@@ -103,12 +106,13 @@ async def evaluate(
     finished: Mapping[int, Trajectory] | None = None,
     on_episode: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> Evaluation:
-    """Play every task of `split` `samples` times with the policy as it is (temperature 0: greedily).
+    """Play every task of `split` `samples` times, at the policy's temperature.
 
     Args:
-        context: text to add to each task's first prompt, for studies of what a skill is worth; none by default: the
-            student is tested under the plain prompt.
-        retries, finished, on_episode: see `skillsd.rollouts.collect.collect`.
+        limit: only this many of the split's tasks, evenly spaced.
+        context: task -> text added to its first prompt, for studies of a skill's value. By default the student is
+            tested under the plain prompt.
+        retries, concurrency, finished, on_episode: see `skillsd.rollouts.collect.collect`.
     """
     tasks = list(evenly_spaced(task_set.tasks(split), limit))
     begin = time.perf_counter()
@@ -125,7 +129,7 @@ async def evaluate(
         finished=finished,
         on_episode=on_episode,
     )
-    # Episodes of one task are not independent: the task's mean is the unit of the interval.
+    # Episodes of one task are not independent, so the interval is over the tasks' means.
     successes = [sum(t.success for t in g.trajectories) / samples for g in collected.groups]
     rewards = [sum(g.rewards) / samples for g in collected.groups]
     played = {g.task.id: place for place, g in enumerate(collected.groups)}

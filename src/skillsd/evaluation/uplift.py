@@ -1,6 +1,6 @@
-"""A skill's uplift: success with the skill in the policy's prompt minus success without, on the skill's own task.
+"""A skill's uplift: success with the skill in the policy's prompt minus success without it, on the skill's own task.
 
-Training tasks only, like everything that touches a skill. Nothing is trained, and nothing is recorded in the bank.
+On training tasks only, as always with skills. Nothing is trained, and nothing is recorded in the bank.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Uplift:
     """One context's uplift on one task.
 
     Attributes:
-        place: which of the requested pairs (task, context).
-        success_with, success_without: share of episodes with full success, with the context in the prompt and without.
-            ``success_without`` is nan if only the plain prompt's reward was given.
-        reward_with, reward_without: mean rewards.
-        episodes: number with the context.
+        place: index of the requested pair (task, context).
+        success_with, success_without: share of episodes with full success, with and without the context in the prompt.
+            ``success_without`` is nan if only the plain prompt's reward is known (`measure_uplift`'s `plain`).
+        reward_with, reward_without: mean rewards, with and without the context.
+        episodes: number of episodes with the context.
     """
 
     place: int
@@ -63,21 +63,21 @@ async def measure_uplift(
     plain: Mapping[str, float] | None = None,
     on_episode: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> list[Uplift]:
-    """Play each task with its context in the prompt and without, `episodes` times each.
+    """Play each task with and without its context in the prompt, `episodes` times each.
 
-    The plain prompt is played once per task, however many contexts it has; so is a context that occurs twice. Seeds
-    depend on the task and the context alone, so a pair's result is the same whatever else is measured with it (but for
+    Each task is played under the plain prompt only once, even if it has several contexts, and a repeated pair is played
+    once. Seeds depend only on task and context, so a pair's result does not depend on the other pairs (except for
     rounding in the engine). In a stochastic environment the two sides play different episodes.
 
     Args:
         contexts: pairs of a training task and a rendered skill.
-        budget: of the plain prompt; the context's tokens come on top.
-        concurrency: the most episodes under way at once.
-        plain: task id -> mean reward under the plain prompt, if it is known already; it is not played then.
+        budget: for the plain prompt; the context's tokens do not count against it.
+        concurrency: the maximum number of episodes in progress.
+        plain: task id -> mean reward under the plain prompt, if known already; these are not played without a context.
 
     Returns:
-        In the order of `contexts`. A pair is left out if the infrastructure broke an episode of either side in every
-        attempt, so ``len(contexts) - len(result)`` were lost; see `Uplift.place`.
+        In the order of `contexts`. A pair is left out if one of its episodes, on either side, failed in every attempt:
+        ``len(contexts) - len(result)`` pairs were lost. See `Uplift.place`.
 
     Raises:
         HeldOutTaskError: for a task that is not a training task; nothing is played then.
@@ -111,7 +111,7 @@ async def measure_uplift(
         async with asyncio.TaskGroup() as running:
             plays = {key: running.create_task(play(task, key[1])) for key, task in wanted.items()}
     except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None  # the engine's, the same for all: see `collect`
+        raise failures.exceptions[0] from None  # the same for all, see `collect`
     groups = {key: group for key, done in plays.items() if (group := done.result()) is not None}
     without = {id_: (_success(group), _mean(group.rewards)) for (id_, context), group in groups.items() if not context}
     without |= {id_: (math.nan, reward) for id_, reward in known.items()}
@@ -132,8 +132,8 @@ def _guard(task_set: TaskSet, tasks: Iterator[Task]) -> None:
     for task in tasks:
         if task.split != TRAIN_SPLIT or task.id in held_out:
             raise HeldOutTaskError(
-                f"task {task.id!r} of {task.env!r} is of split {task.split!r}, or also in an evaluation split: skills "
-                "are measured on training tasks only"
+                f"task {task.id!r} of {task.env!r} is in the split {task.split!r} or also in an evaluation split: "
+                "skills are measured on training tasks only"
             )
 
 
@@ -152,16 +152,16 @@ Measured = Sequence[tuple[StoredSkill, Uplift]]
 
 @dataclass(frozen=True)
 class UpliftSummary:
-    """Uplift over many skills. Each *task* weighs the same, however many skills it has, and is the unit of the
-    intervals: a task's skills share its plain episodes and its difficulty, so they are not independent.
+    """Uplift over many skills. Each *task* has the same weight and is the unit of the intervals: a task's skills share
+    its plain episodes and its difficulty, so they are not independent.
 
     Attributes:
-        skills, tasks: how many.
-        with_skill, without_skill: success, mean over tasks of the mean over the task's skills.
+        skills, tasks: their numbers.
+        with_skill, without_skill: success, the mean over tasks of the mean over the task's skills.
         success, success_interval: their difference, with its 95 % interval (Student's t over tasks).
         reward, reward_interval: the same for the mean reward.
-        better, worse: share of the skills with uplift above and below 0. With few episodes per skill, chance alone puts
-            many worthless skills on either side.
+        better, worse: share of the skills with uplift above and below 0. With few episodes per skill, many skills
+            without effect are on either side by chance.
     """
 
     skills: int
@@ -177,7 +177,7 @@ class UpliftSummary:
 
 
 def summarise_uplift(measured: Measured) -> UpliftSummary:
-    """Summary over several skills."""
+    """The summary of pairs of a skill and its uplift."""
     by_task: dict[str, list[Uplift]] = {}
     for _, uplift in measured:
         by_task.setdefault(uplift.task_id, []).append(uplift)
@@ -201,7 +201,7 @@ def summarise_uplift(measured: Measured) -> UpliftSummary:
 
 
 def by_kind(measured: Measured) -> dict[str, list[tuple[StoredSkill, Uplift]]]:
-    """Grouped by the source trajectory's outcome, and by which fields the skill has."""
+    """Pairs grouped by the source trajectory's outcome, and again by which fields the skill has."""
     kinds: dict[str, list[tuple[StoredSkill, Uplift]]] = {}
     for title in (lambda s: f"from {s.source_outcome.value}", lambda s: _fields(s.skill)):
         for stored, uplift in sorted(measured, key=lambda pair: title(pair[0])):
@@ -216,6 +216,6 @@ def _fields(skill: Skill) -> str:
 
 
 def _difference_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a mean of differences in [-1, 1], by mapping them to [0, 1]."""
+    """95 % interval of the mean of differences in [-1, 1], computed after mapping them to [0, 1]."""
     low, high = mean_interval([(value + 1) / 2 for value in values])
     return (2 * low - 1, 2 * high - 1)

@@ -1,1 +1,1 @@
-"""Prompts: messages to token ids by the model's chat template, and skills to text by a template of words."""
+"""Prompts: chat messages to token ids with the model's chat template, and skills to text."""

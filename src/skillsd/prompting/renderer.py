@@ -1,9 +1,9 @@
-"""Messages to token ids, by the tokenizer's own chat template, without ever touching what was sampled.
+"""Messages to token ids with the tokenizer's own chat template, without ever changing sampled ids.
 
-A trajectory's ids only grow: the first prompt is rendered once; then sampled ids are appended as they are, and each
-observation is rendered once, with whatever the template puts around it. To find that out, the template renders a short
-made-up dialogue with one more message: what it writes behind the reply's words is what a turn adds. What it does to
-the words before them when the dialogue goes on (drop thinking, move the system prompt) never reaches the ids.
+A trajectory's ids only grow: the first prompt is rendered once, sampled ids are appended as they are, and each
+observation is rendered once, with the markup the template puts around it. To find that markup, a short made-up dialogue
+is rendered: whatever the template writes after the reply's text is what a turn adds. Changes that a template makes to
+*earlier* text when the dialogue goes on (dropping the thinking, moving the system prompt) never reach the ids.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from typing import Any
 from skillsd.errors import UserError
 from skillsd.types import Message
 
-_MARK = "\u27e6reply\u27e7"  # stands for the student's words; no template writes this by itself
-_CUT = "\u27e6cut\u27e7"  # here a text is encoded in two pieces
+_MARK = "\u27e6reply\u27e7"  # placeholder for the reply's text; no template writes this by itself
+_CUT = "\u27e6cut\u27e7"  # where a text is split, its pieces encoded separately
 _TAG = re.compile(r"[<\[].*[>\]]", re.DOTALL)
 _TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _DAY = datetime.date(2024, 7, 26)
 
 
 class ChatRenderer:
-    """Renders for one tokenizer.
+    """Renders chat messages for one tokenizer.
 
-    Control tokens are the template's alone: where a message *says* `<|im_end|>`, say, it is encoded as those letters,
-    so that no environment, skill or demonstration can end a turn or speak in another's name by them. Markers that are
-    plain text (``[INST]`` of Llama 2) anyone can imitate. A template's *today* is always 26 July 2024: a run taken up
-    tomorrow reads the same prompts.
+    Only the template writes control tokens. If a message contains the text ``<|im_end|>``, it is encoded as ordinary
+    characters, so no environment, skill or demonstration can end a turn or forge another role. Markers that are plain
+    text (``[INST]`` of Llama 2) cannot be protected this way. The date that a template inserts is always 26 July 2024,
+    so a run resumed on another day gets the same prompts.
 
-    Where a template has no system role, or wants user and assistant to alternate, messages that it would refuse are
+    If a template has no system role, or requires user and assistant to alternate, messages that it would refuse are
     joined by a blank line.
 
     Args:
         tokenizer: with a chat template.
         stop_tokens: ids that end the student's turn.
-        template_kwargs: what the template shall know besides, e.g. ``{"enable_thinking": False}``.
+        template_kwargs: additional variables for the template, e.g. ``{"enable_thinking": False}``.
 
     Raises:
-        UserError: if what the template adds for a turn is not always the same (it would then be impossible to train on
-            exactly what was sampled), it has no place for a turn, or does not read a key of `template_kwargs`.
+        UserError: if the markup of a turn is not always the same (training on exactly the sampled ids would then be
+            impossible), if the template does not render replies, or if it does not read a key of `template_kwargs`.
     """
 
     def __init__(
@@ -52,15 +52,16 @@ class ChatRenderer:
         self._kwargs = dict(template_kwargs or {})
         for key in self._kwargs:
             if key in ("messages", "add_generation_prompt"):
-                raise UserError(f"model.chat_template_kwargs has {key!r}, which is not a recipe's to set")
+                raise UserError(f"model.chat_template_kwargs has {key!r}, which is set by skillsd: leave it out")
             if not re.search(rf"\b{re.escape(key)}\b", self._template):
                 raise UserError(
-                    f"model.chat_template_kwargs has {key!r}, which the model's chat template does not read"
+                    f"model.chat_template_kwargs has {key!r}, which the model's chat template does not read: "
+                    "correct it or leave it out"
                 )
         self._stop_texts = {token: tokenizer.decode([token]) for token in stop_tokens}
         added = list(tokenizer.added_tokens_decoder.values())
         self._special = {token.content for token in added if token.special}
-        # Some tags are control tokens without being called special (Qwen3's <think>). The student may write them.
+        # Some tags are single tokens but not marked special (Qwen3's <think>). Only the student may write them.
         tags = {token.content for token in added if _TAG.fullmatch(token.content) and token.content in self._template}
         self._forged_by_others, self._forged_by_student = _any_of(self._special | tags), _any_of(self._special)
         self._cache: dict[tuple[str, int | None], tuple[int, ...]] = {}
@@ -69,7 +70,7 @@ class ChatRenderer:
         self._tail, self._next = self._find_turn()
 
     def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Ids of the first prompt, up to where the student begins to speak."""
+        """Ids of the first prompt, up to where the student's reply begins."""
         folded: list[tuple[str, str]] = []
         for message in messages:
             role = message.role if self._has_system or message.role != "system" else "user"
@@ -84,8 +85,8 @@ class ChatRenderer:
 
         Args:
             text: the observation.
-            last_sampled: the id the student's turn ended with. If that is the template's own end of turn, it is not
-                written again; if the turn was cut short, the template's end of turn comes first.
+            last_sampled: the last id of the student's turn. If it is the template's end-of-turn token, that token is
+                not written again; if the turn was cut short, it is written first.
         """
         stop = last_sampled if last_sampled in self._stop_texts else None
         key = (text, stop)
@@ -95,8 +96,8 @@ class ChatRenderer:
             turn = self._behind_reply([("user", "x"), ("assistant", _MARK), ("user", text)], reply_next=True)
             if not turn.startswith(self._tail):
                 raise UserError(
-                    f"the chat template ends the reply before the message {text!r} in another way than usual "
-                    f"({turn[:40]!r} instead of {self._tail!r}): such a template can't be trained on"
+                    f"the chat template ends the reply before the message {text!r} with {turn[:40]!r} instead of "
+                    f"{self._tail!r}. Give a tokenizer whose chat template ends every reply the same way"
                 )
             if stop is None:
                 self._cache[key] = self._encode(turn)
@@ -106,7 +107,11 @@ class ChatRenderer:
         return self._cache[key]
 
     def reply(self, text: str) -> tuple[int, ...]:
-        """Ids of a whole reply as the student would have sampled it, end of turn included (for demonstrations)."""
+        """Ids of a reply as the student would have sampled it, end of turn included (for demonstrations).
+
+        Raises:
+            UserError: if the template renders a given reply differently from what it asks the model to continue.
+        """
         opening = self._render([("user", "x")], reply_next=True)
         whole = self._render([("user", "x"), ("assistant", text)], reply_next=False)
         if not whole.startswith(opening):
@@ -114,44 +119,44 @@ class ChatRenderer:
             thinks = "enable_thinking" in self._template
             hint = " Try model.chat_template_kwargs={enable_thinking: false}" if thinks else ""
             raise UserError(
-                f"the chat template asks for a reply by {asked!r} but writes a given one as {written[:40]!r}, so it "
-                f"can't say what the model should have sampled.{hint}"
+                f"the chat template prompts for a reply with {asked!r}, but renders a given reply as "
+                f"{written[:40]!r}, so the ids that the model should have sampled are undefined.{hint}"
             )
         said = whole[len(opening) :]
         ended = False
-        for stop in self._stop_texts.values():  # what follows the end of turn is not the student's to say
+        for stop in self._stop_texts.values():  # text after the end of turn is not part of the reply
             head, found, _ = said.partition(stop)
             if found:
                 said, ended = head + stop, True
-        if not ended:  # templates whose next speaker's token ends the turn
+        if not ended:  # templates in which the next role's token ends the turn
             said += next((stop for stop in self._stop_texts.values() if self._next.startswith(stop)), "")
         return self._encode(said, opening)
 
     def count(self, text: str) -> int:
-        """How many tokens `text` has as part of a message."""
+        """Number of tokens of `text` inside a message."""
         return len(self._encode(self._as_letters("user", text)))
 
     def text(self, tokens: Sequence[int]) -> str:
-        """What the student said, for the environment and for people."""
+        """The text of sampled ids, without special tokens, for the environment and for logs."""
         ids = list(tokens)
         return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def notes(self) -> list[str]:
-        """What the template would write otherwise once a dialogue goes on, and the ids keep as it was."""
+        """Changes that the template would make to earlier text as a dialogue goes on; the ids keep the original."""
         notes = []
         dialogue = [("user", "x"), ("assistant", _MARK), ("user", "y")]
         asked = self._render(dialogue[:1], reply_next=True)
         kept, rewritten = _differing(asked, self._render(dialogue, reply_next=True).partition(_MARK)[0])
         if kept.strip() or rewritten.strip():
             notes.append(
-                f"before a reply, the chat template would write {rewritten!r} instead of {kept!r} once another message "
-                "follows; an episode keeps what was there when the reply was sampled"
+                f"once another message follows, the chat template would write {rewritten!r} instead of {kept!r} before "
+                "a reply; an episode keeps the text under which the reply was sampled"
             )
         thought = [("user", "x"), ("assistant", f"<think>\nwhy\n</think>\n\n{_MARK}"), ("user", "y")]
         if "</think>" in self._template and "why" not in self._render(thought, reply_next=True):
             notes.append(
-                "the chat template would drop a reply's thinking once another message follows; an episode keeps it, as "
-                "sampled (rollout.trajectory_tokens must hold it)"
+                "once another message follows, the chat template would drop a reply's thinking; an episode keeps it as "
+                "sampled, and it counts towards rollout.trajectory_tokens"
             )
         if self._has_system and self._behind_reply([("system", "z"), *dialogue], reply_next=True) != self._next:
             notes.append(
@@ -171,16 +176,17 @@ class ChatRenderer:
                 add_generation_prompt=reply_next,
                 **self._kwargs,
             )
-        except Exception as error:  # templates raise what they like (jinja2, ValueError ...)
-            raise UserError(f"the chat template refuses {[role for role, _ in messages]}: {error}") from error
+        except Exception as error:  # a template may raise any type (jinja2's errors, ValueError ...)
+            roles = [role for role, _ in messages]
+            raise UserError(f"the chat template refuses messages with the roles {roles}: {error}") from error
 
     def _as_letters(self, role: str, content: str) -> str:
-        """Cut every control token's name behind its first letter: no piece of it is one."""
+        """Split every control token's name after its first character, so that no piece of it is a control token."""
         forged = self._forged_by_student if role == "assistant" else self._forged_by_others
         return forged.sub(lambda match: match[0][0] + _CUT + match[0][1:], content)
 
     def _encode(self, text: str, context: str = "") -> tuple[int, ...]:
-        """Ids of `text`; those that it has behind `context`, which some tokenizers take into account."""
+        """Ids of `text` when it follows `context`: with some tokenizers they depend on it."""
         first, *others = text.split(_CUT)
         lead, whole = self._ids(context), self._ids(context + first)
         ids = whole[len(lead) :] if whole[: len(lead)] == lead else self._ids(first)
@@ -196,24 +202,24 @@ class ChatRenderer:
             return False
 
     def _find_turn(self) -> tuple[str, str]:
-        """What the template writes behind a reply's words: up to the next message, and through it to the next reply."""
+        """The template's text after a reply: (up to the next message, up to the next reply)."""
         dialogue = [("user", "x"), ("assistant", _MARK), ("user", "y")]
         tail = self._behind_reply(dialogue[:2], reply_next=False)
         turn = self._behind_reply(dialogue, reply_next=True)
-        # Some templates close a dialogue that nobody is asked to continue.
+        # Some templates write a closing token if no reply is requested.
         closed = next((stop for stop in self._stop_texts.values() if tail.endswith(stop) and tail != stop), "")
         if not turn.startswith(tail):
             tail = tail.removesuffix(closed)
         if not turn.startswith(tail):
             raise UserError(
                 f"the chat template rewrites the end of a reply when a message is added: {tail!r} becomes "
-                f"{turn[:40]!r}. Give a tokenizer whose chat template ends every reply alike"
+                f"{turn[:40]!r}. Give a tokenizer whose chat template ends every reply the same way"
             )
         later = self._behind_reply([("user", "x"), ("assistant", "x"), ("user", "y"), *dialogue[1:]], reply_next=True)
         if later != turn:
             raise UserError(
-                f"the chat template writes a later turn ({later!r}) otherwise than the first ({turn!r}). Give a "
-                "tokenizer whose chat template writes every turn alike"
+                f"the chat template writes a later turn ({later!r}) differently from the first ({turn!r}). Give a "
+                "tokenizer whose chat template writes every turn the same way"
             )
         return tail, turn
 
@@ -223,17 +229,17 @@ class ChatRenderer:
         if not found:
             when = "" if messages[-1][0] == "assistant" else " once another message follows"
             raise UserError(
-                f"the chat template does not show the assistant's words{when}. Give a tokenizer whose chat template "
-                "writes every message"
+                f"the chat template does not render the assistant's messages{when}. Give a tokenizer whose chat "
+                "template writes every message"
             )
         return behind
 
     def _without_stop(self, turn: str, stop: str) -> str:
-        """`turn` without the end of turn that was sampled already."""
+        """`turn` without the end-of-turn token `stop`, which was sampled already."""
         before, found, rest = self._tail.partition(stop)
         if found and (stop in self._special or not before):
             return rest + turn[len(self._tail) :]
-        # Where the next speaker's token ends a turn. Messages can't begin with it: in them it is cut in two.
+        # Templates in which the next role's token ends a turn. A message can't start with it: there it is split.
         return turn.removeprefix(stop) if stop in self._special else turn
 
 
@@ -243,6 +249,6 @@ def _any_of(texts: set[str]) -> re.Pattern[str]:
 
 
 def _differing(a: str, b: str) -> tuple[str, str]:
-    """What is left of each behind their common beginning."""
+    """The rest of each after their common prefix."""
     common = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return a[common:], b[common:]

@@ -1,11 +1,11 @@
-"""What the teacher is told: a skill, put into words by a template and appended where a user would write it.
+"""The teacher's context: a skill rendered with a template and appended to the last user message.
 
-A template is a text file. Each line is a piece that may name fields of the skill: ``{success_analysis}``,
-``{mistake_analysis}``, ``{golden_workflow}``.
+A template is a text file. Its lines may contain fields of the skill: ``{success_analysis}``, ``{mistake_analysis}``,
+``{golden_workflow}``.
 
-- A line that names an empty field is dropped.
-- A backslash at the end of a line joins it to the next line that is left, without a line break.
-- ``{{`` and ``}}`` stand for braces. Leading blank lines and spaces count: the text is appended as it stands.
+- A line with an empty field is dropped.
+- A backslash at the end of a line joins it to the next remaining line, without a line break.
+- ``{{`` and ``}}`` stand for braces. Leading blank lines and spaces are kept: the text is appended as it is.
 """
 
 from __future__ import annotations
@@ -33,15 +33,18 @@ def with_context(messages: tuple[Message, ...], text: str) -> tuple[Message, ...
             extended = dataclasses.replace(messages[i], content=messages[i].content + text)
             return (*messages[:i], extended, *messages[i + 1 :])
     roles = ", ".join(message.role for message in messages) or "none"
-    raise ValueError(f"the teacher's context goes into the last user message; the prompt's roles are: {roles}")
+    raise ValueError(f"a context is appended to the last user message, but the prompt's roles are: {roles}")
 
 
 def render_skill(skill: Skill, template: str) -> str:
-    """`skill` in the words of `template` (its text; see `load_template` and this module's docstring).
+    """Fill in a template.
+
+    Args:
+        template: its text (`load_template`), in the syntax of this module's docstring.
 
     Raises:
-        ValueError: for an empty skill, of which no template has anything to say.
-        UserError: for a template that is not one.
+        ValueError: for an empty skill.
+        UserError: if the template is malformed.
     """
     values = {name: getattr(skill, name).strip() for name in FIELDS}
     if not any(values.values()):
@@ -57,30 +60,30 @@ def render_skill(skill: Skill, template: str) -> str:
 
 
 def load_template(name_or_path: str | Path) -> str:
-    """The text of a template that comes with skillsd (``teacher``, ``teacher_terse``) or of your own file.
+    """The text of a skill template: one of the package's (``teacher``, ``teacher_terse``) or your own file.
 
-    What ends in ``.txt`` or has a slash in it is a path. The file's last line break is left out.
+    A name that ends in ``.txt`` or contains a slash is a path. The file's last line break is removed.
 
     Raises:
-        UserError: if there is no such template, or it names unknown fields or none.
+        UserError: if there is no such template, or it contains unknown fields or no field at all.
     """
     text, used = read_template(name_or_path, "teacher", FIELDS)
     if not used:
         raise UserError(
-            f"template {name_or_path} names no field of a skill; expected at least one of {_braced(FIELDS)}"
+            f"template {name_or_path} contains no field of a skill; expected at least one of {_braced(FIELDS)}"
         )
     return text
 
 
 def read_template(name_or_path: str | Path, kind: str, known: Sequence[str]) -> tuple[str, set[str]]:
-    """The text of a template, and which of the `known` fields it names.
+    """The text of a template, and which of the `known` fields it contains.
 
     Args:
-        name_or_path: a path if it ends in ``.txt`` or has a slash in it; otherwise one of the package's templates
-            whose names begin with `kind`.
+        name_or_path: a path if it ends in ``.txt`` or contains a slash; otherwise one of the package's templates, whose
+            names start with `kind`.
 
     Raises:
-        UserError: if there is no such template, or it names unknown fields.
+        UserError: if there is no such template, or it contains unknown fields.
     """
     given = str(name_or_path)
     path = Path(given)
@@ -92,7 +95,9 @@ def read_template(name_or_path: str | Path, kind: str, known: Sequence[str]) -> 
     try:
         text = path.read_text(encoding="utf-8").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the template {given}: {error}. Give a text file, or a name.") from error
+        raise UserError(
+            f"cannot read the template {given}: {error}. Give a text file, or a template's name."
+        ) from error
     try:
         return text, {field for line in text.split("\n") for _, field in parse_line(line, known) if field}
     except UserError as error:
@@ -100,7 +105,11 @@ def read_template(name_or_path: str | Path, kind: str, known: Sequence[str]) -> 
 
 
 def parse_line(line: str, known: Sequence[str]) -> list[tuple[str, str | None]]:
-    """(literal text, field after it or None) for each piece of a template's line. Raises UserError."""
+    """(literal text, the field after it or None) for each piece of a template's line.
+
+    Raises:
+        UserError: for unknown fields or unbalanced braces.
+    """
     try:
         pieces = list(string.Formatter().parse(line))
     except ValueError as error:

@@ -1,0 +1,1 @@
+"""Rollouts: a policy plays episodes in an environment."""

@@ -1,4 +1,4 @@
-"""Many episodes at once: groups of G per task, with new attempts at what the infrastructure broke."""
+"""Many episodes at once: groups of G per task. Episodes lost to infrastructure failures are played again."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Collected:
 
     Attributes:
         groups: complete groups only, in the order of the tasks.
-        infra_failures: episodes that the infrastructure ended, retried ones included, by outcome.
-        reason: the error message of the last of them.
-        dropped: tasks whose group was given up because one of its episodes failed in every attempt.
+        infra_failures: outcome -> number of episodes lost to an infrastructure failure, retried ones included.
+        reason: the last failure's error message.
+        dropped: tasks whose group was dropped because one of its episodes failed in every attempt.
     """
 
     groups: list[Group] = field(default_factory=list)
@@ -48,14 +48,17 @@ async def collect(
 
     An episode with the outcome ``env_error`` or ``timeout`` is played again, in a new environment, up to `retries`
     times. If it still has no reward, its whole group is dropped: an infrastructure failure never counts as reward 0,
-    and a smaller group would have other statistics.
+    and a smaller group would change the group statistics.
 
     Args:
         seed: all episodes' seeds are derived from it by name, so they do not depend on the order of execution.
-        concurrency: the most episodes under way at once.
-        contexts: text added to the policy's first prompt, one per task; none if not given.
-        finished: episodes of an earlier attempt at this same collection, by their seeds; they are not played again.
-        on_episode: called for each new episode that carries a reward, in the order in which they end.
+        concurrency: the maximum number of episodes in progress.
+        contexts: text added to the policy's first prompt, one per task.
+        finished: seed -> episode, from an interrupted run of this same collection; these are not played again.
+        on_episode: called for each new episode that carries a reward, in order of completion.
+
+    Raises:
+        Exception: whatever the policy raises, other than `PolicyFailedError`.
     """
     collected = Collected()
     slots = asyncio.Semaphore(concurrency)
@@ -75,7 +78,7 @@ async def collect(
             async with slots:
                 try:
                     environment = task_set.make()
-                except Exception as error:  # as much an infrastructure failure as a later one
+                except Exception as error:  # an infrastructure failure, like one in `reset` or `step`
                     failed(Outcome.ENV_ERROR, f"make: {type(error).__name__}: {error}")
                     continue
                 trajectory = await run_episode(
@@ -84,7 +87,7 @@ async def collect(
                     task,
                     budget,
                     seed=episode_seed,
-                    # The whole group plays the same episode of the environment: GRPO compares like with like.
+                    # One environment seed per group: GRPO compares rewards of the same episode.
                     environment_seed=derive_seed(seed, place, task.id),
                     session=name,
                     context=contexts[place] if contexts else "",
@@ -102,7 +105,7 @@ async def collect(
                 for place, task in enumerate(tasks)
             ]
     except ExceptionGroup as failures:
-        # The engine failed, for all episodes alike (environments can't raise out of an episode): one error is enough.
+        # Environments can't raise out of an episode, so the policy failed, for all episodes alike: one error is enough.
         raise failures.exceptions[0] from None
     for task, members in zip(tasks, plays, strict=True):
         trajectories = [member.result() for member in members]
@@ -115,7 +118,7 @@ async def collect(
 
 
 def outcome_counts(groups: Sequence[Group]) -> dict[Outcome, int]:
-    """How the episodes ended."""
+    """Number of episodes by outcome, zeros included."""
     counts = dict.fromkeys(Outcome, 0)
     for group in groups:
         for trajectory in group.trajectories:

@@ -1,4 +1,4 @@
-"""A policy that exchanges messages: a model behind an endpoint, whose token ids are unknown."""
+"""A policy behind an endpoint: it exchanges messages, and its token ids are unknown."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from skillsd.types import Message
 log = logging.getLogger(__name__)
 
 MAX_CONSECUTIVE_FAILURES = 8
-"""After so many failed requests in a row, each with all its retries, the endpoint counts as gone."""
+"""Failed requests in a row, each with all its retries, after which the endpoint counts as down."""
 
 
 @dataclass
 class EndpointPolicy:
     """A model behind an endpoint.
 
-    A transient failure (a timeout, 5xx, a broken connection) costs the episode, which is then played again. A permanent
-    one (a refused key, an unknown model, a spent budget, an unreachable endpoint) ends everything with a UserError.
+    A transient failure (a timeout, 5xx, a broken connection) loses the episode, which is then played again. A permanent
+    one (a refused key, an unknown model, a spent budget, an unreachable endpoint) stops everything with a UserError.
 
-    Budgets hold as far as the endpoint counts tokens: `Budget.turn_tokens` limits an answer, and the tokens of the last
-    request and its answer are held against `Budget.trajectory_tokens`. Messages that the model's context does not hold
-    end the episode like a spent budget.
+    Budgets are enforced by the endpoint's own token counts: `Budget.turn_tokens` limits each answer, and the tokens of
+    the last request and its answer are compared with `Budget.trajectory_tokens`. A dialogue longer than the model's
+    context ends the episode, like a spent budget.
     """
 
     endpoint: Endpoint
@@ -47,18 +47,18 @@ class EndpointPolicy:
             if error.too_long:
                 return None
             self._failures += 1
-            # A 400 or 422 may be about these very messages.
+            # A 400 or 422 may be caused by these particular messages.
             transient = error.transient or error.reason in ("failed_http_400", "failed_http_422")
             if not transient or not self._answered or self._failures >= MAX_CONSECUTIVE_FAILURES:
                 raise UserError(str(error)) from None
-            log.info("an episode is lost: %s", error)
+            log.info("episode lost: %s", error)
             raise PolicyFailedError(str(error)) from None
         self._answered, self._failures = True, 0
         return answer
 
 
 class EndpointEpisode(EpisodeState):
-    """One dialogue; all of it is sent every turn."""
+    """One dialogue, sent in full every turn."""
 
     def __init__(self, policy: EndpointPolicy, prompt: tuple[Message, ...], budget: Budget) -> None:
         super().__init__()

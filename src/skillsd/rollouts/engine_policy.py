@@ -14,7 +14,7 @@ from skillsd.types import Message
 
 @dataclass(frozen=True)
 class EnginePolicy:
-    """An engine's student (or teacher) at a temperature; 0 is greedy."""
+    """Samples from an engine's student (or teacher) at a temperature; 0 is greedy."""
 
     engine: Engine
     renderer: ChatRenderer
@@ -28,7 +28,7 @@ class EnginePolicy:
 
 
 class TokenEpisode(EpisodeState):
-    """Ids are only ever appended, the sampled ones exactly as they were sampled."""
+    """Token ids are only appended; sampled ids are kept exactly as they were sampled."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class TokenEpisode(EpisodeState):
         if context:  # the context's tokens come on top of the budget
             extra = self.prompt_length - len(policy.renderer.prompt(prompt))
             self._max_tokens = min(self._max_tokens + extra, self._sampler.max_length, policy.engine.max_length)
-        self._observation: tuple[int, ...] = ()  # joins the tokens when a turn follows it
+        self._observation: tuple[int, ...] = ()  # appended to the tokens only if another turn follows
 
     async def act(self, turn: int) -> str | None:
         room = min(self._budget.turn_tokens, self._max_tokens - len(self.tokens) - len(self._observation))

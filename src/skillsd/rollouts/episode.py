@@ -27,16 +27,17 @@ async def run_episode(
     session: str,
     context: str = "",
 ) -> Trajectory:
-    """Play `task` to its end.
+    """Play one episode of `task`.
 
     An exception or a missed deadline in the environment does not raise: it ends the episode with the outcome
     ``env_error`` or ``timeout``, which carries no reward. So does a `PolicyFailedError`.
 
     Args:
-        seed: of what is sampled; `environment_seed` is the environment's.
-        session: a name that no other episode under way has.
-        context: text added to the first prompt, e.g. a skill; the trajectory's ``prompt`` stays the plain one. Its
-            tokens come on top of the budget's, as far as the model takes them.
+        seed: for sampling.
+        environment_seed: for the environment.
+        session: a name, unique among the episodes in progress.
+        context: text added to the first prompt, e.g. a skill. The trajectory's ``prompt`` stays the plain one. The
+            context's tokens do not count against the budget, up to the model's maximum length.
     """
     prompt: tuple[Message, ...] = ()
     state: EpisodeState = _NotStarted()
@@ -83,7 +84,7 @@ async def run_episode(
 
 
 class _NotStarted(EpisodeState):
-    """Before the first prompt."""
+    """The state until the environment has given the first prompt."""
 
     async def act(self, turn: int) -> str | None:
         return None
@@ -101,7 +102,7 @@ class _DeadlineMissedError(Exception):
 
 
 async def _in_time(call: Awaitable[T], seconds: float, what: str) -> T:
-    """The call's result. Whatever goes wrong in the environment becomes one of the two exceptions above."""
+    """The call's result; failures are raised as one of the two exceptions above."""
     deadline = asyncio.timeout(seconds)
     try:
         async with deadline:
@@ -109,7 +110,7 @@ async def _in_time(call: Awaitable[T], seconds: float, what: str) -> T:
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
-            raise  # this episode is cancelled; otherwise the environment leaked a cancellation of its own
+            raise  # this episode is cancelled; otherwise the exception is the environment's own
         raise _EnvironmentFailedError(f"{what}: cancelled") from error
     except Exception as error:
         if deadline.expired():
@@ -118,20 +119,20 @@ async def _in_time(call: Awaitable[T], seconds: float, what: str) -> T:
 
 
 async def _checked(call: Awaitable[Step]) -> Step:
-    """The environment's step, if it can be trained on."""
+    """The environment's step, validated."""
     step = await call
     if not isinstance(step, Step):
         raise TypeError(f"expected a Step, got {type(step).__name__}")
     if not isinstance(step.observation, str):
         raise TypeError(f"the observation is {type(step.observation).__name__}, expected str")
-    step.observation.encode()  # a lone surrogate is not text that a tokenizer takes
-    json.dumps(dict(step.info))  # it is stored as JSON
+    step.observation.encode()  # raises for lone surrogates, which tokenizers refuse
+    json.dumps(dict(step.info))  # trajectories are stored as JSON
     if not (math.isfinite(step.reward) and 0 <= step.reward <= 1):
         raise ValueError(f"the reward is {step.reward}, expected 0 to 1")
     return step
 
 
 async def _close(environment: Environment, seconds: float) -> None:
-    # The episode is over: a failure to close does not change its trajectory.
+    # The episode is over, so a failure to close does not change its trajectory.
     with contextlib.suppress(_DeadlineMissedError, _EnvironmentFailedError):
         await _in_time(environment.close(), seconds, "close")

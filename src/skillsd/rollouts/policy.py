@@ -1,4 +1,4 @@
-"""What plays an episode: a policy, which many episodes share, and the state of its side of one episode."""
+"""The policy interface: a `Policy` shared by many episodes, with an `EpisodeState` for each."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from skillsd.types import Message
 
 @dataclass(frozen=True)
 class Budget:
-    """What an episode may use.
+    """Limits of one episode.
 
-    An observation that leaves no room for another turn ends the episode and is not among its tokens.
+    If an observation leaves no room for another turn, the episode ends, and the observation's tokens are not part of
+    the trajectory.
 
     Attributes:
-        turns: the most turns.
-        turn_tokens: the most sampled tokens of one turn.
-        trajectory_tokens: the most tokens of the trajectory, prompt included.
-        step_seconds: deadline of each call to the environment.
+        turns: maximum number of turns.
+        turn_tokens: maximum number of sampled tokens per turn.
+        trajectory_tokens: maximum length of the trajectory in tokens, prompt included.
+        step_seconds: deadline of each call to the environment, in seconds.
     """
 
     turns: int
@@ -31,7 +32,7 @@ class Budget:
 
     @classmethod
     def of(cls, options: RolloutSection, task_set: TaskSet, max_length: int) -> Budget:
-        """A recipe's budget on these tasks, for a model that takes `max_length` tokens."""
+        """The budget of a recipe on a task set, for a model that takes at most `max_length` tokens."""
         return cls(
             turns=task_set.max_turns,
             turn_tokens=options.turn_tokens,
@@ -41,15 +42,15 @@ class Budget:
 
 
 class PolicyFailedError(Exception):
-    """The infrastructure behind a policy broke, so the episode carries no reward."""
+    """The infrastructure behind a policy failed, so the episode carries no reward."""
 
 
 class EpisodeState(ABC):
-    """A policy's side of one episode: it acts and observes.
+    """A policy's state in one episode.
 
     Attributes:
         tokens, mask, logprobs, prompt_length, versions: as in `Trajectory`; empty for a policy without token ids.
-        action_span: where the last action stands in `tokens`.
+        action_span: start and end of the last action in `tokens`.
     """
 
     def __init__(self) -> None:
@@ -62,18 +63,18 @@ class EpisodeState(ABC):
 
     @abstractmethod
     async def act(self, turn: int) -> str | None:
-        """The action of turn number `turn` (from 0); None if the token budget leaves no room for one.
+        """The action of turn `turn` (from 0); None if the token budget leaves no room for one.
 
         Raises:
-            PolicyFailedError: if the episode is lost for reasons outside of it.
+            PolicyFailedError: if the infrastructure behind the policy failed.
         """
 
     @abstractmethod
     def observe(self, observation: str) -> None:
-        """Take the environment's observation, when the episode goes on."""
+        """Take in the environment's observation. Not called after the last turn."""
 
-    def end(self) -> None:  # noqa: B027 (not every policy holds something)
-        """The episode is over."""
+    def end(self) -> None:  # noqa: B027 (optional to override)
+        """Release what is held for the episode, e.g. a KV cache."""
 
 
 class Policy(Protocol):
@@ -89,8 +90,8 @@ class Policy(Protocol):
 
         Args:
             prompt: the first messages.
-            seed: of what is sampled.
-            session: a name that no other episode under way has.
+            seed: for sampling.
+            session: a name, unique among the episodes in progress.
             context: text added to the first prompt.
         """
         ...

@@ -11,7 +11,7 @@ FORMAT = 2
 
 
 def trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
-    """One JSON object: plain dicts, lists, numbers and strings; `json.dumps` makes a line of it."""
+    """A record of plain dicts, lists, numbers and strings; `json.dumps` turns it into one line."""
     task = trajectory.task
     return {
         "format": FORMAT,
@@ -42,7 +42,7 @@ def trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
         "success": trajectory.success,
         "seed": trajectory.seed,
         "error": trajectory.error,
-        "versions": trajectory.versions,
+        "versions": None if trajectory.versions is None else list(trajectory.versions),
     }
 
 

@@ -1,4 +1,4 @@
-"""Write a run's model for others: the weights as they were trained, or an adapter merged into its base model."""
+"""Export a run's model: the weights as they were trained, or an adapter merged into its base model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from skillsd.runs.sync import run_blocking
 from skillsd.training import checkpoint
 
 
-def export(run: str, out: Path, *, iteration: int | None = None, merge: bool = False) -> None:
-    """Write the student of a run's checkpoint to the folder `out`, which is created complete or not at all.
+def export(run: str | Path, out: Path, *, iteration: int | None = None, merge: bool = False) -> None:
+    """Write the student of a run's checkpoint to the folder `out`. If this fails, nothing is written.
 
-    A checkpoint's own folder ``model`` holds the same, except for merging.
+    Without `merge`, the result is the same as the checkpoint's folder ``model``.
 
     Args:
+        run: the run's folder.
+        out: a new or empty folder.
         iteration: of the checkpoint; the last one if None.
-        merge: add an adapter to the base model's weights, so that the folder is a model like any other.
+        merge: merge the adapter into the base model's weights, which gives an ordinary model folder.
 
     Raises:
-        UserError: if there is no such checkpoint, `out` is not empty, or there is nothing to merge.
+        UserError: if there is no such checkpoint, `out` is not empty, or there is no adapter to merge.
     """
     config = load_config(run)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -39,7 +41,7 @@ def export(run: str, out: Path, *, iteration: int | None = None, merge: bool = F
 
     try:
         run_blocking(write())
-        if out.is_dir():  # keep the folder itself: it may be somebody's current one
+        if out.is_dir():  # keep the folder itself: it may be a shell's current folder
             for file in aside.iterdir():
                 file.rename(out / file.name)
         else:

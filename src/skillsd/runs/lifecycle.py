@@ -1,5 +1,4 @@
-"""Start or resume a run in its folder, so that Ctrl-C, a crash or a full disk costs at most what came after the last
-checkpoint."""
+"""Start or resume a run in its folder. A crash or a full disk loses at most the work since the last checkpoint."""
 
 from __future__ import annotations
 
@@ -18,19 +17,19 @@ from skillsd.errors import UserError
 from skillsd.report import manifest
 from skillsd.report.writer import RunWriter
 from skillsd.runs.build import BANK, build
-from skillsd.runs.checks import comparable
+from skillsd.runs.checks import check_engine, comparable
 from skillsd.runs.sync import run_blocking
 from skillsd.training import checkpoint
 from skillsd.training.loop import train
 from skillsd.training.run import Run
 
 CONFIG = "config.yaml"
-_BEFORE_CONFIG = (BANK, "manifest.json", "tensorboard", f".{CONFIG}.partial")
-"""What is written into a run's folder before its configuration, which makes the folder a run's."""
+_BEFORE_CONFIG = (BANK, "manifest.json", "tensorboard", "wandb", f".{CONFIG}.partial")
+"""Names (or their beginnings) of files that are written before `CONFIG`. Only with `CONFIG` is a folder a run's."""
 
 
 def default_folder(config: RunConfig) -> Path:
-    """A run's folder unless another one is given."""
+    """The folder of a run if none is given."""
     return Path("runs") / f"{config.name}-{config.method}-seed{config.seed}"
 
 
@@ -58,7 +57,7 @@ def run_training(
     on_record: Callable[[str, Mapping[str, Any]], None] = lambda kind, record: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> bool:
-    """`run_training_async`, and Ctrl-C stops after the current iteration."""
+    """`run_training_async`, called synchronously. In the main thread, Ctrl-C stops after the current iteration."""
     with _stop_on_interrupt(on_note) as should_stop:
         return run_blocking(
             run_training_async(
@@ -76,10 +75,19 @@ async def run_training_async(
     on_note: Callable[[str], None] = lambda text: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Train in `folder`; True if the last iteration is done, False if `should_stop` ended it earlier.
+    """Train in `folder`.
+
+    Args:
+        resume: continue the folder's run from its last checkpoint.
+        on_record: called with ("iteration" or "evaluation", its record).
+        on_note: called with messages for the user.
+        should_stop: asked before each iteration.
+
+    Returns:
+        True if the last iteration is done, False if `should_stop` ended training earlier.
 
     Raises:
-        UserError: if the folder holds a run already and `resume` is not given, or holds a different one.
+        UserError: if settings do not fit, or the folder holds a run that `resume` does not allow to continue.
     """
     new = not folder.exists()
     start = _prepare(config, folder, resume)
@@ -87,6 +95,7 @@ async def run_training_async(
     writer: RunWriter | None = None
     try:
         run = build(config, folder)
+        await check_engine(run)
         if start is not None:
             _check_panels(run, folder)
         writer = RunWriter(
@@ -110,58 +119,72 @@ async def run_training_async(
             writer.close()
         if run is not None:
             run.close()
-        if not (folder / CONFIG).exists():  # it never began: leave the folder as it was found
-            (folder / BANK).unlink(missing_ok=True)
+        if not (folder / CONFIG).exists():  # the run did not start: leave the folder as it was
+            _remove_early_files(folder)
             if new:
-                with suppress(OSError):  # not empty: its files may say why
+                with suppress(OSError):  # not empty
                     folder.rmdir()
 
 
 def _prepare(config: RunConfig, folder: Path, resume: bool) -> Path | None:
     """Check the folder; returns the checkpoint to resume from, if any."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{str(folder)!r} is a file; a run needs a folder: give another one with --out")
+        raise UserError(f"{str(folder)!r} is a file, but a run needs a folder: give another one with --out")
     if not (folder / CONFIG).exists():
         left = list(folder.iterdir()) if folder.exists() else []
         if any(not (resume and path.name.startswith(_BEFORE_CONFIG)) for path in left):
-            raise UserError(f"{str(folder)!r} holds other things than a run; give another folder with --out")
-        for path in left:  # of a run that was killed while it was put together
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            raise UserError(f"{str(folder)!r} holds files that are not a run's: give another folder with --out")
+        _remove_early_files(folder)  # of a run that was killed while it was being set up
         folder.mkdir(parents=True, exist_ok=True)
         return None
     if not resume:
-        raise UserError(f"{str(folder)!r} holds a run already: resume it with --resume, or give another folder with --out")
+        raise UserError(
+            f"{str(folder)!r} holds a run already: resume it with --resume, or give another folder with --out"
+        )
     check_settings(config, folder)
     start = checkpoint.latest(folder)
-    if start is None:  # it ended before its first checkpoint: start again
+    if start is None:  # it ended before its first checkpoint, so it starts again
         (folder / BANK).unlink(missing_ok=True)
     return start
 
 
+def _remove_early_files(folder: Path) -> None:
+    """Delete the files that are written before `CONFIG`."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(_BEFORE_CONFIG):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def check_settings(config: RunConfig, folder: Path) -> None:
-    """Check that the run in `folder` may be resumed as `config`.
+    """Check that the run in `folder` can be resumed with `config`.
 
     Raises:
-        UserError: with the keys that differ, if it may not.
+        UserError: with the keys that differ, if it can't.
     """
     differences = _differences(comparable(load_config(folder)), comparable(config))
     if differences:
-        raise UserError(f"{str(folder)!r} holds a run with other settings: " + "; ".join(differences))
+        raise UserError(
+            f"{str(folder)!r} holds a run with other settings: {'; '.join(differences)}. Restore them, or give another "
+            "folder with --out"
+        )
 
 
 def _write_config(config: RunConfig, folder: Path) -> None:
-    """For a resumed run as well: its length, for example, may differ from before."""
+    """Written for a resumed run as well, since its length, for example, may have changed."""
     aside = folder / f".{CONFIG}.partial"
     aside.write_text(configs.dump(config), encoding="utf-8")
     aside.replace(folder / CONFIG)
 
 
 def _check_panels(run: Run, folder: Path) -> None:
-    """A run is resumed with the tasks it began with; otherwise its metrics would mix two panels."""
+    """Check that the tasks are those the run started with; otherwise its metrics would mix two panels."""
     try:
         before = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["panels"]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{str(folder)!r} has no readable manifest.json, so what it trained on is unknown") from error
+        raise UserError(
+            f"{str(folder)!r} has no readable manifest.json, so the tasks it was trained on are unknown: start again "
+            "in another folder, with --out"
+        ) from error
     changed = [split for split in run.task_set.splits if before.get(split) != run.task_set.fingerprint(split)]
     if changed:
         raise UserError(
@@ -183,24 +206,26 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
 
 @contextmanager
 def _stop_on_interrupt(note: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C (or SIGTERM, as when a machine is pre-empted) asks for a stop after this iteration; a second
-    Ctrl-C stops at once."""
+    """On the first Ctrl-C (or SIGTERM, as when a machine is pre-empted) training stops after the current iteration; on
+    a second Ctrl-C it stops at once."""
     asked = False
 
     def handle(number: int, frame: Any) -> None:
         nonlocal asked
         if asked and number == signal.SIGINT:
-            # asyncio would print a traceback for each episode that is torn down.
+            # asyncio would print a traceback for each cancelled episode.
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             raise KeyboardInterrupt
         asked = True
-        with suppress(RuntimeError):  # Ctrl-C came during a write to the same terminal
-            note("stopping after this iteration (Ctrl-C again: at once, back to the last checkpoint)")
+        with suppress(RuntimeError):  # reentrant call: Ctrl-C came during a write to the same terminal
+            note(
+                "stopping after this iteration (Ctrl-C again: stop at once, losing the work since the last checkpoint)"
+            )
 
     signals = (signal.SIGINT, signal.SIGTERM)
     try:
         previous = {number: signal.signal(number, handle) for number in signals}
-    except ValueError:  # not in the main thread: the caller handles signals
+    except ValueError:  # not in the main thread: signals are up to the caller
         yield lambda: False
         return
     try:

@@ -1,4 +1,4 @@
-"""What can be evaluated: a run's checkpoint, any model, or a model behind an endpoint; and the records of evaluations."""
+"""What can be evaluated (a run's checkpoint, a model, or a model behind an endpoint), and records of evaluations."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def load_trained(folder: str | Path, iteration: int | None = None) -> tupl
 
 
 async def load_untrained(model: str, config: RunConfig) -> Engine:
-    """The engine of `config` with another model's weights."""
+    """The engine of `config` with the weights of `model`, a name or folder."""
     changes = {"name": model, "lora": None}
     engine = make_engine(config.model_copy(update={"model": config.model.model_copy(update=changes)}))
     await engine.publish()
@@ -51,7 +51,7 @@ class Subject:
 
     Attributes:
         at: temperature -> policy.
-        max_length: the most tokens of a trajectory that it takes.
+        max_length: the longest trajectory that it takes, in tokens.
     """
 
     at: Callable[[float], Policy]
@@ -65,7 +65,7 @@ class Subject:
 
     @classmethod
     def remote(cls, endpoint: Endpoint) -> Subject:
-        """A model behind an endpoint, which reports itself what is too long for it."""
+        """A model behind an endpoint. It has no `max_length`: the endpoint reports messages that are too long."""
         return cls(lambda temperature: EndpointPolicy(endpoint, temperature), sys.maxsize)
 
 
@@ -80,11 +80,10 @@ async def evaluate_subject(
     finished: Mapping[int, Trajectory] | None = None,
     on_episode: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> Evaluation:
-    """Play a split under the plain prompt (at temperature 0: greedily, once per task). No bank is opened.
-
-    Environment, budgets and seed are `config`'s.
+    """Play a split under the plain prompt, with the environment, budgets and seed of `config`. No bank is opened.
 
     Args:
+        temperature: 0 decodes greedily, once per task.
         finished, on_episode: see `skillsd.rollouts.collect.collect`.
     """
     task_set = load_task_set(config)
@@ -113,11 +112,11 @@ def as_record(
     iteration: int | None,
     samples: int,
 ) -> dict[str, Any]:
-    """An evaluation as JSON: its figures, those of each task, and all that decides whether two are comparable.
+    """An evaluation as JSON: its results, those per task, and everything that must be equal to compare two evaluations.
 
     Args:
-        model: the base model (`skillsd.report.manifest.model`) with its adapter, or a remote one with its endpoint.
-        run: the folder of the run that was evaluated; None for a model that is not a run's.
+        model: the base model (`skillsd.report.manifest.model`) with its adapter, or a remote model with its endpoint.
+        run: the folder of the evaluated run; None for a model.
         iteration: of the run's checkpoint.
     """
     budget = Budget.of(config.rollout, load_task_set(config), subject.max_length)
@@ -140,14 +139,14 @@ _IDENTITY = ("run", "iteration", "split", "fingerprint", "samples", "temperature
 
 
 def replace_records(records: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """`records`, after those in the file that are of other evaluations."""
+    """The file's records of other evaluations, followed by `records`."""
     new = {_identity(record) for record in records}
     return [*(record for record in read_records(path) if _identity(record) not in new), *records]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records that `skillsd eval --json` wrote; none if there is no such file, or it holds something else."""
-    if not path.is_file():  # reading from a device would block
+    """The records that `skillsd eval --json` wrote; empty if the file does not exist or holds something else."""
+    if not path.is_file():  # reading from a device could block
         return []
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
@@ -157,14 +156,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _identity(record: Mapping[str, Any]) -> str:
-    """What an evaluation is of. The same model may have moved to another endpoint."""
+    """Identifies an evaluation. The endpoint is left out: the same model may have moved."""
     model = record.get("model")
     known = {key: value for key, value in model.items() if key != "endpoint"} if isinstance(model, dict) else model
     return json.dumps([known, *(record.get(key) for key in _IDENTITY)], sort_keys=True)
 
 
 def started(folder: Path) -> str | None:
-    """When a run was started, from its manifest: two runs in one folder, one after the other, are not the same."""
+    """When a run was started, from its manifest. It distinguishes runs that used the same folder one after another."""
     try:
         return str(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["started"])
     except (OSError, ValueError, KeyError):

@@ -1,7 +1,7 @@
-"""Summaries that are written while training goes on (METHOD.md, step 2: "asynchronously").
+"""Summaries written in the background while training goes on (docs/method.md, step 8).
 
-The training loop calls `submit` for each trajectory and `collect` between iterations. A summariser that
-raises, hangs or returns rubbish is counted in `stats`; it neither stops nor delays training.
+The training loop calls `submit` for each trajectory and `collect` between iterations. A summariser that raises, hangs
+or returns something invalid is counted in `stats`; it neither stops nor delays training.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class _Job:
     trajectory: Trajectory
     source: str
     iteration: int
-    skill: Skill | None = None  # the accepted skill, once there is one
+    skill: Skill | None = None  # set when accepted
     task: asyncio.Task[None] | None = None
 
 
 class BackgroundSummaries:
-    """Trajectories on their way to becoming skills of `bank`. To be used from one event loop.
+    """Summarises trajectories concurrently and adds the skills to `bank`. To be used from one event loop.
 
     Args:
-        max_chars: the most characters of a skill's field, see `check_skill`.
-        concurrency: the most summaries that are written at once; the others wait their turn.
-        timeout: seconds that one summary may take, its waiting not counted.
-        secrets: what a skill of a task must not say, see `check_skill`.
-        counts: where `stats` are counted; a summariser that counts too (calls, tokens ...) shares it, and its counts
-            are in the stats and survive a restart.
+        max_chars: maximum length of a skill's field, see `check_skill`.
+        concurrency: maximum number of summaries in progress; the others wait in a queue.
+        timeout: seconds for one summary, without its time in the queue.
+        secrets: task -> strings that its skills must not contain, see `check_skill`.
+        counts: the counter behind `stats`. Pass one to share it with a summariser that counts its calls and tokens:
+            those are then part of the stats and survive a restart.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class BackgroundSummaries:
         self._jobs: dict[int, _Job] = {}  # by submission number: running, or accepted and not yet collected
         self._submitted = 0
         self._stats: Counter[str] = Counter() if counts is None else counts
-        self._told: set[str] = set()  # reasons that were logged
+        self._logged: set[str] = set()  # reasons of failure
 
     def submit(self, trajectory: Trajectory, *, source: str, iteration: int) -> None:
-        """Start the summary of `trajectory` and return at once; one without a reward is counted and left.
+        """Start summarising `trajectory` and return at once. A trajectory without a reward is counted and skipped.
 
         Raises:
-            HeldOutTaskError: for a task that is not a training task. No summariser gets to see it.
+            HeldOutTaskError: for a task that is not a training task; the summariser is not called.
         """
         self._bank.guard(trajectory.task)
         self._stats["submitted"] += 1
@@ -84,10 +84,10 @@ class BackgroundSummaries:
         self._start(_Job(trajectory, source, iteration))
 
     def collect(self) -> int:
-        """Put the finished skills into the bank, in the order of submission; return how many were new to it.
+        """Add the finished skills to the bank, in the order of submission; returns how many were new.
 
-        To be called between iterations. One transaction: if the bank cannot be written, nothing is lost and
-        the next call tries again.
+        To be called between iterations. It is one transaction: if the bank cannot be written, nothing is lost and the
+        next call tries again.
         """
         finished = [number for number, job in self._jobs.items() if job.skill is not None]
         if not finished:
@@ -113,9 +113,9 @@ class BackgroundSummaries:
         return added
 
     async def drain(self, timeout: float | None = None) -> bool:
-        """Wait until no summary is being written, at most `timeout` seconds; True if none is.
+        """Wait for all summaries in progress, at most `timeout` seconds; True if all have finished.
 
-        With it before every `collect`, what the bank holds depends on no summary's duration (deterministic).
+        Called before every `collect`, it makes the bank's content independent of how long summaries take.
         """
         running = [job.task for job in self._jobs.values() if job.task is not None and not job.task.done()]
         if not running:
@@ -124,7 +124,7 @@ class BackgroundSummaries:
         return not late
 
     def pending(self) -> list[dict[str, Any]]:
-        """What was submitted and is not in the bank yet, as JSON-able records for the checkpoint."""
+        """What was submitted and is not in the bank yet, as JSON-serialisable records for the checkpoint."""
         return [
             {
                 "trajectory": trajectory_to_json(job.trajectory),
@@ -136,11 +136,11 @@ class BackgroundSummaries:
         ]
 
     def resume(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Take up what `pending` recorded: finished skills wait for `collect` again, the others start anew.
+        """Continue with the records of `pending`: finished skills wait for `collect`, the other summaries start again.
 
         Raises:
-            HeldOutTaskError: if a record is of a task that is not a training task.
-            ValueError: for a record that `pending` did not write.
+            HeldOutTaskError: for a record of a task that is not a training task.
+            ValueError: if a record was not written by `pending`.
         """
         for record in records:
             try:
@@ -154,17 +154,16 @@ class BackgroundSummaries:
             self._start(job)
 
     def stats(self) -> dict[str, int]:
-        """Counts since the start, for the metrics.
+        """Counts since the start of the run, for the metrics; zeros are left out.
 
-        ``submitted``, ``resumed``, ``pending`` (now), ``added``, ``duplicate``, ``no_skill`` (the summariser
-        found nothing to say), ``failed`` (it raised), ``timeout``, ``rejected_<reason>`` (see `check_skill`),
-        ``skipped_no_reward``, the `SummaryError.reason` of others, and what the summariser counts itself; those
-        that never happened are left out.
+        ``submitted``, ``resumed``, ``pending`` (now), ``added``, ``duplicate``, ``no_skill`` (the summariser returned
+        None), ``failed`` (it raised), ``timeout``, ``rejected_<reason>`` (see `check_skill`), ``skipped_no_reward``,
+        each `SummaryError.reason`, and the summariser's own counts.
         """
         return {**self._stats, "pending": len(self._jobs)}
 
     def restore_stats(self, stats: Mapping[str, int]) -> None:
-        """Go on counting where `stats` of a checkpoint stopped."""
+        """Continue counting from a checkpoint's `stats`."""
         self._stats.clear()
         self._stats.update({name: count for name, count in stats.items() if name != "pending"})
 
@@ -179,19 +178,19 @@ class BackgroundSummaries:
         async with self._slots:
             result = await self._summarise(job)
         if isinstance(result, Skill):
-            job.skill = result  # stays among the jobs until `collect`
+            job.skill = result  # the job stays in the dict until `collect`
         else:
             self._stats[result] += 1
             del self._jobs[number]
 
     async def _summarise(self, job: _Job) -> Skill | str:
-        """The accepted skill, or the name under which its absence is counted."""
+        """The accepted skill, or the name of the count for the reason that there is none."""
         writing = asyncio.ensure_future(self._call(job.trajectory))
         try:
-            # Not `asyncio.timeout`: that would wait for ever on a summariser which swallows its cancellation.
+            # Not `asyncio.timeout`, which would wait for ever on a summariser that swallows its cancellation.
             await asyncio.wait([writing], timeout=self._timeout)
             if not writing.done():
-                log.warning("the summary of %s took more than %g s: given up", job.source, self._timeout)
+                log.warning("the summary of %s took more than %g s: abandoned", job.source, self._timeout)
                 return "timeout"
             if writing.cancelled():
                 return "failed"
@@ -202,9 +201,11 @@ class BackgroundSummaries:
             reason = check_skill(skill, job.trajectory, max_chars=self._max_chars, secrets=secrets)
             return skill if reason is None else f"rejected_{reason}"
         except SummaryError as error:
-            if error.reason not in self._told:
-                self._told.add(error.reason)
-                log.warning("no skill of %s: %s (from now on only counted, as %s)", job.source, error, error.reason)
+            if error.reason not in self._logged:
+                self._logged.add(error.reason)
+                log.warning(
+                    "no skill from %s: %s (further ones are only counted, as %s)", job.source, error, error.reason
+                )
             return error.reason
         except Exception as error:
             log.warning("the summary of %s failed: %s: %s", job.source, type(error).__name__, error)
@@ -214,11 +215,11 @@ class BackgroundSummaries:
             writing.add_done_callback(_look_at)
 
     async def _call(self, trajectory: Trajectory) -> Skill | None:
-        # A task of its own: whatever is wrong with the summariser (no coroutine ...) shows in its result.
+        # Wrapped in a coroutine so that any fault of the summariser (e.g. it returns no awaitable) ends up in the task.
         return await self._summariser.summarise(trajectory)
 
 
 def _look_at(task: asyncio.Future[Any]) -> None:
-    """Retrieve an abandoned task's exception, which asyncio would otherwise complain about."""
+    """Retrieve an abandoned task's exception; asyncio would log it otherwise."""
     if not task.cancelled():
         task.exception()

@@ -1,9 +1,8 @@
-"""The skill bank B(x): every training task's own skills and how the rollouts under each of them fared.
+"""The skill bank B(x): each training task's skills, with the rewards of the rollouts that were trained under each.
 
-One SQLite file, and every call is one transaction: a process that is killed leaves the bank as it was before
-the call or after it, never between. The file keeps SQLite's rollback journal rather than WAL: it then stays a
-single file that may be copied, and works on network file systems. A commit costs about 1 ms on a local disk;
-`Bank.batch` makes one commit of many calls.
+One SQLite file, and every call is one transaction: if the process is killed, the bank is as it was before or after the
+call. The file uses SQLite's rollback journal rather than WAL, so it stays a single file that can be copied, and works
+on network file systems. A commit costs about 1 ms on a local disk; `Bank.batch` makes one commit of many calls.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from skillsd.skills import ucb
 from skillsd.types import TRAIN_SPLIT, Outcome, Skill, Task
 
 SCHEMA_VERSION = 1
-APPLICATION_ID = 0x534B5344  # "SKSD" in the file's header tells a skill bank from other SQLite files
+APPLICATION_ID = 0x534B5344  # "SKSD" in the file's header marks an SQLite file as a skill bank
 
 _SCHEMA = """
 CREATE TABLE skills (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice: it is the creation sequence number too
+    id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never reused, so it is also the order of creation
     env TEXT NOT NULL,
     task TEXT NOT NULL,
     success_analysis TEXT NOT NULL,
@@ -45,24 +44,24 @@ _COLUMNS = (
     "id, env, task, success_analysis, mistake_analysis, golden_workflow, source, iteration, source_reward, "
     "source_outcome, picks, credited, reward_sum"
 )
-_INSTEAD = "Give another path, or move that file away."
+_REMEDY = "Give another path, or move that file away."
 
 
 class HeldOutTaskError(RuntimeError):
-    """A task of an evaluation split reached the skill bank: the caller's bug, evaluation never touches it."""
+    """A held-out task reached the skill bank. This is a bug in the caller: evaluation never uses the bank."""
 
 
 @dataclass(frozen=True)
 class StoredSkill:
-    """A skill e with its origin and its record.
+    """A skill e with its source and statistics.
 
     Attributes:
-        id: grows with creation, and is never used twice.
-        env, task_id: the task x whose bank it is in.
-        source: the trajectory that it was written from, e.g. ``iteration-12/<task>/3``.
+        id: increases with creation and is never reused.
+        env, task_id: the task x that it belongs to.
+        source: the trajectory it was written from, e.g. ``iteration-12/<task>/3``.
         iteration, source_reward, source_outcome: of that trajectory.
-        picks: n(e), how often it was picked.
-        credited: number of rollouts that were trained while it was the teacher's skill.
+        picks: n(e), the number of times it was picked.
+        credited: number of rollouts that were trained with this skill in the teacher's prompt.
         reward_sum: the sum of their rewards.
     """
 
@@ -82,8 +81,9 @@ class StoredSkill:
     def mean_reward(self) -> float:
         """Mean reward of the rollouts trained under this skill.
 
-        The paper is silent on a skill without any. Never picked, its source trajectory's reward stands in; picked but
-        never credited (it did not fit the teacher's budget, say) it counts 0, or it would be picked for ever.
+        The paper does not define it for a skill without rollouts. Ours: the source trajectory's reward if the skill was
+        never picked; 0 if it was picked but never credited (e.g. too long for the teacher's prompt), since it would
+        otherwise be picked for ever.
         """
         if self.credited:
             return self.reward_sum / self.credited
@@ -94,11 +94,11 @@ class Bank:
     """The skills of all training tasks of a run. To be used from one thread.
 
     Args:
-        path: the database file, made if there is none; ``":memory:"`` for a bank that lives in memory only.
-        rule: how `peek` chooses, see `skillsd.skills.ucb.picking_rule`; UCB unless given.
-        held_out: ids of the tasks of the evaluation splits. They are refused whatever split a task claims.
-        max_per_task: where a new skill would exceed it, the task's skill with the lowest mean reward goes.
-            Skills that were never picked are not thrown away untried, so a bank may exceed it by those.
+        path: the database file, created if missing; ``":memory:"`` keeps the bank in memory.
+        rule: how `peek` chooses, see `skillsd.skills.ucb.picking_rule`. Default: UCB.
+        held_out: ids of the tasks of the evaluation splits. They are refused even if the task's split is ``train``.
+        max_per_task: maximum number of skills per task. A new skill then replaces the task's skill with the lowest mean
+            reward. Skills that were never picked are not removed, so the number may be exceeded by those.
 
     Raises:
         UserError: if the file is not a skill bank of this version, or holds a held-out task's skills.
@@ -130,7 +130,7 @@ class Bank:
             raise
 
     def add(self, task: Task, skill: Skill, *, source: str, iteration: int, reward: float, outcome: Outcome) -> int:
-        """Store a skill of `task` and return its id; a text that the task already has keeps its own.
+        """Store a skill of `task` and return its id. If the task has the same skill already, returns that one's id.
 
         Raises:
             HeldOutTaskError: for a task that is not a training task.
@@ -159,12 +159,16 @@ class Bank:
             return int(row[0])
 
     def peek(self, task: Task, *, c: float) -> StoredSkill | None:
-        """S(x): the skill that the teacher of `task` gets now; None if there is none, or the policy wants none.
+        """S(x): the skill for the teacher's prompt of `task`; None if there is none, or the picking rule chooses none.
 
-        Nothing is recorded: that is `record_pick`'s, once the skill is really used.
+        Nothing is recorded: call `record_pick` once the skill is used.
+
+        Args:
+            c: UCB's exploration constant.
 
         Raises:
             HeldOutTaskError: for a task that is not a training task.
+            ValueError: if `c` is negative or not finite.
         """
         self.guard(task)
         if not (math.isfinite(c) and c >= 0):
@@ -174,18 +178,19 @@ class Bank:
         return None if index is None else arms[index]
 
     def record_pick(self, skill_id: int) -> None:
-        """n(e) += 1. One that has made room for others meanwhile is nobody's any more."""
+        """n(e) += 1. Does nothing if the skill has been replaced since it was picked."""
         with self.batch():
             self._db.execute("UPDATE skills SET picks = picks + 1 WHERE id = ?", (skill_id,))
 
     def credit(self, skill_id: int, rewards: Sequence[float]) -> bool:
-        """Add the rewards of rollouts that were trained while this was the teacher's skill.
+        """Add the rewards of rollouts that were trained with this skill in the teacher's prompt.
 
-        Returns False if the skill has made room for a newer one since its pick: there is nobody to credit.
+        Returns:
+            False if the skill has been replaced since it was picked; nothing is recorded then.
 
         Raises:
-            HeldOutTaskError: if the skill is a held-out task's.
-            KeyError: for an id that was never given.
+            HeldOutTaskError: if the skill belongs to a held-out task.
+            KeyError: for an id that was never assigned.
             ValueError: for rewards that are not finite; nothing is recorded then.
         """
         if not all(math.isfinite(reward) for reward in rewards):
@@ -195,7 +200,7 @@ class Bank:
             if not found:
                 if 1 <= skill_id <= self.created:
                     return False
-                raise KeyError(f"no skill has had the id {skill_id}; {self.created} were ever stored")
+                raise KeyError(f"no skill has ever had the id {skill_id}; {self.created} were stored")
             self.guard(Task(found[0].task_id, found[0].env, TRAIN_SPLIT))
             self._db.execute(
                 "UPDATE skills SET credited = credited + ?, reward_sum = reward_sum + ? WHERE id = ?",
@@ -204,7 +209,7 @@ class Bank:
             return True
 
     def skills(self, task_id: str | None = None) -> list[StoredSkill]:
-        """The stored skills of one task or of all, oldest first."""
+        """The stored skills of one task, or of all tasks, oldest first."""
         return self._select() if task_id is None else self._select("WHERE task = ?", task_id)
 
     def counts(self) -> dict[str, int]:
@@ -217,7 +222,7 @@ class Bank:
 
     @property
     def created(self) -> int:
-        """How many skills were ever stored; those that made room for others count too."""
+        """Number of skills ever stored, replaced ones included."""
         row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'skills'").fetchone()
         return int(row[0]) if row else 0
 
@@ -225,7 +230,11 @@ class Bank:
         return int(self._db.execute("SELECT COUNT(*) FROM skills").fetchone()[0])
 
     def guard(self, task: Task) -> None:
-        """Raise HeldOutTaskError unless `task` is a training task: the split guard of every call."""
+        """Refuse held-out tasks. Every call that takes a task starts with this.
+
+        Raises:
+            HeldOutTaskError: unless `task` is a training task.
+        """
         if task.split != TRAIN_SPLIT:
             raise HeldOutTaskError(
                 f"task {task.id!r} of {task.env!r} is of split {task.split!r}; the skill bank takes "
@@ -233,13 +242,13 @@ class Bank:
             )
         if task.id in self._held_out:
             raise HeldOutTaskError(
-                f"task {task.id!r} of {task.env!r} says split {TRAIN_SPLIT!r} but is in an evaluation split: "
+                f"task {task.id!r} of {task.env!r} has the split {TRAIN_SPLIT!r} but is also in an evaluation split: "
                 "the splits overlap. Remove it from one of them."
             )
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """One transaction of the calls inside: all are kept, or none if an exception leaves the block."""
+        """Make one transaction of the calls inside the block: an exception undoes all of them."""
         if self._in_batch:
             yield
             return
@@ -262,9 +271,13 @@ class Bank:
             self._in_batch = False
 
     def snapshot(self, path: str | Path) -> None:
-        """Copy the bank into the file `path`: written aside, fsynced, renamed: it is whole or not there."""
+        """Copy the bank into the file `path`, atomically: written under another name, fsynced, renamed.
+
+        Raises:
+            RuntimeError: inside a `batch`.
+        """
         if self._in_batch:
-            raise RuntimeError("a batch may yet be rolled back: end it before the snapshot")
+            raise RuntimeError("a batch may still be rolled back: end it before the snapshot")
         target = Path(path)
         aside = target.with_name(target.name + ".partial")
         aside.unlink(missing_ok=True)
@@ -275,16 +288,16 @@ class Bank:
         aside.replace(target)
 
     def restore(self, path: str | Path) -> None:
-        """Replace the bank's whole content by that of a snapshot; on an error the bank stays as it was.
+        """Replace the bank's whole content by a snapshot's; on an error the bank stays as it was.
 
         Raises:
-            UserError: if `path` is not a snapshot of a bank of this version, or holds a held-out task's
-            skills.
+            UserError: if `path` is not a bank of this version, or holds skills of held-out tasks.
+            RuntimeError: inside a `batch`.
         """
         if self._in_batch:
-            raise RuntimeError("a batch may yet be rolled back: end it before the restore")
+            raise RuntimeError("a batch may still be rolled back: end it before the restore")
         if not Path(path).is_file():
-            raise UserError(f"no skill bank at {path}; expected a file that a checkpoint's snapshot wrote")
+            raise UserError(f"no skill bank at {path}; expected a checkpoint's skills.sqlite")
         with closing(_connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)) as snapshot:
             _check(snapshot, str(path))
             self._check_held_out(snapshot, str(path))
@@ -314,7 +327,7 @@ class Bank:
         if self._max_per_task is None:
             return
         stored = self._of(task)
-        # No exploration bonus here: what is known decides who leaves. Equals: the oldest.
+        # By mean reward, without an exploration bonus; the oldest goes first among equals.
         tried = sorted((s for s in stored if s.picks), key=lambda s: (s.mean_reward, s.id))
         surplus = max(0, len(stored) + 1 - self._max_per_task)
         for leaving in tried[:surplus]:
@@ -325,32 +338,33 @@ class Bank:
         if leaked := sorted(stored & self._held_out):
             raise UserError(
                 f"the skill bank {path} holds skills of {len(leaked)} evaluation tasks, e.g. {leaked[0]!r}. "
-                "What trains on it cannot be evaluated honestly: give a bank made from these training tasks."
+                "Training on it would invalidate the evaluation: give a bank made from this environment's training "
+                "tasks."
             )
 
 
 def _check_header(path: Path) -> None:
-    """Raise UserError for a file that SQLite did not write. It would write over a very short one."""
+    """Raise UserError for a file that is not SQLite's. (SQLite itself would overwrite a very short one.)"""
     if not path.exists():
         return
     try:
         with path.open("rb") as file:
             header = file.read(16)
     except OSError as error:
-        raise UserError(f"cannot open the skill bank {path}: {error}. {_INSTEAD}") from error
+        raise UserError(f"cannot open the skill bank {path}: {error}. {_REMEDY}") from error
     if header not in (b"", b"SQLite format 3\0"):
-        raise UserError(f"{path} is not a database, so not a skill bank. {_INSTEAD}")
+        raise UserError(f"{path} is not a database, so not a skill bank. {_REMEDY}")
 
 
 def _connect(path: str, *, uri: bool = False) -> sqlite3.Connection:
     try:
-        return sqlite3.connect(path, isolation_level=None, uri=uri)  # our own BEGIN, see `batch`
+        return sqlite3.connect(path, isolation_level=None, uri=uri)  # transactions are started in `batch`
     except sqlite3.OperationalError as error:
         raise UserError(f"cannot open the skill bank {path}: {error}. Does its folder exist?") from error
 
 
 def _prepare(db: sqlite3.Connection, path: str) -> None:
-    """Make the tables of a new bank, or check an old one."""
+    """Create the table of a new bank, or check an existing one."""
     try:
         if db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0:
             db.execute("BEGIN IMMEDIATE")
@@ -359,7 +373,7 @@ def _prepare(db: sqlite3.Connection, path: str) -> None:
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             db.execute("COMMIT")
     except sqlite3.DatabaseError as error:
-        raise UserError(f"cannot use {path} as a skill bank: {error}. {_INSTEAD}") from error
+        raise UserError(f"cannot use {path} as a skill bank: {error}. {_REMEDY}") from error
     _check(db, path)
 
 
@@ -370,9 +384,9 @@ def _check(db: sqlite3.Connection, path: str) -> None:
         version = db.execute("PRAGMA user_version").fetchone()[0]
         state = db.execute("PRAGMA quick_check(1)").fetchone()[0]
     except sqlite3.DatabaseError as error:
-        raise UserError(f"{path} is not a skill bank: {error}. {_INSTEAD}") from error
+        raise UserError(f"{path} is not a skill bank: {error}. {_REMEDY}") from error
     if application != APPLICATION_ID:
-        raise UserError(f"{path} is an SQLite file, but not a skill bank. {_INSTEAD}")
+        raise UserError(f"{path} is an SQLite file, but not a skill bank. {_REMEDY}")
     if version != SCHEMA_VERSION:
         raise UserError(
             f"the skill bank {path} has schema version {version}, this skillsd reads {SCHEMA_VERSION}. "

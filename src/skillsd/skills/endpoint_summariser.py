@@ -1,6 +1,6 @@
-"""A summariser behind an endpoint that speaks OpenAI's chat completions (`skillsd.engines.endpoint`).
+"""A summariser behind an endpoint with OpenAI's chat completions API (`skillsd.engines.endpoint`).
 
-The answer is constrained by the skill's JSON schema where the server takes one, and validated either way.
+The answer is constrained by the skill's JSON schema if the server supports it, and validated in any case.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ NAMES = {key: f"summariser.{key}" for key in SummariserSection.model_fields}
 
 
 class EndpointSummariser:
-    """Asks a language model behind an endpoint for each skill.
+    """Has a language model behind an endpoint write each skill.
 
     Args:
         options: the recipe's section ``summariser``, with a model's name.
-        counts: as of `skillsd.engines.endpoint.Endpoint`, and ``condensed`` (episodes).
+        counts: as in `skillsd.engines.endpoint.Endpoint`, and ``condensed`` (episodes).
 
     Raises:
         UserError: if the package openai or the key is missing.

@@ -1,7 +1,7 @@
 """The policy as its own summariser: the student reads its own episode and writes the skill.
 
-Engines refuse to sample while their weights change, so this one needs ``skills.deterministic``: the loop then waits for
-all summaries right after submitting them, and nothing else runs meanwhile.
+Engines refuse to sample while their weights change, so this needs ``skills.deterministic``: the loop then waits for
+all summaries right after submitting them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from skillsd.types import Message, Skill, Trajectory
 
 
 class PolicySummariser:
-    """Has the student write each skill, which depends on its weights, the episode and `seed` alone.
+    """Has the student write each skill. A skill depends only on the weights, the episode and `seed`.
 
     Args:
-        max_output_tokens: the most tokens of an answer; the rest of the model's context is for the episode, which is
+        max_output_tokens: maximum length of an answer. The rest of the model's context is for the episode, which is
             condensed if it is longer.
-        counts: ``calls``, ``tokens_in``, ``tokens_out`` and ``condensed`` are counted here.
+        counts: gets ``calls``, ``tokens_in``, ``tokens_out`` and ``condensed``.
 
     Raises:
         UserError: if the model's context is too short for the bare prompt and an answer.
@@ -45,8 +45,8 @@ class PolicySummariser:
             frame = len(self._tokens(prompt.frame()))
             raise UserError(
                 f"skills.summariser is 'policy', but the model takes {engine.sampler.max_length} tokens: too few for "
-                f"summariser.max_output_tokens ({max_output_tokens}) and the {frame} tokens of the bare "
-                "summariser.prompt. Lower the first, shorten the second, or take another summariser"
+                f"summariser.max_output_tokens ({max_output_tokens}) and the {frame} tokens of summariser.prompt "
+                "without an episode. Lower the first, shorten the second, or use another summariser"
             )
 
     async def summarise(self, trajectory: Trajectory) -> Skill:

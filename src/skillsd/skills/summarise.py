@@ -1,34 +1,36 @@
-"""From a finished trajectory to a skill: e = Analyze(trajectory, x) (METHOD.md, step 2), and what is refused.
+"""From a finished trajectory to a skill: e = Analyze(trajectory, x) (docs/method.md, step 8), and the checks on it.
 
-Skills reach a language model only through `Summariser`. Whoever wrote a skill, `check_skill` reads it before
-the bank does.
+Every skill comes from a `Summariser`, and passes `check_skill` before it enters the bank.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from skillsd import plugins
+from skillsd.errors import UserError
 from skillsd.types import Skill, Trajectory
 
 MAX_COPIED_TURNS = 2
-"""So many consecutive turns may be quoted, action and observation; one more is a copy of the trajectory."""
+"""Consecutive turns, action and observation, that a skill may quote; one more counts as a copy of the trajectory."""
 MAX_COPIED_WORDS = 40
-"""A run of so many words of the first prompt makes a skill a copy of it."""
+"""A skill that quotes so many consecutive words of the first prompt counts as a copy of it."""
 MIN_PROMPT_WORDS = 8
-"""Messages shorter than this may be quoted whole: "Play Sokoban." is not a copy."""
+"""Messages of the first prompt with fewer words may be quoted in full: "Play Sokoban." is not a copy."""
 MIN_FORMAT_WORDS = 4
-"""A field of fewer words is not taken for a copy of what it was to hold: "What worked" may be said."""
+"""A field with fewer words doesn't count as a copy of its description: "What worked" is allowed."""
 
 
 class SummaryError(Exception):
-    """No skill came of a trajectory, for a reason that is known.
+    """A trajectory gave no skill, for a known reason.
 
     Attributes:
-        reason: what it is counted as, e.g. ``failed_http_401`` or ``rejected_malformed``.
+        reason: name of its count, e.g. ``failed_http_401`` or ``rejected_malformed``.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -37,20 +39,21 @@ class SummaryError(Exception):
 
 
 class Summariser(Protocol):
-    """Writes the skill of a finished trajectory, success or failure; None where there is nothing to learn.
+    """Writes skills. Implement this to bring your own (``skills.summariser: module:Class``)."""
 
-    Raises:
-        SummaryError: where it can say why there is no skill. Anything else that it raises counts as ``failed``.
-    """
+    async def summarise(self, trajectory: Trajectory) -> Skill | None:
+        """The skill of a finished trajectory, success or failure; None if there is nothing to learn from it.
 
-    async def summarise(self, trajectory: Trajectory) -> Skill | None: ...
+        Raises:
+            SummaryError: for a failure with a known reason. Any other exception is counted as ``failed``.
+        """
+        ...
 
 
 class RuleSummariser:
-    """An environment's rule-based summariser (`skillsd.envs.base.TaskSet.summariser`) as a `Summariser`.
+    """A plain function as a `Summariser`, such as an environment's rules (`skillsd.envs.base.TaskSet.summariser`).
 
-    `fn` runs in the event loop, so that runs with it are deterministic; it has to be quick, and no timeout
-    can interrupt it.
+    `fn` runs in the event loop, so runs with it are deterministic. It must be fast: no timeout can interrupt it.
     """
 
     def __init__(self, fn: Callable[[Trajectory], Skill | None]) -> None:
@@ -60,8 +63,65 @@ class RuleSummariser:
         return self._fn(trajectory)
 
 
+def load_summariser(target: str, options: Mapping[str, Any]) -> Summariser:
+    """A summariser of your own (``skills.summariser``).
+
+    Args:
+        target: ``module:Class``, a class with ``async def summarise(trajectory)``, or ``module:function``, a function
+            (trajectory) -> `Skill` or None.
+        options: keyword arguments of the class (``summariser.options``).
+
+    Raises:
+        UserError: if it can't be imported or constructed, or is neither.
+    """
+    found = find_summariser(target)
+    if isinstance(found, type):
+        try:
+            made: Summariser = found(**options)
+        except TypeError as error:
+            raise UserError(
+                f"summariser {target!r} can't be constructed with summariser.options {dict(options)}: {error}"
+            ) from error
+        return made
+    if hasattr(found, "summarise"):
+        summariser: Summariser = found
+        return summariser
+    if options:
+        raise UserError(
+            f"summariser.options is {dict(options)}, but {target!r} is a function and takes none: leave them out, or "
+            "give a class"
+        )
+    return RuleSummariser(found)
+
+
+def find_summariser(target: str) -> Any:
+    """The class, object or function of `load_summariser`, not constructed yet.
+
+    Raises:
+        UserError: if it can't be imported, or has the wrong form.
+    """
+    found = plugins.find("summariser", target, ())
+    method = getattr(found, "summarise", None)
+    if inspect.iscoroutinefunction(method):
+        return found
+    if method is not None:
+        fault = "has a method `summarise` that is not async"
+    elif isinstance(found, type):
+        fault = "is a class without a method `summarise`"
+    elif inspect.iscoroutinefunction(found):
+        fault = "is an async function"
+    elif not callable(found):
+        fault = f"is {type(found).__name__}"
+    else:
+        return found
+    raise UserError(
+        f"summariser {target!r} {fault}; expected a class with `async def summarise(trajectory)`, or a plain function "
+        "(trajectory) -> Skill"
+    )
+
+
 class SkillSchema(BaseModel):
-    """A skill as a language model has to write it: three strings. Its JSON schema constrains the model."""
+    """A skill as a language model must write it: three strings. Its JSON schema constrains the model's output."""
 
     model_config = ConfigDict(strict=True, extra="forbid", str_strip_whitespace=True, title="Skill")
 
@@ -84,14 +144,19 @@ def check_skill(
     max_copied_turns: int = MAX_COPIED_TURNS,
     secrets: Sequence[str] = (),
 ) -> str | None:
-    """Why `skill` may not enter the bank as the lesson of `trajectory`, or None if it may.
+    """The reason why `skill`, written from `trajectory`, may not enter the bank; None if it may.
 
-    The reasons are few and fixed, to be counted: ``malformed`` (not a Skill, a field that is no string or no
-    Unicode text), ``empty``, ``too_long`` (a field of more than `max_chars` characters), ``copies_format`` (a field
-    says only what it was to hold, in the words of `SkillSchema`), ``copies_prompt``, ``copies_trajectory`` (a skill
-    is "never the trajectory itself": it quotes more than `max_copied_turns` consecutive turns, action and observation)
-    and ``leaks_answer`` (it says one of the `secrets`, see `skillsd.envs.base.TaskSet.secrets`). Copies are
-    found whatever their white space and role labels; secrets as whole words, whatever their case and white space.
+    - ``malformed``: not a `Skill`, or a field is not a string or not valid Unicode.
+    - ``empty``: all fields are blank.
+    - ``too_long``: a field has more than `max_chars` characters.
+    - ``copies_format``: a field only repeats its description in `SkillSchema`.
+    - ``copies_prompt``: it quotes the first prompt.
+    - ``copies_trajectory``: it quotes more than `max_copied_turns` consecutive turns, action and observation. (A skill
+      is "never the trajectory itself".)
+    - ``leaks_answer``: it contains one of the `secrets`, see `skillsd.envs.base.TaskSet.secrets`.
+
+    Copies are found regardless of white space and role labels; secrets as whole words, regardless of case and white
+    space.
     """
     if not isinstance(skill, Skill):
         return "malformed"
@@ -112,7 +177,7 @@ def check_skill(
         return "copies_prompt"
     if _copies_turns(text, trajectory, max_copied_turns + 1):
         return "copies_trajectory"
-    if any(_says("\n".join(fields), secret) for secret in secrets):
+    if any(_contains("\n".join(fields), secret) for secret in secrets):
         return "leaks_answer"
     return None
 
@@ -127,7 +192,7 @@ def _bare(text: str) -> str:
 
 
 def _copies_format(text: str) -> bool:
-    """Whether all of `text` is a run of words of one field's description."""
+    """Whether all of `text` is a sequence of words from one field's description."""
     words = _words(text)
     return len(words.split()) >= MIN_FORMAT_WORDS and any(
         words in _words(field.description or "") for field in SkillSchema.model_fields.values()
@@ -135,7 +200,7 @@ def _copies_format(text: str) -> bool:
 
 
 def _words(text: str) -> str:
-    """The words of `text` alone, in lower case, between single spaces and with one at each end."""
+    """The words of `text`, in lower case, between single spaces and with one at each end."""
     words = re.findall(r"\w+", text.casefold())
     return f" {' '.join(words)} "
 
@@ -149,7 +214,7 @@ def _copies_message(text: str, content: str) -> bool:
 
 
 def _copies_turns(text: str, trajectory: Trajectory, run: int) -> bool:
-    # Without observations a run of turns is a list of actions, and a workflow may well be one.
+    # Without observations, consecutive turns are just a list of actions, which is a legitimate workflow.
     windows = (trajectory.turns[i : i + run] for i in range(len(trajectory.turns) - run + 1))
     return any(
         _bare("\n".join(f"{turn.action}\n{turn.observation}" for turn in window)) in text
@@ -158,6 +223,6 @@ def _copies_turns(text: str, trajectory: Trajectory, run: int) -> bool:
     )
 
 
-def _says(text: str, secret: str) -> bool:
+def _contains(text: str, secret: str) -> bool:
     words = r"\s+".join(re.escape(word) for word in secret.casefold().split())
     return bool(words) and re.search(rf"(?<!\w){words}(?!\w)", text.casefold()) is not None

@@ -1,15 +1,15 @@
-"""What a language model is told when it is to write a skill, and how its answer is read.
+"""The prompt with which a language model writes a skill, and the parser of its answer.
 
-The template is a text file that becomes one user message. Its fields: ``{prompt}`` (what the student was told first),
-``{trajectory}`` (its turns; this field has to be there), ``{outcome}``, ``{score}`` and ``{format}`` (the JSON object
-to answer with). ``{{`` and ``}}`` stand for braces.
+The template is a text file that becomes one user message. Its fields: ``{prompt}`` (the episode's first messages),
+``{trajectory}`` (its turns; required), ``{outcome}``, ``{score}`` (its reward, in per cent) and ``{format}`` (the JSON
+object to answer with). ``{{`` and ``}}`` stand for braces.
 
-An episode that is too long is condensed, a step at a time until it fits:
+An episode that is too long is condensed, one step at a time, until it fits:
 
-1. Actions and observations are cut to 4000, 2000, 1000, 500, 250 characters: two thirds from the beginning, one third
-   from the end, and between them a note of how much is left out.
-2. Turns are left out: half of them, half of the rest ... down to two. A quarter of those that stay, at least one, is
-   from the beginning, the others from the end; a note says which are left out.
+1. Actions and observations are cut to 4000, 2000, 1000, 500, 250 characters: two thirds from the beginning and one
+   third from the end, with a note of how much was left out between them.
+2. Turns are left out: half of them, then half of the rest, down to two. A quarter of the remaining ones (at least one)
+   are from the beginning, the others from the end, with a note of which were left out.
 3. The messages of the first prompt are cut as in 1.
 """
 
@@ -27,9 +27,9 @@ from skillsd.types import Outcome, Skill, Trajectory, Turn
 
 FIELDS = ("prompt", "trajectory", "outcome", "score", "format")
 LENGTHS = (4000, 2000, 1000, 500, 250)
-"""Characters that long texts are cut to, one after the other."""
+"""Lengths in characters that long texts are cut to, tried in this order."""
 MAX_ANSWER_CHARS = 100_000
-"""A longer answer is not even read."""
+"""Longer answers are rejected without parsing."""
 
 _OUTCOMES = {
     Outcome.SOLVED: "solved",
@@ -40,12 +40,12 @@ _OUTCOMES = {
 
 
 class SummaryPrompt:
-    """A template with the limits of what is written under it.
+    """Renders trajectories with a template, within length limits.
 
     Args:
         template: its text, see `load_prompt`.
-        max_chars: the most characters that a field of the skill may have.
-        max_input_chars: the most characters of the whole message.
+        max_chars: maximum length of a skill's field, stated in the prompt.
+        max_input_chars: maximum length of the whole message.
     """
 
     def __init__(self, template: str, *, max_chars: int, max_input_chars: int) -> None:
@@ -57,10 +57,10 @@ class SummaryPrompt:
         """The message about `trajectory`, and whether it was condensed.
 
         Args:
-            fits: whether a text is short enough, beside `max_input_chars`.
+            fits: a further condition on the text's length, besides `max_input_chars`.
 
         Raises:
-            SummaryError: if it cannot be made to fit (``failed_no_room``).
+            SummaryError: if it does not fit even when condensed (``failed_no_room``).
         """
         for number, cut in enumerate(_cuts(len(trajectory.turns))):
             text = self._fill(
@@ -74,10 +74,10 @@ class SummaryPrompt:
             )
             if len(text) <= self._max_input_chars and fits(text):
                 return text, number > 0
-        raise SummaryError("failed_no_room", "even condensed, the episode is longer than the summariser may read")
+        raise SummaryError("failed_no_room", "the episode is too long for the summariser, even when condensed")
 
     def frame(self) -> str:
-        """The message without anything of an episode in it."""
+        """The message without an episode: its fixed part."""
         return self._fill({**dict.fromkeys(FIELDS, ""), "format": self._format})
 
     def _fill(self, values: dict[str, str]) -> str:
@@ -87,28 +87,28 @@ class SummaryPrompt:
 
 
 def load_prompt(name_or_path: str | Path) -> str:
-    """The text of a summariser's prompt that comes with skillsd (``summarise``) or of your own file.
+    """The text of a summariser's prompt: the package's (``summarise``) or your own file.
 
-    What ends in ``.txt`` or has a slash in it is a path. The file's last line break is left out.
+    A name that ends in ``.txt`` or contains a slash is a path. The file's last line break is removed.
 
     Raises:
-        UserError: if there is no such file, or it names unknown fields or not ``{trajectory}``.
+        UserError: if there is no such file, it contains unknown fields, or ``{trajectory}`` is missing.
     """
     text, used = read_template(name_or_path, "summarise", FIELDS)
     if "trajectory" not in used:
-        raise UserError(f"template {name_or_path} does not name {{trajectory}}: there would be nothing to summarise")
+        raise UserError(f"template {name_or_path} lacks the field {{trajectory}}: there would be nothing to summarise")
     return text
 
 
 def parse_skill(answer: str, *, cut: bool = False) -> Skill:
-    """The skill in a model's answer: the last JSON object in it that is one, whatever prose stands around.
+    """The skill in a model's answer: the last JSON object in it that is a skill. Any text around it is ignored.
 
     Args:
-        cut: the model was stopped before it came to its end.
+        cut: the answer was truncated at its maximum length.
 
     Raises:
-        SummaryError: ``rejected_empty``, ``rejected_malformed``, or ``rejected_too_long`` (cut before the skill was
-            complete, or more than `MAX_ANSWER_CHARS`).
+        SummaryError: ``rejected_empty``, ``rejected_malformed``, or ``rejected_too_long`` (truncated before the skill
+            was complete, or longer than `MAX_ANSWER_CHARS`).
     """
     if len(answer) > MAX_ANSWER_CHARS:
         raise SummaryError("rejected_too_long", f"the summariser's answer has {len(answer)} characters")
@@ -118,9 +118,9 @@ def parse_skill(answer: str, *, cut: bool = False) -> Skill:
         try:
             value, end = _DECODER.raw_decode(answer, at)
             found = SkillSchema.model_validate(value).to_skill()
-        except ValueError:  # no JSON, or no skill (which may be inside: the next brace)
+        except ValueError:  # not JSON, or not a skill; it may contain one, so go on at the next brace
             end = at + 1
-        except RecursionError:  # a thousand braces deep: nothing to look for
+        except RecursionError:  # nested a thousand levels deep: not a skill
             break
         at = answer.find("{", end)
     if found is None and cut:
@@ -137,7 +137,7 @@ _DECODER = json.JSONDecoder(strict=False)  # models write line breaks into strin
 
 @dataclass(frozen=True)
 class _Cut:
-    """How much is left of an episode: characters of a text of a turn, turns, characters of a message of the prompt."""
+    """How far an episode is condensed: characters per text of a turn, turns, characters per message of the prompt."""
 
     text: int | None
     turns: int

@@ -1,7 +1,7 @@
-"""Which skill of a task's bank the teacher gets: UCB, the paper's, or a simpler rule for comparison.
+"""Rules that pick one of a task's skills for the teacher's prompt: the paper's UCB, and simpler ones for comparison.
 
-Pure functions of the skills' statistics. The paper gives neither UCB's c nor the order among skills that were never
-picked; both choices are ours and are marked where they are made.
+They are pure functions of the skills' statistics. The paper gives neither UCB's c nor the order among skills that were
+never picked; both are our choice (``skills.ucb_c``, and `pick`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from skillsd.seeds import derive_seed
 
 
 class Arm(Protocol):
-    """What a policy may look at: a `skillsd.skills.bank.StoredSkill`, or anything of its shape."""
+    """The statistics that a rule may use, as of `skillsd.skills.bank.StoredSkill`."""
 
     @property
     def id(self) -> int: ...
@@ -28,7 +28,7 @@ class Arm(Protocol):
 
 
 PickingRule = Callable[[Sequence[Arm], float], int | None]
-"""(a task's skills, oldest first; UCB's c) -> index of the one to use, or None for no skill this time."""
+"""(a task's skills, oldest first and at least one; UCB's c) -> index of the one to use, or None for no skill."""
 
 
 def ucb_score(mean_reward: float, picks: int, total_picks: int, c: float) -> float:
@@ -39,11 +39,11 @@ def ucb_score(mean_reward: float, picks: int, total_picks: int, c: float) -> flo
 
 
 def pick(arms: Sequence[Arm], c: float) -> int:
-    """Index of the arm to use: one never picked if there is any, otherwise the highest `ucb_score`.
+    """UCB: index of an arm that was never picked if there is one, otherwise of the highest `ucb_score`.
 
-    N is the sum of the arms' picks. Ties, those among arms never picked too, go to the newest (the last in
-    `arms`): it was written from the most recent policy's behaviour, while oldest-first would have the teacher
-    work through a backlog of the base model's lessons, as every visit adds up to G skills and picks one.
+    N is the sum of the arms' picks. Ties, also among arms that were never picked, go to the newest (the last in
+    `arms`), which was written from the most recent policy's behaviour. Oldest first would work through a growing
+    backlog of skills from early policies, since every visit adds up to G skills and picks one.
 
     Raises:
         ValueError: if there are no arms.
@@ -61,20 +61,20 @@ def pick(arms: Sequence[Arm], c: float) -> int:
 
 
 def best(arms: Sequence[Arm], c: float) -> int:
-    """The highest mean reward, nothing explored; ties go to the newest."""
+    """The highest mean reward, without exploration; ties go to the newest."""
     return max(range(len(arms)), key=lambda index: (arms[index].mean_reward, index))
 
 
 def last(arms: Sequence[Arm], c: float) -> int:
-    """The newest skill, whatever its record."""
+    """The newest skill, regardless of its statistics."""
     return len(arms) - 1
 
 
 def random_rule(seed: int) -> PickingRule:
-    """A skill at random. The draw depends on `seed` and the arms alone, so a resumed run draws the same."""
+    """A uniformly random skill. The draw depends only on `seed` and the arms, so a resumed run draws the same."""
 
     def choose(arms: Sequence[Arm], c: float) -> int:
-        # Ids are never used twice and a pick changes the sum: no two picks of a bank share a state.
+        # Ids are never reused and every pick changes the sum, so each pick has a seed of its own.
         state = (arms[-1].id, sum(arm.picks for arm in arms))
         return random.Random(derive_seed(seed, "skill-policy", *state)).randrange(len(arms))
 
@@ -82,17 +82,25 @@ def random_rule(seed: int) -> PickingRule:
 
 
 def picking_rule(name: str, *, seed: int = 0) -> PickingRule:
-    """The rule called `name`: ``ucb``, ``random`` (which alone uses `seed`), ``last``, ``best``, or ``module:Class``
-    (made without arguments) or ``module:function`` of a user's own.
+    """The rule called `name`: ``ucb``, ``random``, ``last``, ``best``, or your own as ``module:function`` or
+    ``module:Class`` (constructed without arguments; its instances are called).
+
+    Args:
+        seed: of the rule ``random``.
 
     Raises:
-        UserError: if there is no such rule.
+        UserError: if there is no such rule, or it is not callable.
     """
     rules: dict[str, PickingRule] = {"ucb": pick, "random": random_rule(seed), "last": last, "best": best}
     if name in rules:
         return rules[name]
     found = plugins.find("picking rule", name, rules)
-    rule: PickingRule = found() if isinstance(found, type) else found
-    if not callable(rule):
-        raise UserError(f"picking rule {name!r} is {type(rule).__name__}, expected a function (skills, c) -> index")
+    if isinstance(found, type):
+        try:
+            found = found()
+        except TypeError as error:
+            raise UserError(f"picking rule {name!r} can't be constructed without arguments: {error}") from error
+    if not callable(found):
+        raise UserError(f"picking rule {name!r} is {type(found).__name__}, expected a function (skills, c) -> index")
+    rule: PickingRule = found
     return rule

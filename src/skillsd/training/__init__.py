@@ -1,0 +1,1 @@
+"""The training loop: one iteration, its parts, and checkpoints."""

@@ -35,9 +35,10 @@ class Batch:
     Attributes:
         groups: the items of each group's trajectories; trajectories without action tokens are left out.
         taught: for each group, whether it has a teacher's log-probs.
-        without_teacher: groups whose teacher sequence is longer than the model takes; they train without a teacher.
-        zero_advantage: groups of equal rewards: L_GRPO has no gradient there.
-        imitated: items that are a task's best success, to be imitated.
+        without_teacher: number of groups with a teacher sequence longer than the model takes; they train without a
+            teacher.
+        zero_advantage: number of groups with equal rewards, which give L_GRPO no gradient.
+        imitated: number of items that are a task's best success, added for self-imitation.
     """
 
     groups: list[list[TrainItem]] = field(default_factory=list)
@@ -48,7 +49,7 @@ class Batch:
 
 
 def teacher_sequence(trajectory: Trajectory, context: str, renderer: ChatRenderer) -> TokenSequence:
-    """The trajectory's ids under another first prompt: x + context by the same chat template, then the sampled and
+    """The trajectory's ids under another first prompt: x + context in the same chat template, then the sampled and
     observed ids verbatim."""
     prompt = renderer.prompt(with_context(trajectory.prompt, context))
     return TokenSequence(
@@ -69,15 +70,15 @@ async def build_batch(
     best: BestSuccesses | None = None,
     rescore: Weights | None = None,
 ) -> Batch:
-    """Compute each group's advantages, and have the teacher re-score the groups that have one.
+    """Compute each group's advantages, and have the teacher re-score the groups that have a teacher context.
 
     Args:
-        contexts: of each group's prompts. If the student's differs from the sampler's, it trains on the same actions
-            under its own prompt, and pi_old stays the sampler's.
+        contexts: of each group. If the student's context differs from the sampler's, the student trains on the sampled
+            actions under its own prompt, and pi_old stays the sampler's.
         want: which of the teacher's log-probs the loss needs.
         best: successes to imitate; adds an item, without advantage or teacher, to each group whose task has one.
-        rescore: the weights that sampled, if the learner is to score the sampled tokens itself
-            (``rescored_logprobs``).
+        rescore: the weights that sampled, for the learner to score the sampled tokens again (the signal
+            ``rescored_logprobs``). None: not needed.
     """
     batch = Batch()
     made: list[Signals] = []
@@ -89,7 +90,8 @@ async def build_batch(
         teacher_views = None
         if context.teacher is not None:
             teacher_views = [teacher_sequence(t, context.teacher, renderer) for t in group.trajectories]
-            if max(len(v.tokens) for v in teacher_views) > learner.max_length:  # never cut: that is another skill
+            # Too long: train without a teacher. The context is never cut, since a truncated skill is another skill.
+            if max(len(v.tokens) for v in teacher_views) > learner.max_length:
                 batch.without_teacher, teacher_views = batch.without_teacher + 1, None
         batch.taught.append(teacher_views is not None)
         items: list[TrainItem] = []
@@ -112,7 +114,7 @@ async def build_batch(
         batch.groups.append(items)
     if rescore is not None:
         scored = await learner.logprobs([sequence for sequence, _ in sampled], rescore, temperature=temperature)
-        for signals in made:  # imitated items take part in no ratio
+        for signals in made:  # a placeholder for imitated items, whose ratio is not used
             signals["rescored_logprobs"] = signals["old_logprobs"]
         for (_, signals), logprobs in zip(sampled, scored, strict=True):
             signals["rescored_logprobs"] = logprobs.chosen
@@ -137,7 +139,7 @@ def _signals(trajectory: Trajectory, advantage: float, *, taught: bool, imitated
 
 
 def _add_teacher(made: Sequence[Signals], taught: Sequence[Signals], answers: Sequence[TokenLogprobs]) -> None:
-    """Put the teacher's log-probs into the signals that they belong to."""
+    """Add the teacher's log-probs to the signals of the taught items."""
     wide: dict[str, Tensor] = {}
     for signals, answer in zip(taught, answers, strict=True):
         signals["teacher_logprobs"] = answer.chosen
@@ -145,7 +147,7 @@ def _add_teacher(made: Sequence[Signals], taught: Sequence[Signals], answers: Se
             wide["teacher_distribution"] = signals["teacher_distribution"] = answer.distribution
         if answer.candidates is not None:
             wide["candidates"] = signals["candidates"] = answer.candidates
-    for signals in made:  # every item of a batch has the same signals; the rest get zeros that take no memory
+    for signals in made:  # every item of a batch needs the same signals: the others get zeros, which take no memory
         for name, like in wide.items():
             if name not in signals:
                 shape = (len(signals["old_logprobs"]), *like.shape[1:])
@@ -153,7 +155,10 @@ def _add_teacher(made: Sequence[Signals], taught: Sequence[Signals], answers: Se
 
 
 def minibatches(batch: Batch, count: int, seed: int) -> list[list[TrainItem]]:
-    """The batch in `count` parts of whole groups, as even as possible, in an order that the seed determines."""
+    """The batch in `count` parts of whole groups, as equal as possible, in a random order determined by the seed.
+
+    Empty parts are left out.
+    """
     generator = torch.Generator().manual_seed(derive_seed(seed, "minibatches"))
     order = torch.randperm(len(batch.groups), generator=generator).tolist()
     parts = [[item for place in order[i::count] for item in batch.groups[place]] for i in range(count)]

@@ -1,4 +1,4 @@
-"""Checkpoints: folders that exist complete or not at all. Written aside, fsynced, renamed."""
+"""Checkpoints: folders that are complete or absent. Each is written under another name, fsynced, then renamed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from skillsd.errors import UserError
 from skillsd.training.run import Run
 
 _NAME = re.compile(r"step-(\d+)")
+_KEYS = {"iteration", "totals", "visits", "pending_summaries", "summary_stats", "best_successes"}
+"""Keys of state.json."""
 
 
 async def save(run: Run) -> Path:
-    """Write ``checkpoints/step-N``: weights, optimiser, RNG, curriculum, bank and UCB counts, pending
-    summaries, successes to imitate."""
+    """Write ``checkpoints/step-N``: weights, optimiser, random state, task visits, bank with UCB's counts, pending
+    summaries and successes to imitate. Deletes checkpoints beyond ``checkpoint.keep``."""
     parent = run.folder / "checkpoints"
     parent.mkdir(exist_ok=True)
     target = parent / f"step-{run.iteration}"
     aside = parent / f".step-{run.iteration}.partial"
-    for left in parent.glob(".step-*.partial"):  # by a process that was killed while writing
+    for left in parent.glob(".step-*.partial"):  # of a process that was killed while writing
         shutil.rmtree(left)
     aside.mkdir()
     await run.learner.save_state(aside)
@@ -36,53 +38,52 @@ async def save(run: Run) -> Path:
     }
     (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
     _sync(aside)
-    if target.exists():  # the same step again, after a resume: the old one is as good
+    if target.exists():  # the same step again, after a resume: identical
         shutil.rmtree(aside)
         return target
     aside.rename(target)
     _sync_folder(parent)
     for old in _all(run.folder)[: -run.config.checkpoint.keep]:
         going = parent / f".{old.name}.partial"
-        old.rename(going)  # renamed first: deleted halfway, it would still look complete
+        old.rename(going)  # a half-deleted folder must not look like a checkpoint
         shutil.rmtree(going)
     return target
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run's folder."""
+    """The newest checkpoint of a run's folder; None if there is none."""
     found = _all(folder)
     return found[-1] if found else None
 
 
 def iterations(folder: Path) -> list[int]:
-    """Iterations of which the run has checkpoints, ascending."""
+    """The iterations with a checkpoint, ascending."""
     return [number(path) for path in _all(folder)]
 
 
 def number(path: Path) -> int:
-    """Finished iterations of a checkpoint."""
+    """The number of finished iterations in a checkpoint."""
     return int(path.name.removeprefix("step-"))
 
 
 def find(folder: Path, iteration: int | None = None) -> Path:
-    """The checkpoint of a run at an iteration; the newest one if none is given.
+    """A run's checkpoint at an iteration; the newest one if None.
 
     Raises:
-        UserError: if the run has none there, with those that it has.
+        UserError: if there is none, with a list of those that exist.
     """
     known = iterations(folder)
     if not known:
         raise UserError(f"the run {str(folder)!r} has no checkpoint yet")
     if iteration is not None and iteration not in known:
         raise UserError(
-            f"the run {str(folder)!r} has no checkpoint of iteration {iteration}; it has those of "
-            + ", ".join(map(str, known))
+            f"the run {str(folder)!r} has no checkpoint of iteration {iteration}; it has: " + ", ".join(map(str, known))
         )
     return folder / "checkpoints" / f"step-{known[-1] if iteration is None else iteration}"
 
 
 async def load(run: Run, path: Path) -> None:
-    """Restore a checkpoint: training then goes on bit for bit. Pending summaries are started again.
+    """Restore a checkpoint, so that training continues bit for bit. Pending summaries are started again.
 
     Raises:
         UserError: if it is not a checkpoint, or is damaged.
@@ -91,6 +92,11 @@ async def load(run: Run, path: Path) -> None:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{str(path)!r} is not a checkpoint of a run: {error}") from error
+    if not isinstance(state, dict) or (missing := sorted(_KEYS - state.keys())):
+        lacks = f"lacks {', '.join(missing)}" if isinstance(state, dict) else "is no JSON object"
+        raise UserError(
+            f"{str(path)!r} is not a checkpoint that this version of skillsd can resume: state.json {lacks}"
+        )
     await run.engine.load_state(path)
     run.bank.restore(path / "skills.sqlite")
     run.visits = state["visits"]
@@ -104,13 +110,13 @@ async def load(run: Run, path: Path) -> None:
 
 
 def _all(folder: Path) -> list[Path]:
-    """A run's checkpoints, oldest first. Other folders beside them (``step-10-backup``) are ignored."""
+    """A run's checkpoints, oldest first. Folders with other names (``step-10-backup``) are ignored."""
     found = {path: _NAME.fullmatch(path.name) for path in (folder / "checkpoints").glob("step-*")}
     return [path for _, path in sorted((int(match.group(1)), path) for path, match in found.items() if match)]
 
 
 def _sync(folder: Path) -> None:
-    """Flush everything in `folder` to the disk, before its name says that it is complete."""
+    """Flush everything in `folder` to the disk, before the rename marks it as complete."""
     for root, _, files in os.walk(folder):
         for name in files:
             with open(os.path.join(root, name), "rb") as file:

@@ -40,8 +40,10 @@ class PromptContexts:
 
 
 def select_contexts(run: Run, tasks: Sequence[Task]) -> dict[str, TeacherContext]:
-    """Task id -> the context that is available now, its skill picked by UCB. Nothing is recorded: see
-    `commit_contexts`."""
+    """Task id -> the context that is available now, with a skill picked by the bank's rule (UCB).
+
+    Nothing is recorded: see `commit_contexts`.
+    """
     if run.method.context == "oracle":
         return {task.id: _oracle_context(run, task) for task in tasks}
     if not run.method.uses_skills:
@@ -55,9 +57,9 @@ def select_contexts(run: Run, tasks: Sequence[Task]) -> dict[str, TeacherContext
 def commit_contexts(
     run: Run, groups: Sequence[Group], available: Mapping[str, TeacherContext]
 ) -> tuple[list[TeacherContext], list[PromptContexts]]:
-    """For each group, the context that is used and the prompt contexts that follow, now that its rewards are known.
+    """Decide, now that the rewards are known, which contexts are used; returns them and the prompt contexts, by group.
 
-    The bank counts the skills of used contexts, and of those that are too long, as picked.
+    The bank counts the skills of the used contexts, and of those that are too long, as picked.
     """
     used: list[TeacherContext] = []
     prompts: list[PromptContexts] = []
@@ -88,7 +90,7 @@ def contexts_for(run: Run, context: TeacherContext) -> PromptContexts:
 
 
 def _shuffled(picked: Sequence[StoredSkill | None]) -> list[StoredSkill | None]:
-    """Each task that has a skill gets the next one's: as recent as its own and never its own."""
+    """Each task that has a skill gets the skill of the next such task: equally recent, and never its own."""
     shuffled = list(picked)
     having = [place for place, skill in enumerate(picked) if skill]
     for place, other in zip(having, having[1:] + having[:1], strict=True):
@@ -97,7 +99,7 @@ def _shuffled(picked: Sequence[StoredSkill | None]) -> list[StoredSkill | None]:
 
 
 def _oracle_context(run: Run, task: Task) -> TeacherContext:
-    # Worded as a skill's workflow, so that oracle and skill differ in content and not in form.
+    # Rendered as a skill's workflow, so that oracle and skill differ only in content.
     oracle = run.task_set.oracle(task)
     return _rendered(run, Skill("", "", oracle), None) if oracle else TeacherContext()
 
@@ -114,4 +116,4 @@ def _rendered(run: Run, content: Skill, skill: StoredSkill | None) -> TeacherCon
     text = render_skill(content, run.template)
     if run.renderer.count(text) > run.config.skills.teacher_extra_tokens:
         return TeacherContext(skill, None, too_long=True)
-    return TeacherContext(skill, text or None)  # a template may use none of the skill's non-empty fields
+    return TeacherContext(skill, text or None)  # empty if the template uses none of the skill's non-empty fields

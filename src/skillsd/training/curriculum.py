@@ -1,4 +1,4 @@
-"""Which tasks an iteration trains on: the least visited first, and optionally easy ones before hard ones."""
+"""Which tasks an iteration trains on: the least visited first, optionally easy ones before hard ones."""
 
 from __future__ import annotations
 
@@ -18,9 +18,18 @@ Visits = Mapping[str, int]
 class Curriculum:
     """Picks tasks without replacement within an iteration; every task is visited before any is visited again.
 
-    With ``easy_first`` (the paper's Sokoban; how it adds harder levels is not given, so this is ours) only the easiest
-    tasks are in at the start, and the share of tasks that are in grows linearly until ``full_at`` of the training. A
-    task that joins starts with as many visits as the least visited one, so newcomers are not drilled to catch up.
+    With ``easy_first`` (as in the paper's Sokoban; the paper does not say how harder levels are added, so this is ours)
+    training starts with the easiest tasks, and the share of tasks in the pool grows linearly until ``full_at`` of the
+    training. A new task starts with as many visits as the least visited one, so that new tasks are not repeated to
+    catch up.
+
+    Args:
+        per_iteration: number of tasks per iteration.
+        iterations: length of the training.
+
+    Raises:
+        ValueError: for tasks of evaluation splits.
+        UserError: if there are fewer tasks than an iteration needs.
     """
 
     def __init__(
@@ -28,28 +37,29 @@ class Curriculum:
     ) -> None:
         held_out = [task.id for task in tasks if task.split != TRAIN_SPLIT]
         if held_out:
-            raise ValueError(f"tasks of evaluation splits may not be trained on: {held_out[:3]} ...")
+            raise ValueError(f"tasks of evaluation splits can't be trained on: {held_out[:3]} ...")
         if len(tasks) < per_iteration:
             raise UserError(
                 f"rollout.tasks_per_iteration is {per_iteration}, but the environment has {len(tasks)} training tasks"
             )
-        # Stable: tasks of equal difficulty keep the environment's order.
+        # The sort is stable: tasks of equal difficulty keep the environment's order.
         self._tasks = sorted(tasks, key=lambda task: task.difficulty)
         self._options, self._per_iteration, self._iterations, self._seed = options, per_iteration, iterations, seed
 
     def pick(self, iteration: int, visits: Visits) -> tuple[list[Task], dict[str, int]]:
-        """The tasks of an iteration, and the visits after it. Depends on the arguments alone.
+        """The tasks of an iteration, and the visits after it. A pure function of the arguments.
 
         Args:
-            visits: after the iterations before this one.
+            iteration: its number, from 0.
+            visits: the visits after the previous iteration; empty at the start.
         """
         pool = self._tasks[: self._pool_size(iteration)]
         after = dict(visits)
-        least = min(after.get(task.id, 0) for task in pool if task.id in after) if after else 0
+        least = min((after[task.id] for task in pool if task.id in after), default=0)
         for task in pool:
             after.setdefault(task.id, least)
         order = random.Random(derive_seed(self._seed, "curriculum", iteration))
-        # random() alone is guaranteed to give the same numbers in every Python version; shuffle is not.
+        # Only random() is guaranteed to give the same numbers in every Python version; shuffle is not.
         keyed = [(after[task.id], order.random(), place) for place, task in enumerate(pool)]
         chosen = [pool[place] for _, _, place in sorted(keyed)[: self._per_iteration]]
         for task in chosen:

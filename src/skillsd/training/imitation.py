@@ -1,6 +1,6 @@
 """Self-imitation (Oh et al., arXiv 1806.05635): the student's own best success on each task, to be imitated.
 
-The control that a claim about skills needs: the gain from replaying a success, without a skill or a teacher.
+A control for claims about skills: it shows the gain from replaying successes, without skills or a teacher.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from skillsd.types import TRAIN_SPLIT, Group, Trajectory
 
 
 class BestSuccesses:
-    """The best success so far of each training task: the fewest turns; of equals, the newest."""
+    """The best success so far on each training task: the one with the fewest turns; among equals, the newest."""
 
     def __init__(self) -> None:
         self._best: dict[str, Trajectory] = {}
@@ -28,7 +28,7 @@ class BestSuccesses:
         for group in groups:
             if group.task.split != TRAIN_SPLIT:
                 raise HeldOutTaskError(
-                    f"task {group.task.id!r} is of split {group.task.split!r}: only training tasks are imitated"
+                    f"task {group.task.id!r} is in the split {group.task.split!r}: only training tasks are imitated"
                 )
             for trajectory in group.trajectories:
                 best = self._best.get(group.task.id)
@@ -36,6 +36,7 @@ class BestSuccesses:
                     self._best[group.task.id] = trajectory
 
     def of(self, task_id: str) -> Trajectory | None:
+        """The task's best success; None if it has none."""
         return self._best.get(task_id)
 
     def state(self) -> dict[str, Any]:

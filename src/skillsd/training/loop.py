@@ -1,5 +1,5 @@
-"""The training loop: an iteration is a rollout phase and a learn phase, its steps numbered as in docs/method.md, after
-the paper's Algorithm 1. No backend, environment or method is named here: `Run` brings them.
+"""The training loop: an iteration is a rollout phase and a learn phase, with steps numbered as in docs/method.md, after
+the paper's Algorithm 1. It does not depend on a particular engine, environment or method: they are parts of the `Run`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 
 class Reporter(Protocol):
-    """Receives what training reports."""
+    """Receives metrics, trajectories and notes."""
 
     def iteration(self, record: Record) -> None: ...
 
@@ -40,16 +40,20 @@ class Reporter(Protocol):
 
 
 async def train(run: Run, reporter: Reporter, should_stop: Callable[[], bool] = lambda: False) -> bool:
-    """Train from where `run` is to its last iteration; True if it got there, False if it was asked to stop.
+    """Train from the run's current iteration to its last one.
 
-    Either way the last finished iteration is in a checkpoint when this returns.
+    Args:
+        should_stop: asked before each iteration.
+
+    Returns:
+        True if the last iteration is done, False if `should_stop` ended training earlier. In both cases the last
+        finished iteration has been saved in a checkpoint.
     """
     config = run.config
     last = config.training.iterations
     saved = run.iteration if checkpoint.latest(run.folder) else None
     await run.engine.publish()
-    await _check_engine(run)
-    if run.iteration == 0 and saved is None:  # a run that was stopped before its first iteration has it already
+    if run.iteration == 0 and saved is None:  # with a checkpoint at 0, it was measured before the stop
         reporter.evaluation(await measure(run))
     while run.iteration < last and not should_stop():
         rollouts = await rollout_phase(run, run.iteration, reporter)
@@ -66,11 +70,13 @@ async def train(run: Run, reporter: Reporter, should_stop: Callable[[], bool] = 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What a rollout phase hands to the learn phase.
+    """The result of a rollout phase, for the learn phase.
 
     Attributes:
         iteration: its number, from 0.
-        contexts: task id -> context, if it was selected before the rollouts because the sampling policy sees it.
+        contexts: task id -> context, if contexts were selected before the rollouts because the sampling policy's prompt
+            holds them; otherwise empty.
+        seconds: wall-clock time of the rollouts.
     """
 
     iteration: int
@@ -84,7 +90,14 @@ class Rollouts:
 
 
 async def rollout_phase(run: Run, number: int, reporter: Reporter) -> Rollouts:
-    """Steps 1 to 3: sample G trajectories of each task."""
+    """Steps 1 to 3: sample G trajectories of each task.
+
+    Args:
+        number: of the iteration, from 0.
+
+    Raises:
+        UserError: if the first iteration yields nothing to train on.
+    """
     config, clock = run.config, Stopwatch()
 
     # 1. Synchronise the teacher with the student.
@@ -94,11 +107,11 @@ async def rollout_phase(run: Run, number: int, reporter: Reporter) -> Rollouts:
     # 2. Pick the tasks.
     tasks, run.visits = run.curriculum.pick(number, run.visits)
     if run.summaries:
-        run.summaries.collect()  # those that were finished meanwhile
-    # If the sampling policy sees the context, choose it before the rollout.
+        run.summaries.collect()  # summaries that have finished since the last iteration
+    # If the sampling policy sees the context, select it before the rollouts.
     contexts = select_contexts(run, tasks) if run.method.sampler_sees_context else {}
 
-    # 3. The student samples, under the plain prompt. (In some of the paper's ablations it does not: see `Method`.)
+    # 3. The student samples under the plain prompt. (Some of the paper's ablations differ: see `Method`.)
     with clock("rollout"):
         collected = await collect(
             run.policy,
@@ -112,13 +125,16 @@ async def rollout_phase(run: Run, number: int, reporter: Reporter) -> Rollouts:
             contexts=[contexts_for(run, contexts[task.id]).sampler for task in tasks] if contexts else None,
         )
     if collected.dropped:
-        reporter.note(f"{len(collected.dropped)} of {len(tasks)} groups dropped; the environment: {collected.reason}")
+        reporter.note(
+            f"{len(collected.dropped)} of {len(tasks)} groups dropped because of infrastructure failures; the last: "
+            f"{collected.reason}"
+        )
     _check_groups(run, collected)
     return Rollouts(number, collected, contexts, clock.total)
 
 
 async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Record:
-    """Steps 4 to 8: distil and reinforce, then turn the trajectories into skills. Returns the iteration's metrics."""
+    """Steps 4 to 8: train on the rollouts, then turn the trajectories into skills. Returns the iteration's metrics."""
     config, groups, clock = run.config, rollouts.groups, Stopwatch()
     lag = _policy_lag(run, groups)  # before the update
     hindsight = run.summaries is not None and config.skills.hindsight
@@ -147,7 +163,7 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
             best=run.best,
             rescore=run.method.sampler if objective.importance_cap else None,
         )
-    with clock("uplift"):  # of the policy that the skill taught, so before the update
+    with clock("uplift"):  # measured before the update, with the policy that the skill is to teach
         credits = await _credits(run, groups, used)
 
     # 6. L = L_GRPO + lambda * L_SDL, and the optimiser's steps.
@@ -155,7 +171,7 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
         updated = await update(run, batch, objective, reporter.note)
         await run.engine.publish()
 
-    # 7. Credit each skill with the rewards it taught under: not if it did not fit, nor if nothing was updated.
+    # 7. Credit each used skill with its group's rewards, unless it was too long or nothing was updated.
     with run.bank.batch():
         for context, taught, values in zip(used, batch.taught, credits, strict=True):
             seen = taught or (run.method.student_prompt == "skill" and context.text)
@@ -188,7 +204,7 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
 
 
 async def measure(run: Run) -> Record:
-    """A point of the learning curve: the student under the plain prompt, on tasks that training never sees."""
+    """A point of the learning curve: the student under the plain prompt on held-out tasks."""
     options = run.config.evaluation
     record: Record = {"iteration": run.iteration, **run.totals}
     kinds = [("eval", run.config.rollout.temperature, options.samples)]
@@ -210,41 +226,34 @@ async def measure(run: Run) -> Record:
     return record
 
 
-async def _check_engine(run: Run) -> None:
-    """Refuse at the start what only the loaded model can tell."""
-    want = run.objective().want
-    try:
-        await run.learner.logprobs([], want=want)
-    except ValueError as error:
-        raise UserError(f"objective.top_k is {want.k}: {error}") from error
-
-
 def _check_groups(run: Run, collected: Collected) -> None:
-    """Stop a run that never gets anything to train on, with the reason.
+    """Stop a run that gets nothing to train on, with the reason.
 
-    Once it had something, a lost iteration is an outage: it changes nothing, is noted, and training goes on.
+    If earlier iterations had episodes, an iteration without any is taken for an outage: it changes no weights, and
+    training goes on.
     """
     groups = collected.groups
     if not groups and not run.totals["episodes"]:
         raise UserError(
             f"every episode of iteration {run.iteration + 1} failed in the environment "
-            f"{run.config.environment.name!r}, retries included: {collected.reason}"
+            f"{run.config.environment.name!r}, retries included; the last error: {collected.reason}"
         )
     if groups and not any(trajectory.turns for group in groups for trajectory in group.trajectories):
         raise UserError(
             f"rollout.trajectory_tokens is {run.config.rollout.trajectory_tokens}, but the prompts alone have "
-            f"{groups[0].trajectories[0].prompt_length} tokens: there is no room for a single action"
+            f"{groups[0].trajectories[0].prompt_length} tokens, which leaves no room for an action: raise it"
         )
 
 
 def _policy_lag(run: Run, groups: Sequence[Group]) -> float:
-    """Updates between the oldest weights that sampled and those about to be trained, mean over trajectories."""
+    """Number of updates between the oldest weights that sampled a trajectory and the current ones, mean over
+    trajectories. 0 in synchronous training."""
     versions = [t.versions for group in groups for t in group.trajectories if t.versions is not None]
     return sum(run.learner.version - oldest for oldest, _ in versions) / len(versions) if versions else 0.0
 
 
 async def _credits(run: Run, groups: list[Group], used: list[TeacherContext]) -> list[Sequence[float]]:
-    """The values that each context's skill is to be credited with."""
+    """For each group, the values to credit the skill of its context with."""
     if run.config.skills.credit == "source":
         return [[context.skill.source_reward] if context.skill else [] for context in used]
     if run.config.skills.credit == "reward":
@@ -267,10 +276,10 @@ async def _credits(run: Run, groups: list[Group], used: list[TeacherContext]) ->
 
 
 async def _summarise(run: Run, groups: list[Group]) -> int:
-    """Submit all trajectories to the summariser and put finished skills into the bank. Returns how many are new."""
+    """Submit the trajectories to the summariser and add finished skills to the bank. Returns how many are new."""
     if run.summaries is None:
         return 0
-    number = run.iteration + 1  # as metrics.jsonl and the trajectories' files count it
+    number = run.iteration + 1  # counted from 1, as in metrics.jsonl and the trajectory files
     wanted = {"all": (True, False), "successes": (True,), "failures": (False,)}[run.config.skills.sources]
     for group in groups:
         for member, trajectory in enumerate(group.trajectories):
@@ -281,7 +290,7 @@ async def _summarise(run: Run, groups: list[Group]) -> int:
     if run.config.skills.deterministic:
         await run.summaries.drain()
     else:
-        await asyncio.sleep(0)  # let them start
+        await asyncio.sleep(0)  # lets the summaries start
     return run.summaries.collect()
 
 

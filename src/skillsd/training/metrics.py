@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def describe_rollouts(collected: Collected, seconds: float) -> dict[str, float]:
-    """Of the episodes."""
+    """Metrics of the episodes of a rollout phase that took `seconds`."""
     trajectories = [t for group in collected.groups for t in group.trajectories]
     count = max(1, len(trajectories))
     tokens = sum(t.action_tokens for t in trajectories)
@@ -37,7 +37,7 @@ def describe_rollouts(collected: Collected, seconds: float) -> dict[str, float]:
 
 
 def describe_batch(batch: Batch, contexts: Sequence[TeacherContext]) -> dict[str, float]:
-    """What there was to learn from, as shares of the groups."""
+    """Metrics of the training batch, as shares of the groups."""
     count = max(1, len(batch.groups))
     return {
         "batch/zero_advantage_groups": batch.zero_advantage / count,
@@ -48,7 +48,11 @@ def describe_batch(batch: Batch, contexts: Sequence[TeacherContext]) -> dict[str
 
 
 def describe_skills(run: Run, added: int) -> dict[str, float]:
-    """Of the bank, and counts of summaries since the start."""
+    """Metrics of the bank, and counts of summaries since the start of the run.
+
+    Args:
+        added: number of skills that were added in this iteration.
+    """
     if run.summaries is None:
         return {}
     stats = run.summaries.stats()

@@ -1,4 +1,4 @@
-"""The state of one training run: its parts, and how far it is."""
+"""The state of one training run: its parts and its progress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from skillsd.config import RunConfig
 from skillsd.engines.base import Engine, Learner
 from skillsd.envs.base import TaskSet
 from skillsd.methods import Method
-from skillsd.objective import LossTerm, Objective, find_term, scheduled
+from skillsd.objective import Objective, find_term, scheduled
 from skillsd.prompting.renderer import ChatRenderer
 from skillsd.rollouts.engine_policy import EnginePolicy
 from skillsd.rollouts.policy import Budget
@@ -26,11 +26,12 @@ class Run:
     """Everything that the training loop works on.
 
     Attributes:
-        template: how a skill is worded in a prompt.
+        template: text of the template that renders a skill into a prompt.
         summaries: None if the method uses no skills.
         best: the successes that the student imitates; None if the method has no self-imitation.
         iteration: number of finished iterations.
-        visits: of each task, see `Curriculum.pick`.
+        visits: task id -> number of iterations that picked it, see `Curriculum.pick`.
+        totals: episodes, sampled tokens and seconds since the start.
     """
 
     config: RunConfig
@@ -54,7 +55,7 @@ class Run:
 
     @property
     def budget(self) -> Budget:
-        """Of an episode under the plain prompt."""
+        """The limits of an episode under the plain prompt."""
         return Budget.of(self.config.rollout, self.task_set, self.engine.max_length)
 
     @property
@@ -72,28 +73,12 @@ class Run:
         return dataclasses.replace(self.student, temperature=temperature)
 
     def objective(self) -> Objective:
-        """The method's weights, or the recipe's where it gives them; lambda as scheduled for this iteration."""
-        options, row = self.config.objective, self.method
-        # With a reward term, lambda is a trade-off; in distillation-only methods it only rescales the gradient.
-        lambda_sdl = _or(options.lambda_sdl, row.lambda_sdl) if row.reward_weight else row.lambda_sdl
+        """The objective of this iteration."""
         progress = self.iteration / max(1, self.config.training.iterations)
-        return Objective(
-            reward_weight=_or(options.reward_weight, row.reward_weight),
-            lambda_sdl=0.0 if row.teacher == "none" else scheduled(lambda_sdl, options.lambda_schedule, progress),
-            imitation_weight=0.0 if not row.imitation_weight else _or(options.imitation_weight, row.imitation_weight),
-            estimator=options.estimator,
-            top_k=options.top_k,
-            clip_low=options.clip_low,
-            clip_high=options.clip_high,
-            distil_clamp=options.distil_clamp,
-            importance_cap=options.importance_cap,
-            extra_terms=self._extra_terms(),
-        )
-
-    def _extra_terms(self) -> tuple[LossTerm, ...]:
-        return tuple(find_term(t.name, t.fn, t.weight, t.mask, t.normaliser) for t in self.config.objective.terms)
+        return objective_of(self.config, self.method, progress)
 
     def learning_rate(self) -> float:
+        """Of this iteration, with the warm-up."""
         options = self.config.training
         if self.iteration < options.warmup_iterations:
             return options.learning_rate * (self.iteration + 1) / options.warmup_iterations
@@ -102,6 +87,29 @@ class Run:
     def close(self) -> None:
         self.bank.close()
         self.engine.close()
+
+
+def objective_of(config: RunConfig, row: Method, progress: float = 0.0) -> Objective:
+    """The method's weights, overridden by the recipe's, with lambda as scheduled after a share `progress` of training.
+
+    Raises:
+        UserError: for settings of the section ``objective`` that do not fit together, or can't be imported.
+    """
+    options = config.objective
+    # With a reward term, lambda is a trade-off; in distillation-only methods it only rescales the gradient.
+    lambda_sdl = _or(options.lambda_sdl, row.lambda_sdl) if row.reward_weight else row.lambda_sdl
+    return Objective(
+        reward_weight=_or(options.reward_weight, row.reward_weight),
+        lambda_sdl=0.0 if row.teacher == "none" else scheduled(lambda_sdl, options.lambda_schedule, progress),
+        imitation_weight=0.0 if not row.imitation_weight else _or(options.imitation_weight, row.imitation_weight),
+        estimator=options.estimator,
+        top_k=options.top_k,
+        clip_low=options.clip_low,
+        clip_high=options.clip_high,
+        distil_clamp=options.distil_clamp,
+        importance_cap=options.importance_cap,
+        extra_terms=tuple(find_term(t.name, t.fn, t.weight, t.mask, t.normaliser) for t in options.terms),
+    )
 
 
 def _or(given: float | None, default: float) -> float:

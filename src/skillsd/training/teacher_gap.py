@@ -1,4 +1,4 @@
-"""Where the teacher, with a skill in its prompt, differs from the student: by turn, on the student's own episodes."""
+"""How far the teacher, with a skill in its prompt, differs from the student: by turn, on the student's own episodes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ class TurnGap:
     """One turn of one episode; the values are sums over its tokens.
 
     Attributes:
-        number: which turn, from 1.
-        solved: the episode was.
-        from_success: the teacher's skill was written from a solved trajectory.
-        log_ratio: of l_t, student minus teacher log-prob of the sampled token.
-        kl: of KL(student || teacher) over the vocabulary.
-        moved: tokens at which the teacher's most likely token differs from the student's.
+        number: of the turn, from 1.
+        solved: whether the episode was solved.
+        from_success: whether the teacher's skill was written from a solved trajectory.
+        tokens: number of sampled tokens.
+        log_ratio: sum of l_t, the student's minus the teacher's log-prob of the sampled token.
+        abs_log_ratio: sum of abs(l_t).
+        kl: sum of KL(student || teacher) over the vocabulary.
+        moved: number of tokens at which the teacher's most likely token differs from the student's.
     """
 
     number: int
@@ -47,8 +49,9 @@ class Gap:
     """The compared turns.
 
     Attributes:
-        without_teacher: tasks without a skill, or whose skill is too long for the teacher.
-        dropped: tasks whose episodes the infrastructure broke.
+        tasks, episodes: number of those that were compared.
+        without_teacher: number of tasks without a skill, or with a skill that is too long for the teacher's prompt.
+        dropped: number of tasks lost to infrastructure failures.
     """
 
     turns: list[TurnGap] = field(default_factory=list)
@@ -67,11 +70,12 @@ async def measure_gap(
     teacher: tuple[Learner, Weights] | None = None,
     on_episode: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> Gap:
-    """Play training tasks as training does, and have the teacher re-score them with the context it would get now.
+    """Play training tasks as in training, and re-score them with the teacher under the contexts available now.
 
     Args:
-        tasks: only this many, drawn by the seed; None takes all.
-        teacher: another learner or weights than the run's teacher.
+        episodes: per task.
+        tasks: only this many tasks, drawn with the seed; None takes all.
+        teacher: the learner and weights to score with; None for the run's teacher.
     """
     chosen = list(run.task_set.tasks(TRAIN_SPLIT))
     if tasks is not None and tasks < len(chosen):
@@ -121,8 +125,12 @@ async def turn_gaps(
     temperature: float,
     from_success: bool = True,
 ) -> list[TurnGap]:
-    """The turns of one trajectory, whose teacher sequence is `seen`. One trajectory is scored at a time, as
-    ``[tokens, vocab]`` is large."""
+    """The gaps of one trajectory's turns. One trajectory is scored at a time, since ``[tokens, vocab]`` is large.
+
+    Args:
+        seen: the trajectory under the teacher's prompt, see `teacher_sequence`.
+        teacher: the learner and weights to compare the student with.
+    """
     if not trajectory.turns:
         return []
     own_sequence = TokenSequence(trajectory.tokens, trajectory.action_mask)
@@ -131,7 +139,7 @@ async def turn_gaps(
     assert pi.distribution is not None
     assert q.distribution is not None
     log_ratio = pi.chosen - q.chosen
-    kl = ESTIMATORS["reverse_kl"].terms(pi, q, pi.chosen).value  # pi_old plays no part in the exact one
+    kl = ESTIMATORS["reverse_kl"].terms(pi, q, pi.chosen).value  # the exact divergence does not use pi_old
     moved = pi.distribution.argmax(1) != q.distribution.argmax(1)
     gaps: list[TurnGap] = []
     start = 0
@@ -163,8 +171,8 @@ SPLITS: dict[str, Callable[[TurnGap], bool]] = {
 
 
 def gap_figures(turns: Sequence[TurnGap]) -> list[dict[str, str | int | float]]:
-    """A row for each split and range of turns that has any: means per token, and the share of turns in which the
-    teacher's most likely token differs at one place at least (``turns_moved``: it would have acted otherwise)."""
+    """A row for each non-empty split and range of turns: means per token, and ``turns_moved``, the share of turns in
+    which the teacher's most likely token differs somewhere (decoding greedily, it would have acted differently)."""
     rows: list[dict[str, str | int | float]] = []
     for split, belongs in SPLITS.items():
         mine = [turn for turn in turns if belongs(turn)]

@@ -1,4 +1,4 @@
-"""The update: an optimiser step for each minibatch of whole groups, and none from anything that is not finite."""
+"""The update: one optimiser step per minibatch of whole groups; non-finite losses and gradients update nothing."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
 async def update(run: Run, batch: Batch, objective: Objective, note: Callable[[str], None]) -> dict[str, float]:
-    """Train the student on `batch`; returns metrics.
+    """Train the student on `batch`; returns the metrics.
 
-    A step whose loss or gradient is not finite updates nothing; its minibatch is saved in ``not-finite/`` of the run's
-    folder for inspection, and `note` is called.
+    A step with a non-finite loss or gradient updates nothing. Its minibatch is saved in the folder ``not-finite`` of
+    the run for inspection, and `note` is called with a message.
     """
     options = run.config.training
     template = objective.template
@@ -34,7 +34,7 @@ async def update(run: Run, batch: Batch, objective: Objective, note: Callable[[s
     for epoch in range(options.epochs):
         order = derive_seed(run.config.seed, "minibatches", run.iteration, epoch)
         for place, items in enumerate(minibatches(batch, options.minibatches, order)):
-            # Before the first step a student that sampled is pi_old: its log-probs are the sampler's, computed again.
+            # Before the first step a student that sampled is still pi_old, so its log-probs should be the sampler's.
             before_update = epoch == place == 0 and run.method.sampler == "student"
             loss = template.bind((item.signals for item in items), compare_with_sampler=before_update)
             parts.append(await run.learner.forward_backward(items, loss, temperature=run.config.rollout.temperature))
@@ -46,7 +46,7 @@ async def update(run: Run, batch: Batch, objective: Objective, note: Callable[[s
             refused += 1
             path = run.folder / "not-finite" / f"iteration-{run.iteration + 1}-epoch-{epoch}-minibatch-{place}.pt"
             _save_minibatch(items, path)
-            note(f"loss or gradient not finite: nothing was updated; the minibatch is in {path}")
+            note(f"loss or gradient not finite: this step updated nothing; its minibatch is in {path}")
     return {
         **_figures(add_metrics(parts)),
         "loss/lambda_sdl": objective.lambda_sdl,

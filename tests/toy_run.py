@@ -1,22 +1,21 @@
-"""Small runs over the toy environment and the random two-layer model."""
+"""Short runs on the toy environment with the random two-layer model."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-from toy_env import Toy
-
-from skillsd.config import RunConfig
 from skillsd.training.loop import train
-from skillsd.training.run import Run, build
+from skillsd.training.run import Run
+
+CLOCKS = ("time/", "memory/", "seconds", "rollout/sampled_tokens_per_second", "eval/seconds", "eval_greedy/seconds")
+"""Beginnings of the metrics that depend on the clock or the memory."""
 
 
 def toy_settings(model: Path, **sections: Mapping[str, Any] | str | int) -> dict[str, Any]:
-    """Settings of a run of seconds; `sections` are laid over them."""
+    """Settings of a run that takes seconds, updated with `sections`."""
     settings: dict[str, Any] = {
         "name": "toy",
         "method": "skill-sd",
@@ -36,7 +35,7 @@ def toy_settings(model: Path, **sections: Mapping[str, Any] | str | int) -> dict
 
 
 class Listener:
-    """A reporter that keeps everything."""
+    """A reporter that keeps everything in memory."""
 
     def __init__(self) -> None:
         self.iterations: list[dict[str, Any]] = []
@@ -58,26 +57,16 @@ class Listener:
 
 
 def go(run: Run) -> Listener:
-    """Train to the end."""
+    """Train to the last iteration."""
     listener = Listener()
     assert asyncio.run(train(run, listener))
     return listener
 
 
+def without_clocks(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Records without the metrics that depend on the clock or the memory."""
+    return [{k: v for k, v in record.items() if not k.startswith(CLOCKS)} for record in records]
+
+
 MakeRun = Callable[..., Run]
-
-
-@pytest.fixture
-def make_run(tiny_model: Path, tmp_path: Path) -> Any:
-    """`make_run(folder="run", toy=None, **sections)`; every run is closed at the end."""
-    made: list[Run] = []
-
-    def make(folder: str = "run", toy: Toy | None = None, **sections: Any) -> Run:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        config = RunConfig.model_validate(toy_settings(tiny_model, **sections))
-        made.append(build(config, tmp_path / folder, task_set=toy or Toy()))
-        return made[-1]
-
-    yield make
-    for run in made:
-        run.close()
+"""The fixture `make_run`: (folder="run", toy=None, **sections of the settings) -> a run, not started."""

@@ -1,3 +1,0 @@
-from toy_run import make_run
-
-__all__ = ["make_run"]
