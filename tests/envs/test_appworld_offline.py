@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import string
 import time
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skillsd.envs.appworld.data import SolutionTurn, World, scenario_of
+from skillsd.envs.appworld.data import APPS, SolutionTurn, World, scenario_of
 from skillsd.envs.appworld.demonstrations import demonstrate
 from skillsd.envs.appworld.prompt import STYLES, Code, Style, Unusable, code_of, first_prompt, observation, turn_text
 from skillsd.envs.appworld.summarise import MAX_SHORT_CHARS, summarise_turns, summariser
@@ -64,6 +65,9 @@ def root(tmp_path: Path) -> Path:
     (datasets / "train.txt").write_text("\n".join(train) + "\n\n")
     (datasets / "test_normal.txt").write_text("ddd_1:tag\n")
     return root
+
+
+TEXTS = {"react": "ae9392e7a2f9919e", "short": "34b73a48cddf208c"}
 
 
 class TestWorld:
@@ -161,6 +165,17 @@ class TestPrompt:
             assert text in system.content
         for text in ("Ann Lee", "ann@mail.com", "5551234567", "2023-05-18 12:00:00", "Count the songs of bbb_2."):
             assert text in user.content
+
+    @pytest.mark.parametrize("style", STYLES)
+    def test_the_texts_a_model_reads_are_unchanged(self, style: Style) -> None:
+        """Results depend on the exact wording. A deliberate change makes them incomparable with earlier ones."""
+        payload = {"instruction": "Count.", "supervisor": SUPERVISOR, "datetime": "2023-05-18T12:00:00"}
+        texts = [message.content for message in first_prompt(Task("t_1", "x", "train", payload), style, APPS, 40)]
+        for reply in ("", "Done", "```python\n```", "```python\na()\n```\n```python\nb()\n```", "print('\0')\0"):
+            found = code_of(reply, style)
+            texts.append(found.reason if isinstance(found, Unusable) else f"{found.text}|{found.note}")
+        texts.append(observation("abc" * 50, 30))
+        assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == TEXTS[style]
 
     def test_short_is_short(self, root: Path) -> None:
         (message,) = first_prompt(World(root).tasks("train")[0], "short", ["spotify"], 40)
@@ -314,6 +329,23 @@ class TestSummarise:
             "1 turn failed with an API or app that does not exist. 2 turns failed with KeyError. "
             "1 turn failed with too long a run. 1 answer held no code to run."
         )
+
+    @pytest.mark.parametrize(
+        ("error", "kind"),
+        [
+            ("400: x", "bad request"),
+            ("Response status code is 401", "not authorised"),
+            ("HTTP 403", "forbidden"),
+            ("status 404", "not found"),
+            ("Response status code is 409:\n{}", "conflict"),
+            ("422", "wrong or missing arguments"),
+            ("HTTP 500", "refused"),
+            ("something else", "an error"),
+        ],
+    )
+    def test_the_kinds_of_errors(self, error: str, kind: str) -> None:
+        skill = skill_of([turn(call("spotify.like_song", error=error)), END], True)
+        assert skill.mistake_analysis == f"apis.spotify.like_song failed ({kind}) and never worked."
 
     def test_a_failures_workflow_has_no_changes(self) -> None:
         wrong = {**END, "passes": ["a"], "failures": ["assert answers match the hidden one", "assert no other change"]}

@@ -44,7 +44,7 @@ case $step in
 esac
 if [ "$FAKE_SLOW" = $step ]; then sleep 1; fi
 if [ "$FAKE_FAILS" = $step ]; then
-    printf '%b\n' "$FAKE_WORDS" >&2
+    printf '%b\n' "$FAKE_OUTPUT" >&2
     [ "$FAKE_SIGNAL" ] && kill -"$FAKE_SIGNAL" $$
     exit 1
 fi
@@ -78,9 +78,9 @@ class Fake:
         self._calls.unlink(missing_ok=True)
         return steps
 
-    def fails(self, step: str, words: str = "", *, signal: str = "") -> None:
+    def fails(self, step: str, output: str = "", *, signal: str = "") -> None:
         self._set("FAKE_FAILS", step)
-        self._set("FAKE_WORDS", words)
+        self._set("FAKE_OUTPUT", output)
         self._set("FAKE_SIGNAL", signal)
 
     def works(self) -> None:
@@ -237,14 +237,14 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("step", "words", "remedy"), FAULTS)
-def test_a_failure_names_its_step_and_a_remedy(fake: Fake, step: str, words: str, remedy: str) -> None:
-    fake.fails(step, words)
+@pytest.mark.parametrize(("step", "output", "remedy"), FAULTS)
+def test_a_failure_names_its_step_and_a_remedy(fake: Fake, step: str, output: str, remedy: str) -> None:
+    fake.fails(step, output)
     with pytest.raises(UserError) as error:
         fake()
     first, second = str(error.value).splitlines()
     assert f"step {ALL.index(step) + 1}/4" in first
-    assert words.split("\\n")[-1] in first
+    assert output.split("\\n")[-1] in first
     assert "WARNING" not in first
     assert remedy in second
 
@@ -373,8 +373,8 @@ CANARY = "appworld:" + "d17ac3f"
 """AppWorld's files contain this string, so that leaked copies can be found."""
 
 
-def _git(*words: str) -> list[str]:
-    ended = subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True)
+def _git(*arguments: str) -> list[str]:
+    ended = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
     if ended.returncode not in (0, 1):  # 1: grep found nothing
         pytest.skip(f"not a git checkout: {ended.stderr.strip()}")
     return ended.stdout.splitlines()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from skillsd.envs.appworld import paths
+from skillsd.envs.appworld import AppWorld, paths
 from skillsd.envs.appworld.world import build, tasks
 from skillsd.envs.appworld.world.lives import World, make_world
 from skillsd.envs.appworld.world.scenarios import SCENARIOS
@@ -157,6 +157,24 @@ def test_the_task_world_does_not_import_skillsd() -> None:
                 assert node.module.split(".")[0] != "skillsd", path
             if isinstance(node, ast.ImportFrom) and node.level and path.parent == FOLDER:
                 assert node.module is None or node.module.split(".")[0] in ours | {"scenarios"}
+
+
+FINGERPRINTS = {
+    "train": "9e8cd7b42fa08171",
+    "dev": "d5af0d7bb1c100ba",
+    "test": "5e18f6736abf6aa7",
+    "dev_scenario": "760a29d63218b867",
+    "test_scenario": "3cbea8f7e0bdc125",
+}
+
+
+def test_fingerprints_are_unchanged() -> None:
+    """They decide which results are comparable. They cover the tasks' texts, tests and checks.py, comments included."""
+    try:
+        task_set = AppWorld(str(paths.world()))
+    except UserError as error:
+        pytest.skip(str(error))
+    assert {split: task_set.fingerprint(split) for split in task_set.splits} == FINGERPRINTS
 
 
 def run(script: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:

@@ -45,7 +45,7 @@ def test_q_and_end_of_input_quit() -> None:
     assert shown.endswith("Bye.")
 
 
-@pytest.mark.parametrize("which", [96, -97, "nobody"])
+@pytest.mark.parametrize("which", [96, -97, "no-such-id"])
 def test_a_missing_task_is_an_error(which: int | str) -> None:
     with pytest.raises(UserError):
         session([], which)

@@ -103,9 +103,9 @@ def test_two_boxes_against_a_wall_are_frozen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "word"),
+    ("rows", "message"),
     [(["#x@$."], "'x'"), (["@@$."], "2 players"), (["@$"], "1 boxes and 0 targets"), (["@"], "0 boxes")],
 )
-def test_invalid_levels_are_rejected(rows: list[str], word: str) -> None:
-    with pytest.raises(UserError, match=word):
+def test_invalid_levels_are_rejected(rows: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         Level.from_rows(rows)

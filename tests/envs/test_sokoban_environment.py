@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import itertools
 
 import pytest
 
 from skillsd.envs import load
 from skillsd.envs.sokoban import Sokoban
 from skillsd.envs.sokoban.board import MOVES, Level
-from skillsd.envs.sokoban.game import Game
+from skillsd.envs.sokoban.game import Game, level_of
 from skillsd.envs.sokoban.language import parse
+from skillsd.envs.sokoban.presets import PRESETS, STYLES
 from skillsd.errors import UserError
 from skillsd.types import Task
 
@@ -99,6 +102,48 @@ def test_prose_reports_what_went_wrong() -> None:
 def test_parsing(text: str, expected: str | None) -> None:
     moves = parse(text)
     assert (None if moves is None else " ".join(MOVES[move] for move in moves)) == expected
+
+
+TEXTS = {"terse": "ed1397077a4fc1bd", "objects": "f4424dfd70506e97", "grid": "e51c4574014bbb51"}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_texts_a_model_reads_are_unchanged(style: str) -> None:
+    """Results depend on the exact wording. A deliberate change makes them incomparable with earlier ones."""
+    texts: list[str] = []
+    for preset in PRESETS:
+        sokoban = Sokoban(preset, style)
+        for task in sokoban.tasks("train")[:5]:
+            episode = Game(level_of(task), sokoban.rules)
+            texts += [message.content for message in episode.prompt()]
+            texts += [str(sokoban.oracle(task))]
+            actions = itertools.cycle(
+                ["Up", "Right, Down, Left, Left, Up, Up", "Down", "dance", "<action>Left</action>"]
+            )
+            while not episode.done:
+                texts.append(episode.step(next(actions)).observation)
+    assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == TEXTS[style]
+
+
+FINGERPRINTS = {
+    "nano-hard": {"test": "ffdfc576d922c679", "train": "7772724a8ea9020d", "tune": "edfb2644ead91ef4"},
+    "nano": {"test": "cce209421008f7eb", "train": "34197f57ff1ecfb0", "tune": "02aaef0319d079ce"},
+    "paper": {
+        "test": "8686eefb9cdb01d8",
+        "test512": "77c1550659e21b7d",
+        "train": "7a02fc5f2c44a9c7",
+        "tune": "c0f7ef853bbdb04c",
+    },
+    "ragen": {"test": "25121a6e881f37ab", "train": "9190495bd52199af", "tune": "0de0c27476878766"},
+    "verl-agent": {"test": "7b335881e76d7ccd", "train": "d371558db69b268c", "tune": "5a38da100d8e99da"},
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_fingerprints_are_unchanged(preset: str) -> None:
+    """They decide which results are comparable."""
+    sokoban = Sokoban(preset)
+    assert {split: sokoban.fingerprint(split) for split in sokoban.splits} == FINGERPRINTS[preset]
 
 
 def test_task_set() -> None:
