@@ -34,7 +34,7 @@ def accuracy() -> str:
         took = ", ".join(f"{record['seconds']:.0f} s" for record in both)
         figures = [percent(record["accuracy"], record["interval"]) for record in both]
         rows.append([name, *figures, ", ".join(turns), invalid, took])
-    columns = ["model", "sampled", "greedy", "turns an episode", "answers that are no move", "took (sampled, greedy)"]
+    columns = ["model", "sampled", "greedy", "turns per episode", "invalid answers", "duration (sampled, greedy)"]
     return table(columns, rows)
 
 
@@ -46,7 +46,7 @@ def differences() -> str:
         if any(found["lost"] for found in both):
             levels = ["level " if both[0]["gained"] == 1 else "levels ", ""]
             cells = [
-                f"{cell}: {found['gained']} {noun}won, {found['lost']} lost"
+                f"{cell}: {found['gained']} {noun}gained, {found['lost']} lost"
                 for cell, found, noun in zip(cells, both, levels, strict=True)
             ]
         rows.append([name, *cells])
@@ -69,17 +69,17 @@ def seconds() -> str:
         _spread("skills, by rules", phases["summarise"], 2),
         _spread("iteration", phases["iteration"], 1),
     ]
-    return table(["seconds an iteration", "mean", "min", "max"], rows)
+    return table(["seconds per iteration", "mean", "min", "max"], rows)
 
 
 def tokens_per_second() -> str:
     speeds = results("llm")["training"]["tokens_per_second"]
     rows = [
-        _spread("rollout: sampled", speeds["rollout, sampled"], 1),
-        _spread("rollout: all of the episodes (prompts and answers of the environment too)", speeds["rollout, all"], 0),
-        _spread("update: all of the episodes", speeds["update, all"], 0),
+        _spread("rollout: sampled tokens", speeds["rollout, sampled"], 1),
+        _spread("rollout: all tokens (prompts and observations too)", speeds["rollout, all"], 0),
+        _spread("update: all tokens", speeds["update, all"], 0),
     ]
-    return table(["tokens a second", "mean", "min", "max"], rows)
+    return table(["tokens per second", "mean", "min", "max"], rows)
 
 
 def _spread(name: str, found: dict[str, float], digits: int) -> list[str]:
@@ -130,7 +130,7 @@ def stale() -> str:
             figures = found["stale"][key]
             shown = [f"{figures['mean']:.2f}", f"{figures['p99']:.1f}", f"{figures['max']:.1f}"]
             rows.append(["" if place else name, ENGINES[found["engine"]], found["dtype"], *shown])
-    return table(["what stays old", "tokens of", "dtype", "mean", "p99", "max"], rows)
+    return table(["stale", "tokens of", "dtype", "mean", "p99", "max"], rows)
 
 
 def server() -> str:
@@ -151,20 +151,20 @@ def server() -> str:
                 f"{solved} of {figures['episodes']}{share} {ends(figures['interval'])}",
             ]
         )
-    columns = ["model that it serves", "ready after", "requests", "tokens in, out", "seconds"]
-    return table([*columns, "answers that are no move", "solved"], rows)
+    columns = ["served model", "ready after", "requests", "tokens in, out", "seconds"]
+    return table([*columns, "invalid answers", "solved"], rows)
 
 
 def summaries() -> str:
     found: dict[str, Any] = results("llm")["server"]["untouched"]["summaries"]
     counts = found["counts"]
-    refused = {key.removeprefix("rejected_"): n for key, n in counts.items() if key.startswith("rejected_")}
+    rejected = {key.removeprefix("rejected_"): n for key, n in counts.items() if key.startswith("rejected_")}
     failed = sum(n for key, n in counts.items() if key.startswith("failed"))
-    if len(refused) == 1:
-        [(reason, number)] = refused.items()
+    if len(rejected) == 1:
+        [(reason, number)] = rejected.items()
         shown = f"{number}, all as `{reason}`"
     else:
-        shown = ", ".join(f"{number} as `{reason}`" for reason, number in refused.items()) or "0"
+        shown = ", ".join(f"{number} as `{reason}`" for reason, number in rejected.items()) or "0"
     row = [
         counts["submitted"],
         counts["added"],
@@ -173,7 +173,7 @@ def summaries() -> str:
         f"{counts['tokens_in']:,}, {counts['tokens_out']:,}",
         f"{found['seconds'] / counts['submitted']:.1f}",
     ]
-    return table(["asked", "accepted", "refused", "failed", "tokens in, out", "seconds a summary (mean)"], [row])
+    return table(["requested", "accepted", "rejected", "failed", "tokens in, out", "seconds per summary (mean)"], [row])
 
 
 RENDERERS = {
