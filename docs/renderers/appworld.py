@@ -8,7 +8,7 @@ from renderers.common import benchmark, percent, results, table
 
 PROMPTS = {
     "plain": "plain",
-    "golden skill": "with a golden skill: what the rules write of the reference solution",
+    "golden skill": "with a golden skill: the rule-based summary of the reference solution",
     "another task's skill": "with another task's golden skill",
 }
 APPS = {
@@ -62,7 +62,7 @@ def speed() -> str:
                 *(f"{measured['seconds_lost_by_hanging']:.1f}" for measured in both),
             ]
         )
-    columns = ["at once", "fork-server with a jail, episodes/s", "pool, episodes/s", "MiB", "pool, MiB"]
+    columns = ["in parallel", "fork server with a jail, episodes/s", "pool, episodes/s", "MiB", "pool, MiB"]
     return table([*columns, "seconds lost to hanging", "pool, seconds lost"], rows)
 
 
