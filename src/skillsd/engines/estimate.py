@@ -1,4 +1,4 @@
-"""What a run would take, before it starts: the form of an engine's estimate (`EngineOptions.estimator`)."""
+"""An engine's estimate of a run's memory and time, before it starts (`EngineOptions.estimator`)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ SAMPLING, SCORING, UPDATE = "sampling", "the teacher's scores", "update"
 
 @dataclass(frozen=True)
 class Workload:
-    """What an iteration asks of an engine, if every episode uses its whole token budget.
+    """Size of an iteration, if every episode uses its whole token budget.
 
     Attributes:
+        episodes: in all groups.
+        turns: per episode, at most.
+        turn_tokens: sampled per turn, at most.
+        trajectory_tokens: per episode, prompt and observations included.
         want: which log-probs scoring and training need, see `skillsd.objective.Want.kind`.
     """
 
@@ -34,10 +38,10 @@ class Estimate:
     """Memory in bytes and time in seconds.
 
     Attributes:
-        stays: what is there all the time, by name.
-        phases: what comes on top in each phase of an iteration, by name.
-        seconds: of each phase of an iteration; empty if the device's speed is unknown.
-        note: what the estimate leaves out, if that matters for this model.
+        stays: memory in use throughout, by purpose.
+        phases: phase of an iteration -> further memory, by purpose.
+        seconds: of each phase; empty if the device's speed is unknown.
+        note: what the estimate leaves out, where that matters for this model.
     """
 
     stays: Mapping[str, int]
@@ -47,7 +51,7 @@ class Estimate:
 
     @property
     def need(self) -> int:
-        """The most bytes at once."""
+        """Peak memory in bytes."""
         return sum(self.stays.values()) + max(sum(parts.values()) for parts in self.phases.values())
 
 
@@ -55,9 +59,9 @@ class Estimator(Protocol):
     """Estimates for this machine.
 
     Attributes:
-        device: in words.
-        free: bytes that can be had there.
-        total: bytes that it has.
+        device: its name, as shown to the user.
+        free: bytes available there.
+        total: bytes in all.
     """
 
     device: str

@@ -46,7 +46,7 @@ def top_k(logprobs: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def select(logprobs: Tensor, tokens: Tensor, want: Want) -> TokenLogprobs:
-    """What is wanted of the whole distribution ``[tokens, vocab]`` at places where the ids `tokens` stand."""
+    """The log-probs that `want` asks for, from the whole distribution ``[tokens, vocab]`` and the chosen ids."""
     chosen = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
     if want.kind == "chosen":
         return TokenLogprobs(chosen)
@@ -58,7 +58,7 @@ def select(logprobs: Tensor, tokens: Tensor, want: Want) -> TokenLogprobs:
 
 
 def nothing(want: Want, vocabulary: int) -> TokenLogprobs:
-    """The log-probs of a sequence without marks."""
+    """Empty log-probs, for a sequence without marks."""
     return select(torch.empty(0, vocabulary), torch.empty(0, dtype=torch.int64), want)
 
 
@@ -66,14 +66,13 @@ def check_k(k: int | None, vocabulary: int) -> None:
     """Raise ValueError unless there are between 1 and vocabulary - 1 candidates."""
     if k is None or not 1 <= k < vocabulary:
         raise ValueError(
-            f"{k} candidates of a vocabulary of {vocabulary}: give at least 1 and fewer than all, or use the whole "
-            "distribution"
+            f"{k} candidates from a vocabulary of {vocabulary}: expected at least 1 and fewer than all; for all, use "
+            "the whole distribution"
         )
 
 
 def check_candidates(batch: Sequence[TrainItem], vocabulary: int) -> None:
-    """Raise ValueError for bad candidates before any forward pass: on a GPU, an id that is out of range kills the
-    process."""
+    """Raise ValueError for bad candidates before any forward pass: on a GPU, an id out of range crashes the process."""
     given = [item.signals.get("candidates") for item in batch]
     for item, ids in zip(batch, given, strict=True):
         if ids is None or ids.ndim != 2 or len(ids) != item.sequence.marked or ids.dtype != torch.int64:
@@ -83,6 +82,8 @@ def check_candidates(batch: Sequence[TrainItem], vocabulary: int) -> None:
             )
         check_k(ids.shape[1], vocabulary)
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            raise ValueError(f"candidates {int(ids.min())} to {int(ids.max())} of a vocabulary of {vocabulary}")
+            raise ValueError(
+                f"candidates have ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {vocabulary - 1}"
+            )
     if len(counts := {ids.shape[1] for ids in given if ids is not None}) > 1:
-        raise ValueError(f"the items of a batch need equally many candidates; got {sorted(counts)}")
+        raise ValueError(f"all items of a batch need the same number of candidates; got {sorted(counts)}")

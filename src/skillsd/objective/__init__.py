@@ -1,4 +1,4 @@
-"""The losses: pure functions of log-probs, an equation each, composed of terms that are data."""
+"""The losses: pure functions of log-probs, one equation each, composed from terms given as data."""
 
 from skillsd.objective.distillation import (
     ESTIMATORS,

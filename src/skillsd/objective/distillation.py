@@ -7,9 +7,9 @@ Symbols, per action token:
     q      the teacher: theta_bar on x + S(x)      rho     importance weight, pi(y_t) / pi_old(y_t)
     l      log_ratio, log pi(y_t) - log q(y_t)     grad    gradient of log pi(y_t) with respect to theta
 
-What is back-propagated and what is logged differ on purpose: see `DistillationTerms`. Arithmetic is in float32 or
-better (lower precision is widened first, float64 stays). Nothing is clipped unless asked: an overflow becomes an inf,
-which the optimiser step refuses, and not a number that looks like a gradient.
+The back-propagated surrogate and the logged value differ on purpose: see `DistillationTerms`. Arithmetic is in float32
+or better: half precision is widened first, float64 stays. Nothing is clipped unless configured: an overflow becomes an
+inf, which the optimiser step refuses, instead of a finite but wrong gradient.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class DistillationTerms:
     """An estimator's result for each token, ``[tokens]`` each.
 
     Attributes:
-        surrogate: the tensor to back-propagate. For the sampled-token estimators it is ``stopgrad(weight) * log pi``:
-            the gradient ``weight * grad`` is written down instead of left to autograd, and the value means nothing.
-        value: the divergence, without gradient, for the log.
+        surrogate: the tensor to back-propagate. For the sampled-token estimators it is ``stopgrad(weight) * log pi``,
+            with the gradient ``weight * grad``; its value has no meaning.
+        value: the divergence, without gradient, for logging.
     """
 
     surrogate: Tensor
@@ -57,10 +57,10 @@ class Estimator:
 
 
 def sampled_token(equation: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Estimator:
-    """An estimator on the sampled tokens, from an equation (log rho, l) -> (weight, value), ``[tokens]`` each.
+    """Decorator: an estimator on the sampled tokens, from an equation (log rho, l) -> (weight, value).
 
-    The gradient is ``weight * grad``. Works as a decorator, and is how to write an estimator of your own
-    (``objective.estimator: my_module:my_estimator``).
+    All are ``[tokens]``. The gradient is ``weight * grad``. To use your own:
+    ``objective.estimator: my_module:my_estimator``.
     """
 
     def terms(student: TokenLogprobs, teacher: TokenLogprobs, old_logprobs: Tensor) -> DistillationTerms:
@@ -72,16 +72,18 @@ def sampled_token(equation: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -
 
 
 def whole_distribution(equation: Callable[[Tensor, Tensor], Tensor]) -> Estimator:
-    """An exact divergence, from an equation (log pi, log q), ``[tokens, vocab]`` each -> value ``[tokens]``.
+    """Decorator: an exact divergence, from an equation (log pi, log q), ``[tokens, vocab]`` each -> value ``[tokens]``.
 
-    The gradient is autograd's, through log pi. Works as a decorator.
+    The gradient is autograd's, through log pi.
     """
 
     def terms(student: TokenLogprobs, teacher: TokenLogprobs, old_logprobs: Tensor) -> DistillationTerms:
         p, q = student.distribution, teacher.distribution
         if p is None or q is None or p.shape != q.shape:
             got = [None if x is None else list(x.shape) for x in (p, q)]
-            raise ValueError(f"an exact divergence needs student's and teacher's [tokens, vocab]; got {got}")
+            raise ValueError(
+                f"an exact divergence needs distributions [tokens, vocab] of student and teacher; got shapes {got}"
+            )
         value = equation(at_least_float32(p), at_least_float32(q.detach()))
         return DistillationTerms(value, value.detach())
 
@@ -93,16 +95,16 @@ def iw_k3(log_rho: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
     """rho * (exp(-l) - 1 + l): importance-weighted reverse KL, the paper's L_SDL.
 
     Over y ~ pi_old its mean is KL(pi || q) for any pi_old with full support, and the mean of its gradient
-    ``rho * l * grad`` is the exact reverse-KL gradient, on-policy and after off-policy steps. In that gradient exp(-l)
-    has cancelled between the derivatives of rho and of k3. Autograd through the value has to cancel it in floating
-    point: wrong in float32 for l < -15, zero in bfloat16 for l <= -10. No clipping of rho: that would be a bias.
+    ``rho * l * grad`` is the exact reverse-KL gradient, on-policy and off-policy. In that gradient exp(-l) has
+    cancelled between the derivatives of rho and k3. Autograd through the value would cancel it in floating point: wrong
+    in float32 for l < -15, zero in bfloat16 for l <= -10. rho is not clipped, which would add a bias.
     """
     return log_rho.exp() * log_ratio, iw_k3_value(log_rho, log_ratio)
 
 
 @sampled_token
 def iw_k1(log_rho: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """rho * l: the same mean and mean gradient as `iw_k3`, on- and off-policy, with more noise.
+    """rho * l: the same mean and mean gradient as `iw_k3`, on- and off-policy, with more variance.
 
     The gradient is ``rho * (1 + l) * grad``; the extra ``rho * grad`` has mean zero.
     """
@@ -112,26 +114,25 @@ def iw_k1(log_rho: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
 
 @sampled_token
 def k1(log_rho: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """l. On-policy its mean is KL(pi || q), but its gradient ``grad`` has mean zero: the teacher is not in it.
+    """l. On-policy its mean is KL(pi || q), but its gradient ``grad`` has mean zero and does not depend on the teacher.
 
-    A control for comparisons of estimators, not a way to distil.
+    A control for comparing estimators; it does not distil.
     """
     return torch.ones_like(log_ratio), log_ratio
 
 
 @sampled_token
 def k2(log_rho: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """l^2 / 2. The value is biased, but on-policy its gradient ``l * grad`` is that of the reverse KL."""
+    """l^2 / 2. The value is biased, but on-policy the mean of its gradient ``l * grad`` is the reverse KL's."""
     return log_ratio, log_ratio.square() / 2
 
 
 @sampled_token
 def k3(log_rho: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(-l) - 1 + l, without rho. On-policy its mean is KL(pi || q), but its gradient is that of KL(q || pi).
+    """exp(-l) - 1 + l, without rho. On-policy its mean is KL(pi || q), but the mean of its gradient is KL(q || pi)'s.
 
-    That is the bias which rho corrects. The gradient ``(1 - exp(-l)) * grad`` is computed with expm1, so a small l
-    keeps its digits. At l = -20 it is 5e8, and is left so; in float32 it is inf for l < -88. To bound it, set
-    `Distillation.clamp`.
+    rho corrects this bias. The gradient ``(1 - exp(-l)) * grad`` is computed with expm1, which is accurate for small l.
+    At l = -20 it is 5e8, and inf in float32 for l < -88. To bound it, set `Distillation.clamp`.
     """
     return -torch.expm1(-log_ratio), k3_value(log_ratio)
 
@@ -140,8 +141,8 @@ def k3(log_rho: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(pi || q) = sum_v pi(v) (log pi(v) - log q(v)), at the student's visited histories h_t.
 
-    The mean of `iw_k3` over y_t ~ pi_old, without its noise. No rho, off-policy either: rho_t corrects for how y_t was
-    drawn, and y_t plays no part here. (That h_t was reached by pi_old stays uncorrected in both.)
+    The mean of `iw_k3` over y_t ~ pi_old, without its variance. No rho, even off-policy: rho_t corrects for the
+    sampling of y_t, which is not used here. (Neither corrects for h_t having been sampled by pi_old.)
     """
     return _kl(log_p, log_q)
 
@@ -158,8 +159,8 @@ def k3_value(log_ratio: Tensor) -> Tensor:
 
 
 def iw_k3_value(log_rho: Tensor, log_ratio: Tensor) -> Tensor:
-    """rho * (exp(-l) - 1 + l). For l far below zero, rho * exp(-l) is computed as one exponential (it is q / pi_old):
-    after drift rho may underflow where exp(-l) overflows, and 0 * inf is nan."""
+    """rho * (exp(-l) - 1 + l). For l < -1, rho * exp(-l), which is q / pi_old, is computed as one exponential: rho may
+    underflow where exp(-l) overflows, and 0 * inf is nan."""
     rho = log_rho.exp()
     far = (log_rho - log_ratio).exp() + rho * (log_ratio - 1.0)
     return torch.where(log_ratio < -1.0, far, rho * k3_value(log_ratio))
@@ -208,8 +209,8 @@ class Distillation:
 
     Attributes:
         estimator: a name for `find_estimator`. None computes only the metrics.
-        clamp: a change of method, off by default (None). If set, tokens with |l| above it give no gradient; they still
-            count in the denominator, and the metric ``distil_clamped`` is their share.
+        clamp: a change to the method, off by default (None). If set, tokens with |l| above it get no gradient; they
+            still count in the denominator, and the metric ``distil_clamped`` is their share.
     """
 
     estimator: str | None = "iw_k3"
@@ -222,8 +223,8 @@ class Distillation:
         clamped = ratio.abs() > (math.inf if self.clamp is None else self.clamp)
         logged = {
             "teacher_log_ratio": ratio,
-            "teacher_log_ratio_square": ratio.square(),  # with the mean, the spread
-            "teacher_k3": iw_k3_value(log_difference(student.chosen, old), ratio),  # the same for every estimator
+            "teacher_log_ratio_square": ratio.square(),  # with the mean, gives the variance
+            "teacher_k3": iw_k3_value(log_difference(student.chosen, old), ratio),  # comparable between estimators
             "distil_clamped": clamped,
         }
         if self.estimator is None:

@@ -1,4 +1,4 @@
-"""Log-probs of action tokens, and how much of the distribution a caller wants of them."""
+"""Log-probs of action tokens, and how much of the distribution a loss needs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Want:
-    """Which log-probs are wanted at each place beside that of the token which stands there.
+    """Which log-probs are needed at each marked token.
 
     Attributes:
-        kind: ``chosen``: none. ``top_k``: of `k` candidate tokens, and the total of all others. ``whole``: of the whole
-            vocabulary.
+        kind: ``chosen``: of the token itself only. ``top_k``: also of `k` candidate tokens and of all others together.
+            ``whole``: also of the whole vocabulary.
         k: number of candidates, for ``top_k`` only.
     """
 
@@ -24,7 +24,7 @@ class Want:
 
     def __post_init__(self) -> None:
         if (self.kind == "top_k") != (self.k is not None):
-            raise ValueError(f"k is {self.k}, but {self.kind!r} log-probs are wanted: k belongs to 'top_k'")
+            raise ValueError(f"kind is {self.kind!r} and k is {self.k}: k must be given for 'top_k', and only for it")
 
 
 CHOSEN = Want("chosen")
@@ -38,13 +38,13 @@ def top_k(k: int) -> Want:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probs at the marked places of one or more sequences, under one policy.
+    """Log-probs at the marked tokens of one or more sequences, under one policy.
 
     Attributes:
-        chosen: of the tokens that stand there, ``[tokens]``.
-        distribution: of the whole vocabulary, normalised, ``[tokens, vocab]``; with `candidates`, of those and, last,
-            the log of the total probability of all other tokens, ``[tokens, k + 1]``. None if only `chosen` was wanted.
-        candidates: token ids, int64 ``[tokens, k]``, in the teacher's order: most likely first.
+        chosen: of the marked tokens, ``[tokens]``.
+        distribution: of the whole vocabulary, normalised, ``[tokens, vocab]``. With `candidates`: of these and, last,
+            of all other tokens together, ``[tokens, k + 1]``. None if only `chosen` was requested.
+        candidates: token ids, int64 ``[tokens, k]``, the teacher's most likely first.
     """
 
     chosen: Tensor
@@ -60,7 +60,7 @@ class TokenLogprobs:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision widened to float32; float32 and float64 as they are."""
+    """Widen half precision to float32; leave float32 and float64 unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

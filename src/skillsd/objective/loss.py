@@ -1,8 +1,8 @@
-"""A loss as a sum of terms, each a weighted sum over its tokens divided by a count over the whole minibatch.
+"""A loss as a sum of terms, each a weighted sum over its tokens, divided by their number in the whole minibatch.
 
-A term is data: a name, a weight, the mask of the tokens it applies to, and a function. The counts are derived from the
-masks in one place, so the gradient is the same however a minibatch is cut into micro-batches, and adding a term means
-writing one function and one row.
+A term is data: a name, a weight, the mask of its tokens, and a function. The counts are derived from the masks in one
+place (`LossTemplate.bind`), so the gradient does not depend on micro-batches, and a new term is one function and one
+row.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from skillsd.objective.logprobs import CHOSEN, TokenLogprobs, Want, at_least_flo
 ACTION_MASK = "action_mask"
 """Signal: tokens that the policy sampled in this iteration, bool ``[tokens]``."""
 TEACHER_MASK = "teacher_mask"
-"""Signal: those of them with a teacher's log-prob."""
+"""Signal: action tokens with a teacher's log-prob, bool ``[tokens]``."""
 IMITATION_MASK = "imitation_mask"
-"""Signal: tokens of earlier successes that are imitated; disjoint from the action tokens."""
+"""Signal: tokens of earlier successes to imitate, bool ``[tokens]``; disjoint from the action tokens."""
 
 SAMPLER_DIFF = "sampler_trainer_logprob_diff"
+"""Metric: histogram of |log-prob of the student - log-prob that the sampler reported|, over action tokens."""
 
 TermFunction = Callable[[TokenLogprobs, Mapping[str, Tensor]], Tensor | tuple[Tensor, Mapping[str, Tensor]]]
-"""(student's log-probs, signals), both of a term's tokens only -> losses ``[tokens]`` to be summed, with gradient; or
-those and values to log, name -> ``[tokens]``, whose means become metrics."""
+"""(student's log-probs, signals), both at the term's tokens only -> losses ``[tokens]`` with gradient, which are
+summed; or (losses, values to log), name -> ``[tokens]``, whose means become metrics."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class LossTerm:
         weight: of the term. With 0 the term's metrics are still logged.
         mask: name of a boolean signal ``[tokens]``: the tokens that the term applies to.
         fn: must be picklable (a module's function or a frozen dataclass) and pure.
-        normaliser: name of the mask whose count over the whole minibatch is divided by; the term's own if None.
+        normaliser: name of the mask whose count over the whole minibatch divides the sum; None is `mask`.
     """
 
     name: str
@@ -62,8 +63,8 @@ class Loss:
         terms: summed in this order.
         counts: mask -> number of its tokens in the whole minibatch.
         want: which log-probs of the student the terms need.
-        compare_with_sampler: also log a histogram of the differences between the student's log-probs and the sampler's,
-            `SAMPLER_DIFF`. Meaningful before the first update only, while both are of the same weights.
+        compare_with_sampler: also log `SAMPLER_DIFF`. Only meaningful before the first update after sampling, while
+            both log-probs come from the same weights.
     """
 
     terms: tuple[LossTerm, ...]
@@ -72,14 +73,14 @@ class Loss:
     compare_with_sampler: bool = False
 
     def __call__(self, student: TokenLogprobs, signals: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
-        """A micro-batch's part of the loss, a scalar to back-propagate, and its metrics.
+        """A micro-batch's share of the loss, a scalar to back-propagate, and its metrics.
 
         Args:
-            student: log-probs of the marked tokens, with gradient.
-            signals: aligned with them, ``[tokens, ...]`` each.
+            student: log-probs at the marked tokens, with gradient.
+            signals: of the same tokens, ``[tokens, ...]`` each.
 
         Raises:
-            ValueError: if a signal is not aligned, or there are more tokens here than in the whole minibatch.
+            ValueError: if a signal has another shape, or a term has more tokens here than in the whole minibatch.
         """
         _check_aligned(student.chosen, signals)
         total: Tensor | None = None
@@ -92,9 +93,10 @@ class Loss:
             count = self.counts[term.counted]
             if term.counted == term.mask and count < present:
                 raise ValueError(
-                    f"{term.name}: {present} tokens of {term.mask} in this micro-batch, but {count} in the minibatch"
+                    f"{term.name}: {present} tokens of {term.mask} in this micro-batch, but {count} in the whole "
+                    "minibatch: bind the loss to the signals of all its items"
                 )
-            # Selected instead of multiplied by the mask: values at other tokens are never computed with.
+            # Select instead of multiplying by the mask: the values at other tokens, even nan, are never used.
             everywhere = present == len(mask)
             of_term = signals if everywhere else {name: signal[mask] for name, signal in signals.items()}
             result = term.fn(student if everywhere else student.at(mask), of_term)
@@ -110,27 +112,28 @@ class Loss:
 
 @dataclass(frozen=True)
 class LossTemplate:
-    """A loss before the minibatch, and so the counts, are known."""
+    """A loss without the counts of a minibatch."""
 
     terms: tuple[LossTerm, ...]
     want: Want = CHOSEN
 
     def bind(self, batch: Iterable[Mapping[str, Tensor]], *, compare_with_sampler: bool = False) -> Loss:
-        """The loss of a minibatch.
+        """The loss of a minibatch, with the counts derived from its masks.
 
         Args:
             batch: the signals of each of its items.
+            compare_with_sampler: see `Loss`.
         """
         items = list(batch)
         masks = {name for term in self.terms for name in (term.mask, term.counted)}
         counts = {name: sum(int(signals[name].sum()) for signals in items) for name in sorted(masks)}
-        # More than the chosen token is needed only where a teacher's distribution is there to be compared with.
+        # More than the chosen tokens' log-probs is needed only to compare with a teacher.
         want = self.want if counts.get(TEACHER_MASK, 0) else CHOSEN
         return Loss(self.terms, counts, want, compare_with_sampler)
 
 
 def means(values: Mapping[str, Tensor]) -> Metrics:
-    """The means of vectors ``[tokens]``, in one transfer from the device per length. Nothing for empty ones."""
+    """The means of vectors ``[tokens]``, with one transfer from the device per length. Empty vectors are left out."""
     found: Metrics = {}
     lengths = {len(value) for value in values.values()}
     for length in sorted(lengths - {0}):
@@ -142,7 +145,7 @@ def means(values: Mapping[str, Tensor]) -> Metrics:
 
 
 def histogram(values: Tensor) -> Histogram:
-    """The histogram of the absolute values."""
+    """The histogram of the absolute values of ``[tokens]``."""
     if not len(values):
         return Histogram()
     sizes = values.detach().abs().double().nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -154,10 +157,13 @@ def histogram(values: Tensor) -> Histogram:
 
 
 def _check_aligned(logprobs: Tensor, signals: Mapping[str, Tensor]) -> None:
-    """A shape that is off by an axis would broadcast silently to a wrong loss."""
+    """Raise ValueError for a signal with an extra axis, which would silently broadcast to a wrong loss."""
     for name, signal in signals.items():
         if logprobs.ndim != 1 or signal.shape[:1] != logprobs.shape or (signal.ndim > 1 and name not in WIDE_SIGNALS):
-            raise ValueError(f"{name} is {list(signal.shape)}; the log-probs are {list(logprobs.shape)}")
+            raise ValueError(
+                f"the signal {name} has shape {list(signal.shape)}, but the log-probs {list(logprobs.shape)}: expected "
+                "one value per token"
+            )
 
 
 WIDE_SIGNALS = frozenset({"teacher_distribution", "candidates"})

@@ -18,22 +18,22 @@ from skillsd.objective.policy_gradient import PolicyGradient
 
 @dataclass(frozen=True)
 class Objective:
-    """The settings from which the loss terms follow (`terms`).
+    """The settings that determine the loss terms (`terms`).
 
     Attributes:
         reward_weight: 1, or 0 for distillation alone.
         lambda_sdl: the paper's lambda; 0.001 is its value for a 4B model.
         imitation_weight: weight of the negative log-likelihood of the task's best success so far (self-imitation, a
-            control that is not in the paper). Those tokens take part in no other term.
+            control that is not in the paper). Those tokens are in no other term.
         estimator: a name for `find_estimator`.
-        top_k: give an exact estimator the teacher's `top_k` most likely tokens and one bucket for the rest: a lower
-            bound of the divergence (data processing inequality). None: the whole vocabulary.
-        clip_low, clip_high: of the policy term.
+        top_k: give an exact estimator only the teacher's `top_k` most likely tokens and one bucket for the rest, which
+            yields a lower bound of the divergence (data processing inequality). None: the whole vocabulary.
+        clip_low, clip_high: how far rho may go below and above 1 in the policy term.
         distil_clamp: see `Distillation.clamp`.
         importance_cap: if set, pi_old of the policy term is the training engine's, and the term is weighted by
-            `truncated_importance`. The distillation needs no such weight: its rho is relative to what the sampler
-            reported.
-        extra_terms: more terms, after these three.
+            `truncated_importance`. The distillation needs no such weight: its rho is relative to the log-probs that
+            the sampler reported.
+        extra_terms: further terms, after the three of the method.
 
     Raises:
         UserError: for a negative weight, an unknown estimator, or settings that contradict each other.
@@ -55,8 +55,8 @@ class Objective:
         if self.top_k is not None and not exact:
             names = [name for name, estimator in ESTIMATORS.items() if estimator.needs_distribution]
             raise UserError(
-                f"top_k is {self.top_k}, but the estimator {self.estimator!r} looks at the sampled token alone; top_k "
-                f"is for {' and '.join(names)}"
+                f"top_k is {self.top_k}, but the estimator {self.estimator!r} uses only the sampled tokens; top_k is "
+                f"for exact estimators, such as {' and '.join(names)}"
             )
         for name in ("reward_weight", "lambda_sdl", "imitation_weight", "clip_low", "clip_high", "distil_clamp"):
             given = getattr(self, name)
@@ -68,7 +68,7 @@ class Objective:
     @property
     def terms(self) -> tuple[LossTerm, ...]:
         policy = PolicyGradient(self.clip_low, self.clip_high, self.importance_cap)
-        # With lambda 0 a teacher's log-ratio is still logged.
+        # With lambda 0, metrics about the teacher are still logged.
         distillation = Distillation(self.estimator if self.lambda_sdl else None, self.distil_clamp)
         return (
             LossTerm("policy", self.reward_weight, ACTION_MASK, policy),
@@ -79,24 +79,24 @@ class Objective:
 
     @property
     def want(self) -> Want:
-        """Which log-probs are needed of student and teacher."""
+        """Which log-probs of student and teacher the terms need."""
         if not self.lambda_sdl or not find_estimator(self.estimator).needs_distribution:
             return CHOSEN
         return WHOLE if self.top_k is None else top_k(self.top_k)
 
     @property
     def template(self) -> LossTemplate:
-        """The loss, to be bound to a minibatch."""
+        """The loss, to be bound to each minibatch."""
         return LossTemplate(self.terms, self.want)
 
 
 def negative_log_likelihood(student: TokenLogprobs, signals: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """-log pi of tokens to be imitated."""
+    """-log pi of the tokens to imitate."""
     return -at_least_float32(student.chosen), {"imitation_loss": -student.chosen}
 
 
 def find_term(name: str, fn: str, weight: float, mask: str, normaliser: str | None = None) -> LossTerm:
-    """A loss term whose function is given as ``module:function`` (or ``module:Class``, made without arguments).
+    """A loss term whose function is given as ``module:function``, or ``module:Class`` to be called without arguments.
 
     Raises:
         UserError: if it can't be imported or called.
@@ -113,11 +113,11 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear_decay": lambda progress: 1.0 - progress,
     "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2.0,
 }
-"""Share of the value that is left after a share `progress` of the training."""
+"""Progress of the training, from 0 to 1 -> factor on the initial value."""
 
 
 def scheduled(value: float, schedule: str, progress: float) -> float:
-    """`value` after a share `progress` of the training."""
+    """`value` at a training progress from 0 to 1; beyond that, the end's."""
     if schedule not in SCHEDULES:
         raise unknown_name("schedule", schedule, SCHEDULES)
     return value * SCHEDULES[schedule](min(max(progress, 0.0), 1.0))

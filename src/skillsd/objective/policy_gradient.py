@@ -14,26 +14,26 @@ from skillsd.objective.logprobs import TokenLogprobs, at_least_float32, log_diff
 def group_advantages(rewards: Sequence[float] | Tensor, *, eps: float = 1e-6, scale_by_std: bool = True) -> Tensor:
     """Group-relative advantages, A_i = (R_i - mean R) / (std R + eps) (GRPO).
 
-    The paper does not say which standard deviation. This is the population's: the group is all that is compared, and
-    the mean of A^2 is then 1 for every group size, so a learning rate carries over. (TRL and verl use the sample's,
-    which shrinks A by sqrt((G - 1) / G): to 0.71 for pairs.)
+    The paper does not say which standard deviation. This is the population's: the mean of A^2 is then 1 for every group
+    size, so a learning rate carries over between sizes. (TRL and verl use the sample's, which shrinks A by
+    sqrt((G - 1) / G): to 0.71 for pairs.)
 
     Args:
         rewards: R_i of the trajectories of one group, ``[group]``.
-        eps: keeps nearly equal rewards from being scaled up to unit variance.
-        scale_by_std: False leaves the division out.
+        eps: prevents nearly equal rewards from being scaled up to unit variance.
+        scale_by_std: False: no division.
 
     Returns:
         ``[group]``, float64. Exactly zero for a group of one or of equal rewards.
 
     Raises:
-        ValueError: if a reward is not finite: a trajectory without a reward does not belong in a group.
+        ValueError: if a reward is not finite, or there is none.
     """
     returns = torch.as_tensor(rewards, dtype=torch.float64)
     if returns.ndim != 1 or returns.numel() == 0 or not bool(returns.isfinite().all()):
         raise ValueError(f"the rewards of a group must be one or more finite numbers, got {rewards}")
     if bool((returns == returns[0]).all()):
-        return torch.zeros_like(returns)  # not the rounding error of the mean divided by eps
+        return torch.zeros_like(returns)  # not the mean's rounding error divided by eps
     centred = returns - returns.mean()
     return centred / (returns.std(correction=0) + eps) if scale_by_std else centred
 
@@ -69,7 +69,7 @@ def clipped_policy_loss(
     low, high = 1.0 - clip_low, 1.0 + clip_high
     loss = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
     ratio = ratio.detach()
-    # The minimum clips only in the direction that the advantage rewards; the way back keeps its gradient.
+    # The minimum clips only where the ratio has moved in the advantage's direction; the other side keeps its gradient.
     clipped = ((advantages > 0) & (ratio > high)) | ((advantages < 0) & (ratio < low))
     return ClippedSurrogate(loss, ratio, clipped)
 
@@ -77,10 +77,10 @@ def clipped_policy_loss(
 def truncated_importance(logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
     """min(pi_old(y_t) / mu(y_t), cap): truncated importance sampling between two engines.
 
-    A sampling engine (mu) and the training engine (pi_old) compute log-probs of the same weights with different
-    kernels and precision. Without a cap, the mean over y_t ~ mu of weight times anything is its mean over
-    y_t ~ pi_old; the cap trades a little bias for bounded variance (Ionides, 2008; between two engines: Yao et al.,
-    2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"). Not in the paper.
+    A sampling engine (mu) and the training engine (pi_old) compute log-probs of the same weights with different kernels
+    and precision. Without a cap, weighted means over y_t ~ mu are means over y_t ~ pi_old; the cap trades a little bias
+    for bounded variance (Ionides, 2008; between two engines: Yao et al., 2025, "Your Efficient RL Framework Secretly
+    Brings You Off-Policy RL Training"). Not in the paper.
 
     Args:
         logprobs: log pi_old(y_t), by the training engine, ``[tokens]``.
@@ -119,7 +119,7 @@ class PolicyGradient:
             "policy_loss": loss,
             "ratio": policy.ratio,
             "clip_fraction": policy.clipped,
-            # k3: unbiased for KL(pi_old || pi), as the tokens are pi_old's
+            # k3, unbiased for KL(pi_old || pi): the tokens are sampled from pi_old.
             "kl_old_new": torch.expm1(-change) + change,
         }
         if student.distribution is not None and student.candidates is None:

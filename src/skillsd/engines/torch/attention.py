@@ -1,13 +1,12 @@
 """Attention over packed tokens, plugged into the model classes of `transformers`.
 
-Every forward pass of the engine hands the model one row of *packed* tokens, ``[1, tokens]``: several sequences one
-after the other with no padding between, so that everything position-wise (projections, MLP, norms, lm_head) costs
-what the real tokens cost. Only attention has to know where one sequence ends; it asks the *plan* that travels with the
-call as a keyword argument. There are two plans:
+Every forward pass of the engine is over one row of *packed* tokens, ``[1, tokens]``: several sequences, concatenated
+without padding, so that all position-wise layers (projections, MLP, norms, lm_head) compute real tokens only. Attention
+alone needs the sequences' boundaries. It gets them from a *plan*, passed through the model as a keyword argument:
 
-- `PackedPlan`: whole sequences, causal, differentiable (scoring and training). What neighbours begin with alike, such
-  as the prompt of a group of episodes, is packed and computed once;
-- `CachedPlan`: new tokens of many episodes over their kept keys and values (prefill and decode in one).
+- `PackedPlan`: whole sequences, causal, differentiable (scoring and training). A prefix that neighbours share, such as
+  the prompt of a group of episodes, is packed and computed once;
+- `CachedPlan`: new tokens of many episodes, with their KV caches (prefill and decoding together).
 """
 
 from __future__ import annotations
@@ -24,8 +23,10 @@ NAME = "skillsd_packed"
 
 
 class Plan(Protocol):
+    """Which tokens see which."""
+
     positions: Tensor
-    """``[1, tokens]``: where each packed token stands in its own sequence."""
+    """``[1, tokens]``: position of each packed token in its own sequence."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Packed ``[tokens, heads, dim]`` (key and value may have fewer heads) -> ``[tokens, heads, dim]``."""
@@ -44,14 +45,14 @@ def _attention(
     plan: Plan | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What `transformers` calls in every layer: query, key, value are ``[1, heads, tokens, dim]``."""
+    """What `transformers` calls in each layer. query, key, value: ``[1, heads, tokens, dim]``."""
     if plan is None:
         raise RuntimeError(f"{type(module).__name__} does not pass keyword arguments on to its attention function")
     for name in ("softcap", "s_aux"):
         if options.get(name) is not None:
             raise NotImplementedError(f"{type(module).__name__} needs attention with {name!r}")
     if dropout:
-        raise NotImplementedError("attention dropout would make the trained log-probs differ from the sampled ones")
+        raise NotImplementedError("attention dropout is not supported: trained and sampled log-probs would differ")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = plan.attend(
         module.layer_idx,  # type: ignore[arg-type]
@@ -64,16 +65,16 @@ def _attention(
     return out.unsqueeze(0), None
 
 
-# No mask function is registered under this name, so the model classes build no mask of their own.
+# No mask function is registered under this name, so the model classes don't build masks.
 AttentionInterface.register(NAME, _attention)
 
 
 class _Spread(torch.autograd.Function):
-    """Packed ``[tokens, ...]`` -> ``[slots, ...]``, slot by slot the token `source` names.
+    """Packed ``[tokens, ...]`` -> padded ``[slots, ...]``: `source` is the token of each slot.
 
-    Autograd's own index_select would add every slot's gradient up one by one, several times slower on a CPU. Here each
-    token takes over that of its `first` slot, and only what comes from the `again` slots is added to it. Slots that are
-    neither must have no gradient.
+    The backward pass of index_select would add up the slots' gradients one by one, which is several times slower on a
+    CPU. Here a token's gradient is that of its `first` slot plus those of its `again` slots. Other slots must have no
+    gradient.
     """
 
     @staticmethod
@@ -85,14 +86,14 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         source, first, again = ctx.saved_tensors
         grad = grads[0].index_select(0, first)
-        if again is not None:  # many may be added to one: in float32, whatever the states' own format
+        if again is not None:  # sums of many, so in float32, whatever the states' dtype
             total = grad.float().index_add_(0, source[again], grads[0].index_select(0, again).float())
             grad = total.to(grad.dtype)
         return grad, None, None, None
 
 
 class _Collect(torch.autograd.Function):
-    """``[slots, ...]`` -> packed ``[tokens, ...]``, each from its own slot."""
+    """Padded ``[slots, ...]`` -> packed ``[tokens, ...]``: each token from its `first` slot."""
 
     @staticmethod
     def forward(ctx: Any, spread: Tensor, first: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class _Collect(torch.autograd.Function):
 
 
 def _bias(places: Tensor, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """0 for the keys that queries at `places` ``[...]`` see, -inf for the others, ``[..., keys]``."""
+    """Attention bias ``[..., keys]`` of queries at the positions `places` ``[...]``: 0 for visible keys, else -inf."""
     key = torch.arange(keys, device=places.device)
     unseen = key > places.unsqueeze(-1)
     if window is not None:
@@ -123,22 +124,22 @@ def _repeat_heads(states: Tensor, heads: int) -> Tensor:
 
 
 class PackedPlan:
-    """Sequences of the given lengths, packed one after the other.
+    """Whole sequences, packed one after the other.
 
     Args:
-        lengths: of the whole sequences.
-        shared: of each sequence, how many of its first tokens are those of the sequence before it too. They are not
-            packed again. None for the first.
+        lengths: of the sequences, shared prefixes included.
+        shared: for each sequence, the length of the prefix that it shares with the previous one and that is not packed
+            again; 0 for the first. None: no sharing.
 
     Attributes:
-        source: for each sequence, where each of its tokens stands in the packed row.
+        source: for each sequence, the places of its tokens in the packed row.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device, shared: Sequence[int] | None = None) -> None:
         self.batch, self.longest = len(lengths), max(lengths)
-        self.layers_asked: set[int] = set()  # a model that mixes tokens in other ways too leaves layers out
+        self.layers_asked: set[int] = set()  # a model with other kinds of layers leaves some out
         self.source: list[Tensor] = []
-        positions, firsts = [], []  # of each packed token: its place in its sequence, the slot that computes it
+        positions, firsts = [], []  # of each packed token: its position in its sequence, and its first slot
         size = 0
         for row, (length, taken) in enumerate(zip(lengths, shared or [0] * self.batch, strict=True)):
             new = torch.arange(size, size + length - taken)
@@ -147,12 +148,12 @@ class PackedPlan:
             firsts.append(row * self.longest + positions[-1])
             size += length - taken
         self.positions = torch.cat(positions).unsqueeze(0).to(device)
-        # All of one length and nothing in common: packed and padded layouts coincide, and nothing needs to be moved.
+        # With equal lengths and no shared prefixes, packed and padded layouts coincide: no tokens have to be moved.
         self._even = size == self.batch * self.longest
         self._again: Tensor | None = None
         self._biases: dict[int, Tensor] = {}  # by window, the same for all layers
         if not self._even:
-            source = torch.zeros(self.batch, self.longest, dtype=torch.long)  # padding: any token, as nobody sees it
+            source = torch.zeros(self.batch, self.longest, dtype=torch.long)  # padding: any token, no query sees it
             again = torch.zeros(self.batch, self.longest, dtype=torch.bool)
             for row, places in enumerate(self.source):
                 source[row, : len(places)] = places
@@ -163,20 +164,19 @@ class PackedPlan:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         self.layers_asked.add(layer)
         heads = query.shape[1]
-        # What is shared is attended from in its first sequence alone, so only keys and values get gradients from later
-        # ones.
+        # A shared prefix's queries are used in its first sequence only; its keys and values get gradients from all.
         q, k, v = self._padded(query, None), self._padded(key, self._again), self._padded(value, self._again)
         k, v = _repeat_heads(k, heads), _repeat_heads(v, heads)
         if window is not None and self.longest > window:
             out = F.scaled_dot_product_attention(q, k, v, self._bias(window, q), scale=scale)
         else:
-            # Padding stands behind each sequence's end, so causality alone hides it from every real query.
+            # Padding comes after each sequence's end, so causal attention hides it from all real queries.
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         out = out.transpose(1, 2).reshape(self.batch * self.longest, heads, -1)
         return out if self._even else _Collect.apply(out, self._first)
 
     def _bias(self, window: int, like: Tensor) -> Tensor:
-        """0 where a place sees another and -inf elsewhere, ``[longest, longest]``."""
+        """Attention bias ``[longest, longest]`` of a sliding window."""
         if window not in self._biases:
             places = torch.arange(self.longest, device=like.device)
             self._biases[window] = _bias(places, self.longest, window, like.dtype)
@@ -190,20 +190,20 @@ class PackedPlan:
 
 
 class KVPool:
-    """Preallocated keys and values of many episodes: per layer ``[rows, kv_heads, capacity, dim]``, a row each."""
+    """Preallocated KV caches, one row per episode: for each layer ``[rows, kv_heads, capacity, dim]``."""
 
-    GROWTH = 64  # tokens: capacity grows in such steps
+    GROWTH = 64  # tokens: capacity is a multiple of this
 
     def __init__(self, rows: int = 0, length: int = 0) -> None:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.rows = self.capacity = 0
-        self.most = (0, 0)  # rows and tokens that were asked for so far
+        self.most = (0, 0)  # the most rows and tokens that were reserved so far
         self.reserve(rows, length)
         self.most = (0, 0)
 
     def emptied(self) -> KVPool:
-        """A pool without memory, which at the first token takes at once as much as was needed of this one."""
+        """A pool without memory that allocates, at the first token, as much as this one has needed."""
         return KVPool(*self.most)
 
     def reserve(self, rows: int, length: int) -> None:
@@ -211,7 +211,7 @@ class KVPool:
         self.most = (max(rows, self.most[0]), max(length, self.most[1]))
         if rows > self.rows:
             self.rows = max(rows, self.rows + self.rows // 4)
-        if length > self.capacity:  # by at least a quarter: few copies, little to spare
+        if length > self.capacity:  # by at least a quarter: few copies, little waste
             self.capacity = max(-(-length // self.GROWTH) * self.GROWTH, self.capacity + self.capacity // 4)
         for layers in (self.keys, self.values):
             for layer, old in layers.items():
@@ -221,20 +221,20 @@ class KVPool:
                     layers[layer] = grown
 
     def write(self, layer: int, row: Tensor, position: Tensor, key: Tensor, value: Tensor) -> None:
-        """Put ``[tokens, kv_heads, dim]`` where the tokens belong."""
+        """Store keys and values ``[tokens, kv_heads, dim]`` at each token's row and position."""
         if layer not in self.keys:
             for layers, states in ((self.keys, key), (self.values, value)):  # their widths may differ (MLA)
                 layers[layer] = states.new_zeros(self.rows, states.shape[1], self.capacity, states.shape[2])
         heads = key.shape[1]
-        # As one flat index: half the time of two indices with a slice between them.
+        # One flat index takes half the time of two indices with a slice between them.
         slots = (row.unsqueeze(1) * heads + torch.arange(heads, device=row.device)) * self.capacity
         slots = (slots + position.unsqueeze(1)).flatten()
         for pool, states in ((self.keys[layer], key), (self.values[layer], value)):
             pool.view(-1, pool.shape[3]).index_copy_(0, slots, states.reshape(-1, states.shape[2]))
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Copy the first `length` tokens of whole rows, all at once (so a swap is a move)."""
-        if not sources or not length:  # a new episode's row may lie beyond the pool until `reserve`
+        """Copy the first `length` tokens of rows, all at once, so that rows can be swapped."""
+        if not sources or not length:  # a new episode's row may be beyond the pool until `reserve`
             return
         for layers in (self.keys, self.values):
             for states in layers.values():
@@ -245,7 +245,7 @@ class KVPool:
 
 
 class CachedPlan:
-    """`counts[i]` new tokens of the episode in pool row `rows[i]`, which holds `starts[i]` tokens already."""
+    """`counts[i]` new tokens of the episode in row `rows[i]` of the pool, after `starts[i]` cached ones."""
 
     def __init__(
         self, pool: KVPool, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device
@@ -253,16 +253,16 @@ class CachedPlan:
         self.pool = pool
         count, start = torch.tensor(counts), torch.tensor(starts)
         index = torch.repeat_interleave(torch.arange(len(rows)), count)
-        first = torch.cumsum(count, 0) - count  # where each episode's first new token stands, packed
+        first = torch.cumsum(count, 0) - count  # place of each episode's first new token in the packed row
         offset = torch.arange(len(index)) - first[index]
         position = start[index] + offset
-        self.last = (first + count - 1).to(device)  # and its last one
+        self.last = (first + count - 1).to(device)  # and of its last one
         self.positions = position.unsqueeze(0).to(device)
         self._row, self._position = torch.tensor(rows)[index].to(device), position.to(device)
         several = (count > 1).nonzero().squeeze(1)
         if 2 * len(several) < len(rows):
-            # Most go on by one token, some have heard an observation: the latter's many queries are not to pad the
-            # former's. Rows of one query are read in place, the others between them included.
+            # Most episodes decode one token, a few have a new observation, whose many queries would pad the others'. So
+            # two blocks. The block of single queries covers all rows, so that they can be read in place.
             single = (count == 1).nonzero().squeeze(1)
             self._blocks = [_Block(rows, start, first[single], single, device)]
             if len(several):
@@ -288,11 +288,11 @@ class CachedPlan:
 
 
 class _Block:
-    """Queries of some rows of the pool, `most` slots for each row: its tokens from place `start` on.
+    """The queries of some rows of the pool, in `most` slots per row: the tokens from position `start` on.
 
     Args:
-        tokens: the packed tokens that are queries here.
-        slots: where each of them stands among the ``rows * most``. The other slots are padding.
+        tokens: places of the queries in the packed row.
+        slots: the slot of each of them, of ``rows * most``. The other slots are padding.
     """
 
     def __init__(
@@ -300,28 +300,29 @@ class _Block:
     ) -> None:
         self.tokens = tokens.to(device)
         self._batch, self._most = len(rows), most
-        self._slots = slots.to(device) if len(slots) < len(rows) * most else None  # None: no padding, nothing to move
+        # None: no padding, so nothing has to be moved.
+        self._slots = slots.to(device) if len(slots) < len(rows) * most else None
         self._places = (start.unsqueeze(1) + torch.arange(most)).to(device)  # [rows, most]
         self._longest = int((start[slots // most] + slots % most).max()) + 1
-        # Rows that stand side by side are read in place; others have to be gathered.
+        # Consecutive rows are read in place; others have to be copied.
         together = list(rows) == list(range(rows[0], rows[0] + len(rows)))
         self._rows = slice(rows[0], rows[0] + len(rows)) if together else torch.tensor(rows).to(device)
-        self._biases: dict[tuple[int | None, int], Tensor] = {}  # the same for all layers of one kind
+        self._biases: dict[tuple[int | None, int], Tensor] = {}  # shared by layers with the same window
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
-        """``[tokens, heads, dim]`` of its own tokens, and a layer's keys and values -> ``[tokens, heads, dim]``."""
+        """Queries ``[tokens, heads, dim]`` of this block and a layer's keys and values -> ``[tokens, heads, dim]``."""
         k, v = keys[self._rows, :, : self._longest], values[self._rows, :, : self._longest]
         heads, kv_heads, dim = query.shape[1], k.shape[1], query.shape[2]
         if self._slots is not None:
             query = query.new_zeros(self._batch * self._most, heads, dim).index_copy_(0, self._slots, query)
-        # Heads that share a key head become further queries of it: no copy of the keys for grouped-query attention.
+        # Grouped-query attention without copying keys: heads that share a key head become further queries of it.
         repeats = heads // kv_heads
         q = query.view(self._batch, self._most, kv_heads, repeats, dim).permute(0, 2, 3, 1, 4)
         q = q.reshape(self._batch, kv_heads, repeats * self._most, dim)
         bias = self._bias(window, repeats, q.dtype)
         if self._most == 1 and q.device.type == "cpu" and q.dtype == torch.float32:
-            # Plain products read keys and values faster than the CPU's fused kernel, which is made for many queries.
-            # In this order: (keys x query) streams through memory faster than (query x keys).
+            # Plain products are faster here than the CPU's fused kernel, which is optimised for many queries. In this
+            # order, because (keys x query) streams through memory faster than (query x keys).
             scores = (k @ (q * scale).transpose(2, 3)).transpose(2, 3)
             out = torch.softmax(scores + bias, dim=-1) @ v
         else:
@@ -331,7 +332,7 @@ class _Block:
         return out if self._slots is None else out.index_select(0, self._slots)
 
     def _bias(self, window: int | None, repeats: int, dtype: torch.dtype) -> Tensor:
-        """0 where a query sees a key and -inf elsewhere, ``[rows, 1, repeats * most, longest]``."""
+        """Attention bias ``[rows, 1, repeats * most, longest]``."""
         if (window, repeats) not in self._biases:
             bias = _bias(self._places, self._longest, window, dtype)
             self._biases[window, repeats] = bias.unsqueeze(1).repeat(1, 1, repeats, 1)

@@ -1,7 +1,7 @@
-"""Decoding many episodes at once: requests join and leave the batch at any step, keys and values stay between turns.
+"""Continuous batching: requests join and leave the decode batch at any step; KV caches are kept between turns.
 
-The decoder works inside the event loop: one step of decoding, then whoever became ready runs, then the next step. With
-in-process environments a run is therefore deterministic: no threads, no clock.
+The decoder runs in the event loop: one decoding step, then the tasks that became ready, then the next step. Without
+threads or clocks, a run with in-process environments is deterministic.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from skillsd.engines.base import SampleRequest
 from skillsd.engines.torch.attention import CachedPlan, KVPool
 
 Forward = Callable[[Tensor, CachedPlan, Tensor], Tensor]
-"""(packed ids ``[tokens]``, plan, places ``[n]`` in the packed row) -> logits ``[n, vocabulary]`` there."""
+"""(packed ids ``[tokens]``, plan, positions ``[n]`` in the packed row) -> logits ``[n, vocab]`` there."""
 
 Decoded = tuple[tuple[int, ...], tuple[float, ...], bool]
 """Sampled ids, their log-probs, and whether the last one is a stop token."""
@@ -27,18 +27,18 @@ PREFILL_ALONE_TOKENS = 64
 """Requests with more new tokens than this are prefilled separately, so they don't pad the rest of the batch."""
 
 PREFILL_BATCH_TOKENS = 16_384
-"""The most tokens in one forward pass of prefill, padding to the longest request included."""
+"""The most tokens in one prefill pass, including padding to the longest request."""
 
 PREFILL_CHUNK_TOKENS = 1024
-"""The most tokens of one request in such a pass: attention's mask has this many rows."""
+"""The most tokens of one request in a prefill pass, which bounds the attention mask's rows."""
 
 GATHER_MILLISECONDS = 10
-"""The first of many requests waits at most this long for the others, as long as more of them come."""
+"""An idle decoder waits up to this long before it starts, as long as more requests arrive."""
 
 
 @dataclass
 class _Session:
-    """An episode's row in the pool. `cached` tokens have their keys and values there."""
+    """An episode and its row in the pool. The keys and values of its first `cached` tokens are there."""
 
     name: str
     row: int
@@ -65,7 +65,7 @@ class Decoder:
         self._queue: list[tuple[SampleRequest, asyncio.Future[Decoded]]] = []
         self._pump: asyncio.Task[None] | None = None
         self._clock = 0
-        self._unnamed = 0  # requests so far that belong to no session
+        self._unnamed = 0  # number of requests without a session so far
 
     async def sample(self, request: SampleRequest) -> Decoded:
         future: asyncio.Future[Decoded] = asyncio.get_running_loop().create_future()
@@ -88,14 +88,14 @@ class Decoder:
             self._rows[last.row] = last
 
     def clear(self) -> None:
-        """Forget all keys and values: the weights have changed. Episodes under way are prefilled again."""
+        """Drop all KV caches, because the weights change. Episodes under way are prefilled again."""
         if any(session.future is not None and not session.future.cancelled() for session in self._rows):
-            raise RuntimeError("the weights were changed while something was being sampled with them")
+            raise RuntimeError("the weights were changed while a request was being sampled with them")
         self._sessions.clear()
         self._rows.clear()
 
     def release(self) -> None:
-        """Give the memory of keys and values back, if no episode is under way: the update needs it."""
+        """Free the memory of the KV caches for the update, if no episode is under way."""
         if not self._rows and not self._queue:
             self._pool = self._pool.emptied()
 
@@ -110,12 +110,12 @@ class Decoder:
                     self._step()
                 await asyncio.sleep(0)
         except BaseException as error:
-            # Nobody may wait for ever: whoever asked is told why the loop ended.
+            # Fail all pending requests with the reason, so that none waits for ever.
             waiting = [future for _, future in self._queue] + [s.future for s in self._rows if s.future]
             self._queue.clear()
             self._rows.clear()
             self._sessions.clear()
-            self._pool = KVPool()  # what stopped it may have left infinities, which reach others through a mask
+            self._pool = KVPool()  # it may hold infinities now, which a mask does not remove: 0 * inf is nan
             for future in waiting:
                 if not future.done():
                     future.set_exception(RuntimeError(f"decoding failed: {error!r}"))
@@ -123,12 +123,12 @@ class Decoder:
                 raise
 
     async def _gather(self) -> None:
-        """Before decoding begins anew, let everyone who is about to ask put its request in the queue.
+        """Before an idle decoder starts, wait for requests that are about to arrive.
 
-        Environments that take equally long answer within milliseconds of each other. Whoever began at the first answer
-        would decode alone, and never in step with the others again.
+        Environments of similar speed answer within milliseconds of each other. Starting with the first request would
+        decode it alone, out of step with the others from then on.
         """
-        await asyncio.sleep(0)  # in-process environments are through by now
+        await asyncio.sleep(0)  # in-process environments have finished by now
         for _ in range(GATHER_MILLISECONDS):
             waiting = len(self._queue)
             if waiting >= len(self._rows):
@@ -138,7 +138,7 @@ class Decoder:
                 return
 
     def _admit(self) -> None:
-        """Give each waiting request a row, as far as there are rows, and prefill what is new."""
+        """Give queued requests rows, as long as there are any, and prefill their new tokens."""
         left: list[tuple[SampleRequest, asyncio.Future[Decoded]]] = []
         fresh: list[_Session] = []
         for request, future in self._queue:
@@ -170,11 +170,7 @@ class Decoder:
         self._prefill([s for s in active if len(s.tokens) - s.cached > PREFILL_ALONE_TOKENS])
 
     def _open(self, request: SampleRequest) -> _Session | None:
-        """The request's session, a new one if need be; None if every row is taken by a request under way."""
-        if not request.tokens:
-            raise ValueError("a request needs at least one token to continue from")
-        if request.max_tokens < 1:
-            raise ValueError(f"a request must allow at least one token, got max_tokens={request.max_tokens}")
+        """The request's session, created if necessary; None if requests under way occupy all rows."""
         name = request.session
         if name is None:
             self._unnamed += 1
@@ -220,20 +216,20 @@ class Decoder:
             self._pool.move([source.row], [session.row], session.cached)
 
     def _prefill(self, sessions: list[_Session]) -> None:
-        """Compute keys and values of everything but the last token."""
-        nowhere = torch.empty(0, dtype=torch.long, device=self._device)  # no logits are wanted
+        """Compute the keys and values of all tokens but each session's last."""
+        nowhere = torch.empty(0, dtype=torch.long, device=self._device)  # no logits
 
         def left(session: _Session) -> int:
             return len(session.tokens) - 1 - session.cached
 
         while ready := [session for session in sessions if left(session)]:
-            ready.sort(key=left, reverse=True)  # of like length together
+            ready.sort(key=left, reverse=True)  # similar lengths together
             part = ready[: PREFILL_BATCH_TOKENS // min(left(ready[0]), PREFILL_CHUNK_TOKENS)]
             part.sort(key=lambda session: session.row)
             self._feed(part, [min(left(session), PREFILL_CHUNK_TOKENS) for session in part], nowhere)
 
     def _feed(self, sessions: list[_Session], counts: list[int], places: Tensor | None) -> Tensor:
-        """Run the next `counts` tokens of each session; logits ``[sessions, vocabulary]`` at their last ones."""
+        """Run the next `counts` tokens of each session; logits ``[sessions, vocab]`` at the last of each."""
         plan = CachedPlan(self._pool, [s.row for s in sessions], [s.cached for s in sessions], counts, self._device)
         ids = [t for s, n in zip(sessions, counts, strict=True) for t in s.tokens[s.cached : s.cached + n]]
         logits = self._forward(torch.tensor(ids, device=self._device), plan, plan.last if places is None else places)
@@ -242,7 +238,7 @@ class Decoder:
         return logits
 
     def _compact(self, active: list[_Session]) -> None:
-        """Bring the active sessions to the front, so that attention reads their rows in place, without a copy."""
+        """Move the active sessions to the first rows, so that attention reads those in place, without a copy."""
         out = [s for s in self._rows[: len(active)] if s.request is None]
         into = [s for s in active if s.row >= len(active)]
         if not out:
@@ -256,7 +252,7 @@ class Decoder:
 
     def _step(self) -> None:
         """One token for every request under way."""
-        for session in list(self._rows):  # whoever gave up waiting (a deadline) leaves the batch
+        for session in list(self._rows):  # drop cancelled requests (a deadline has passed)
             if session.future is not None and session.future.cancelled():
                 self._finish(session)
                 self.end_session(session.name)
@@ -290,23 +286,23 @@ class Decoder:
 
 
 def choose(logits: Tensor, temperatures: list[float], uniforms: list[float]) -> tuple[list[int], list[float]]:
-    """Sample one token a row by inverting the cumulative distribution at the row's own uniform number.
+    """Sample one token per row: the inverse of the cumulative distribution at the row's uniform number.
 
-    A row's choice depends on its logits and its number alone, so an episode samples the same tokens whoever shares its
-    batch. Temperature 0 takes the most likely token; its log-prob is then reported at temperature 1.
+    The choice depends only on the row's logits and number, so an episode samples the same tokens in any batch.
+    Temperature 0 takes the most likely token and reports its log-prob at temperature 1.
 
     Args:
-        logits: ``[rows, vocabulary]``.
-        temperatures: one a row.
-        uniforms: one a row, in [0, 1).
+        logits: ``[rows, vocab]``.
+        temperatures: one per row.
+        uniforms: one per row, in [0, 1).
 
     Returns:
-        The ids and their log-probs under the sampling distribution (computed in float32), one a row.
+        The ids and their log-probs under the sampling distribution (in float32), one per row.
     """
-    # A division, as in `score`: multiplying by 1 / t rounds differently, by 1e-5 where t is small.
+    # A division, as in scoring: multiplying by 1 / t rounds differently, by 1e-5 where t is small.
     divisor = torch.tensor([t if t > 0 else 1.0 for t in temperatures], device=logits.device)
     logprobs = torch.log_softmax(logits.float() / divisor.unsqueeze(1), dim=-1)
-    # float64: over 150k tokens a float32 running sum would lose the small probabilities at its end.
+    # float64: a float32 running sum over 150k tokens would lose the small probabilities at its end.
     cumulative = torch.cumsum(logprobs.double().exp(), dim=-1)
     target = torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(1) * cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1)

@@ -25,6 +25,7 @@ from skillsd.engines.base import (
     TrainItem,
     Weights,
     WeightsHandle,
+    check_request,
     wanted_by,
 )
 from skillsd.engines.options import LoraOptions
@@ -131,12 +132,7 @@ class TorchEngine(Learner, Sampler):
     # -- sampling -----------------------------------------------------------------------------------------------
 
     async def sample(self, request: SampleRequest) -> Sample:
-        needed = len(request.tokens) + request.max_tokens
-        if needed > self.max_length:
-            raise ValueError(
-                f"the request needs {needed} tokens (its own and max_tokens), but the model takes at most "
-                f"{self.max_length}"
-            )
+        check_request(request, self.max_length)
         weights = request.weights
         if weights == "teacher":
             self._check_teacher()

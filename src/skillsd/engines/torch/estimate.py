@@ -1,7 +1,7 @@
 """The embedded engine's estimate of a run, before it starts: memory by phase, and seconds per iteration.
 
-Every episode is taken to use its whole token budget. Memory fragmentation, and attention kernels that build the whole
-matrix, are not modelled.
+It assumes that every episode uses its whole token budget. It does not model memory fragmentation on a GPU, or attention
+kernels that materialise the whole attention matrix.
 """
 
 from __future__ import annotations
@@ -24,29 +24,24 @@ from skillsd.errors import UserError
 
 WIDTH = {"float32": 4, "bfloat16": 2}
 KEPT = 1.4
-"""Numbers kept for the backward pass, for each that goes into or comes out of a matrix: norms, rotations and gates."""
+"""Activations kept for the backward pass, per input or output of a weight matrix: with norms, rotations and gates."""
 CALLS = 60
-"""Operations of one layer in one forward pass, for what each costs beside its arithmetic."""
+"""Operations of one layer in one forward pass, each with a fixed cost besides its arithmetic."""
 POOL = 1.25
-"""The sampler's pool of keys and values grows by at least a quarter at a time, so this is the most that it takes."""
+"""The pool of KV caches grows by at least a quarter at a time, so it can be this much larger than necessary."""
 HOLES = 1.0
-"""On a CPU, what glibc's heap keeps beside each activation under LoRA: adapters' passing results leave holes between
-those that are kept. Measured with one model (docs/doctor.md); a GPU's allocator is another."""
+"""On a CPU with LoRA, fragmentation of glibc's heap per byte of activations: the adapters' temporary results leave
+holes between activations that are kept. Measured with one model (docs/doctor.md); GPUs have another allocator."""
 CHOOSE = 20
-"""Bytes a logit while a token is sampled, beside the model's own: float32 log-probs and two float64 (`choose`)."""
+"""Further bytes per logit while sampling: float32 log-probs and two float64 (`choose`)."""
 SCORE = {"chosen": 8, "top_k": 20, "whole": 12}
-"""Bytes a logit while it is scored, by what is wanted of it: float32 logits, log-probs, and what is made of them."""
+"""Bytes per logit while scoring, by `Want.kind`: float32 logits, log-probs and tensors derived from them."""
 LEARN = {"chosen": 12, "top_k": 24, "whole": 36}
-"""The same with gradients; of whole distributions the teacher's, too."""
+"""The same with gradients; for whole distributions, with the teacher's."""
 
 
 class TorchEstimator:
-    """Estimates for this machine: its free memory and measured speed.
-
-    Attributes:
-        device: in words.
-        free: bytes that can be had.
-    """
+    """Estimates for this machine, from its free memory and measured speed. See `skillsd.engines.estimate.Estimator`."""
 
     def __init__(self, spec: EngineSpec, workload: Workload) -> None:
         if spec.threads:
@@ -75,11 +70,11 @@ class TorchEstimator:
 
 
 CUDA = 600 << 20
-"""Bytes that CUDA and its libraries take on a device."""
+"""Bytes that CUDA and its libraries need on a device."""
 
 
 def _resident() -> int:
-    """Bytes of this process, which has loaded everything that a run loads but the model."""
+    """Bytes of this process, which has loaded everything that a run loads except the model."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -87,7 +82,7 @@ def _resident() -> int:
 
 
 def _free_memory() -> int:
-    """Bytes that can be had without swapping."""
+    """Bytes available without swapping."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable"):
@@ -98,7 +93,7 @@ def _free_memory() -> int:
 
 
 def adapter_form(lora: LoraOptions | None) -> LoraOptions | None:
-    """The adapter's rank and target modules: the recipe's, or those of the adapter that is trained on."""
+    """The adapter's rank and target modules: the recipe's, or those of an existing adapter's folder."""
     if lora is None or lora.adapter is None:
         return lora
     try:
@@ -113,11 +108,12 @@ def adapter_form(lora: LoraOptions | None) -> LoraOptions | None:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a device does in a second.
+    """A device's speed.
 
     Attributes:
-        many, few: floating-point operations, for matrices with many rows (training) and with as many as episodes.
-        call: seconds of an operation that computes next to nothing.
+        many, few: floating-point operations per second, for matrices with many rows (training) and with one row per
+            episode (decoding).
+        call: seconds of an operation on tiny tensors.
     """
 
     many: float
@@ -134,11 +130,11 @@ def estimate(
     own: int = 0,
     gpu: bool = False,
 ) -> Estimate:
-    """What a run takes with a model of these sizes.
+    """Estimate a run with a model of these sizes.
 
     Args:
-        own: bytes of the process before there is a model.
-        gpu: whether this is a GPU's memory.
+        own: bytes of the process before the model is loaded.
+        gpu: whether the model runs on a GPU.
     """
     from skillsd.engines.torch.decode import PREFILL_BATCH_TOKENS
     from skillsd.engines.torch.lm_head import MAX_LOGITS
@@ -152,7 +148,7 @@ def estimate(
     masters = 0 if trained_width == 4 else trained * 4  # `MasterAdamW`: gradients are summed there, in float32
     teacher = trained * trained_width if spec.teacher == "snapshot" else 0
     if spec.teacher_average and trained_width < 4:
-        teacher += trained * 4  # a moving average in bfloat16 would never move
+        teacher += trained * 4  # a moving average kept in bfloat16 would never move
     if spec.teacher_model is not None:
         teacher = Sizes.of(spec.teacher_model).parameters * width
     at_once = min(workload.episodes, spec.max_sessions)
@@ -162,13 +158,13 @@ def estimate(
     rows = round(batch * sampled_share)
     wanted = workload.want
     if wanted != "whole":
-        rows = min(rows, max(1, MAX_LOGITS // sizes.vocabulary))  # computed so many at a time
+        rows = min(rows, max(1, MAX_LOGITS // sizes.vocabulary))  # computed in chunks of this size
     logits = rows * sizes.vocabulary
-    native = width if width < 4 else 0  # bytes of a logit in the model's own format, if that is another one
+    native = width if width < 4 else 0  # bytes of a logit in the model's dtype, if not float32
     one_layer = round(KEPT * sizes.flow / sizes.layers)
     kept = sizes.layers * one_layer * width  # bytes per token
     if lora and width < 4:
-        kept += sizes.adapted_in * 4  # peft casts an adapter's input to float32, and keeps that
+        kept += sizes.adapted_in * 4  # peft keeps an adapter's input in float32
     if spec.gradient_checkpointing:
         kept = kept // sizes.layers + sizes.layers * sizes.hidden * width
     prefill = min(at_once * workload.trajectory_tokens, max(PREFILL_BATCH_TOKENS, workload.trajectory_tokens))
@@ -193,13 +189,13 @@ def estimate(
     if lora:
         if not gpu:
             phases[UPDATE]["heap fragmentation between activations"] = round(HOLES * batch * kept)
-        passing = 12 * sizes.adapted_out  # its output, scaled, and added to the matrix's: in float32, for a moment
+        passing = 12 * sizes.adapted_out  # its output, that scaled, and the sum: temporary float32
         for phase, tokens in ((SAMPLING, prefill), (SCORING, batch), (UPDATE, batch)):
             phases[phase]["an adapter's intermediate results"] = tokens * passing
             if sizes.rebuilt:
                 at_a_time = 1 if phase == UPDATE and not spec.gradient_checkpointing else sizes.layers
                 phases[phase]["experts with their adapters"] = sizes.rebuilt * width // at_a_time
-    if wanted == "whole" and not gpu:  # a GPU run keeps them in the CPU's memory
+    if wanted == "whole" and not gpu:  # a run on a GPU keeps them in CPU memory
         whole = round(workload.episodes * workload.trajectory_tokens * sampled_share) * sizes.vocabulary * 4
         for phase in (SCORING, UPDATE):
             phases[phase]["the teacher's distributions of all episodes"] = whole
@@ -217,8 +213,8 @@ def estimate(
     note = ""
     if sizes.unknown:
         note = (
-            f"it is not known how {sizes.unknown / 1e6:,.0f} M of the model's weights are used (experts of an unknown "
-            "kind?). They count as weights; activations and seconds come out too low"
+            f"{sizes.unknown / 1e6:,.0f} M of the model's weights are of an unknown kind (other experts?). They count "
+            "as weights; the estimates of activations and seconds are too low"
         )
     return Estimate({name: size for name, size in stays.items() if size}, phases, seconds, note)
 
@@ -227,13 +223,13 @@ def _seconds(spec: EngineSpec, workload: Workload, sizes: Sizes, speed: Speed) -
     episodes, most = workload.episodes, workload.trajectory_tokens
     at_once = min(episodes, spec.max_sessions)
     sampled = min(workload.turns * workload.turn_tokens, most)
-    attention = sizes.layers * 2 * sizes.hidden * most  # scores and sums over half of the others, on average
+    attention = sizes.layers * 2 * sizes.hidden * most  # scores and weighted sums, over half of the tokens on average
     token, word = 2 * sizes.matrices + attention, 2 * sizes.head
-    passes = -(-episodes // at_once) * sampled  # decode steps, all episodes side by side
+    passes = -(-episodes // at_once) * sampled  # decoding steps, each for all episodes at once
     calls = sizes.layers * CALLS * speed.call
     trained = episodes * (most * token + sampled * word)
     micro_batches = -(-episodes * most // max(spec.micro_batch_tokens, most))
-    # Forward, gradients of activations, and (without LoRA) of weights; checkpoints are computed again.
+    # Forward, gradients of activations, and (without LoRA) of weights; checkpointing repeats the forward pass.
     times = (2 if spec.lora else 3) + spec.gradient_checkpointing
     return {
         SAMPLING: passes * calls
@@ -244,7 +240,7 @@ def _seconds(spec: EngineSpec, workload: Workload, sizes: Sizes, speed: Speed) -
 
 
 def measure(device: Any, dtype: str, *, rows: int, hidden: int) -> Speed:
-    """The device's speed, in about a second."""
+    """Measure the device's speed. Takes about a second."""
 
     def seconds(count: int, inner: int, outer: int) -> float:
         left = torch.randn(count, inner, device=device).to(DTYPES[dtype])
@@ -260,7 +256,7 @@ def measure(device: Any, dtype: str, *, rows: int, hidden: int) -> Speed:
 
 
 def _fastest(work: Callable[[], object], device: Any) -> float:
-    """Seconds of one `work`: the best of several runs, which other load on the machine disturbs least."""
+    """Seconds of one call of `work`: the minimum over several runs, which other load on the machine affects least."""
 
     def wait() -> None:
         if device.type == "cuda":

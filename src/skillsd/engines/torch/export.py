@@ -15,12 +15,12 @@ def write_merged(model: nn.Module, folder: Path, *, untie: bool) -> None:
     """Write `model` in the format of ``transformers``, adapters merged.
 
     Args:
-        untie: give the output head weights of its own even if it is tied to the embeddings. Sampling engines want that:
-            vLLM's CPU build does not renew a tied head, without an error. Done in any case if the head or the
-            embeddings have an adapter: merged, they are no longer the same.
+        untie: write the output head separately even if it is tied to the embeddings, for samplers: vLLM's CPU build
+            does not update a tied head, and reports no error. Done in any case if the head or the embeddings have an
+            adapter, because their merged weights differ.
     """
     plain = without_adapters(model)
-    for old in folder.glob("*.safetensors"):  # otherwise it would stay until the new one is complete: twice the room
+    for old in folder.glob("*.safetensors"):  # otherwise both would be there until the new one is complete
         old.unlink()
     weights = merged_weights(plain)
     head, embeddings = plain.get_output_embeddings(), plain.get_input_embeddings()
@@ -38,7 +38,7 @@ def write_merged(model: nn.Module, folder: Path, *, untie: bool) -> None:
 
 
 def bytes_written(model: nn.Module) -> int:
-    """The most bytes that `write_merged` writes: the output head counts apart, tied or not."""
+    """The most bytes that `write_merged` writes, counting the output head separately, tied or not."""
     plain = without_adapters(model)
     return sum(w.numel() * w.element_size() for w in [*model.parameters(), plain.get_output_embeddings().weight])
 
@@ -49,16 +49,15 @@ def without_adapters(model: nn.Module) -> Any:
 
 
 def merged_weights(plain: nn.Module) -> dict[str, Tensor]:
-    """The weights under the names and in the dtypes that they have without adapters.
+    """The merged weights, with the names and dtypes that the model has without adapters.
 
-    Merged matrices are made one at a time, in the CPU's memory; the sum is in float32, as the adapters are. The weights
-    in training are not touched.
+    Each matrix is merged in float32, the adapters' dtype, and moved to the CPU before the next. The model is unchanged.
     """
     weights = {_unwrapped(name): weight for name, weight in plain.state_dict().items() if ".lora_" not in name}
     for name, module in plain.named_modules():
         if not hasattr(module, "get_delta_weight"):
             continue
-        # Adapters of a bare parameter (experts have some) name it; those of one module are nested in each other.
+        # An adapter of a bare parameter (as of experts) has its name; several of one module are nested in each other.
         key = f"{_unwrapped(name)}.{getattr(module, 'parameter_name', 'weight')}"
         with torch.no_grad():
             for adapter in module.active_adapters:

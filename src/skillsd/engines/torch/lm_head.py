@@ -1,7 +1,7 @@
-"""A causal LM in two halves: the trunk, once over all tokens, and the head, over a few hidden states at a time.
+"""A causal LM in two parts: the trunk, run once over all tokens, and the output head, run on chunks of hidden states.
 
-With a vocabulary of 150k tokens the logits of a micro-batch are by far its largest tensor. Here they exist for
-`MAX_LOGITS` numbers at a time, whatever the micro-batch.
+With a vocabulary of 150k tokens the logits are by far the largest tensor of a micro-batch. Here at most `MAX_LOGITS` of
+them exist at a time, whatever the size of the micro-batch.
 """
 
 from __future__ import annotations
@@ -17,25 +17,28 @@ from torch.utils.checkpoint import checkpoint
 from skillsd.errors import UserError
 
 MAX_LOGITS = 2**25
-"""The most logits that are computed at once (128 MiB in float32, and as much again for each thing made of them)."""
+"""The most logits that are computed at once (128 MiB in float32, and as much for each tensor derived from them)."""
 
 
 class TrunkAndHead:
-    """Splits `model`, a causal LM of `transformers` or an adapter around one, without knowing what its head does.
+    """Splits `model`, a causal LM of `transformers` with or without adapters, whatever its head computes.
 
-    Many heads are more than one matrix (scaled logits, soft caps), so the model's own `forward` runs for either half:
-    for the trunk without wanting any logits, for the head with the trunk's part of the work left out.
+    Many heads are more than one matrix (scaled logits, soft caps), so the model's own `forward` runs for both parts:
+    for the trunk without computing logits, for the head with the trunk replaced by a constant.
+
+    Raises:
+        UserError: if the model's trunk is not a module of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
         inner: Any = model
-        if hasattr(inner, "get_base_model"):  # beneath adapters
+        if hasattr(inner, "get_base_model"):  # inside the adapters' wrapper
             inner = inner.get_base_model()
         trunk = inner.base_model
         if trunk is inner:
-            raise UserError(f"{type(inner).__name__} is not supported: its trunk and its head are not apart")
-        self._given: Any = None  # an output that the trunk is to return as its own
-        self._wanted = False  # whether to keep what it computes
+            raise UserError(f"{type(inner).__name__} is not supported: its trunk is not a module of its own")
+        self._given: Any = None  # an output for the trunk to return instead of computing
+        self._wanted = False  # whether to keep the trunk's output in `_found`
         self._found: Any = None
         compute = trunk.forward
 
@@ -51,7 +54,7 @@ class TrunkAndHead:
         trunk.forward = forward
 
     def hidden(self, run: Callable[..., Any], **inputs: Any) -> Tensor:
-        """The trunk's hidden states ``[tokens, width]`` of one packed row; `run` is the model, or calls it."""
+        """Hidden states ``[tokens, width]`` of one packed row. `run` is the model, or a function that calls it."""
         nowhere = torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
         self._wanted = True
         try:
@@ -62,7 +65,7 @@ class TrunkAndHead:
             self._wanted, self._found = False, None
 
     def logits(self, run: Callable[..., Any], hidden: Tensor) -> Tensor:
-        """The head's ``[tokens, vocabulary]``."""
+        """Logits ``[tokens, vocab]`` of hidden states ``[tokens, width]``."""
         states = hidden.unsqueeze(0)
         self._given = self._kind(last_hidden_state=states)
         try:
@@ -77,8 +80,8 @@ def in_chunks(
 ) -> tuple[Tensor, ...]:
     """``compute(hidden, targets, *more)``, tensors with one row per token, in chunks of at most `MAX_LOGITS` logits.
 
-    Where that is not all of them and gradients are wanted, a chunk keeps nothing for its backward pass: it is computed
-    again then. (The head's own gradient is summed over the chunks in the weights' format, by autograd.)
+    With several chunks and gradients, a chunk keeps no activations and is computed again in the backward pass.
+    (Autograd sums the gradient of the head's weights over the chunks in their dtype.)
     """
     size = max(1, MAX_LOGITS // vocabulary)
     if len(hidden) <= size:

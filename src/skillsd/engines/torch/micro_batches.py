@@ -1,4 +1,4 @@
-"""Which sequences share a forward pass, and which of their first tokens are computed once."""
+"""Group sequences into forward passes, so that shared prefixes are computed once."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from skillsd.engines.base import TokenSequence
 
 
 def micro_batches(sequences: Sequence[TokenSequence], budget: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Indices of the sequences that go together, and how many first tokens each shares with the one before it.
+    """For each forward pass, the indices of its sequences, and the length of the prefix each shares with the previous.
 
-    Shared tokens are computed once, so sequences of one prompt stay together, prompts in the order of their longest
-    sequence. Sequences without marks are left out.
+    Shared prefixes are computed once, so sequences with the same prompt stay together. Prompts are sorted by their
+    longest sequence. Sequences without marks are left out.
 
     Args:
-        budget: the most tokens that are computed in one pass; a longer sequence goes alone. Shared tokens and padding
-            count half.
+        budget: the most tokens of one pass; a longer sequence gets a pass of its own. Shared tokens and padding count
+            half.
     """
     prompts: dict[tuple[int, ...], list[int]] = {}
     for i, sequence in enumerate(sequences):
@@ -41,8 +41,8 @@ def micro_batches(sequences: Sequence[TokenSequence], budget: int) -> Iterator[t
 
 
 def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """How many first tokens two sequences have in common, by bisection."""
-    same, differs = 0, min(len(a), len(b)) + 1  # a[:same] == b[:same], and not so for `differs`
+    """Length of the common prefix of two sequences, by bisection."""
+    same, differs = 0, min(len(a), len(b)) + 1  # invariant: a[:same] == b[:same], a[:differs] != b[:differs]
     while differs - same > 1:
         middle = (same + differs) // 2
         if a[same:middle] == b[same:middle]:

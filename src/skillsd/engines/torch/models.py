@@ -1,4 +1,4 @@
-"""Loading a policy: a model folder, a hub name, the tiny agent that this package ships, or one that pip can fetch."""
+"""Load a policy: a model folder, a hub name, the tiny agent shipped with this package, or a model fetched by pip."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SHIPPED = {"nano": Path(__file__).parents[2] / "assets" / "nano-base"}
 """Models that come with the package, by name."""
 
 MADE_HERE = "models/"
-"""Where warm starts leave their models: what is named so is nobody's on a hub."""
+"""Where `skillsd sft` writes its models. A name with this prefix is never looked up on a hub."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes the GPU if there is one."""
+    """The device called `name`; ``auto`` is the GPU if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,19 +34,19 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {name!r} was asked for, but this machine (or this build of torch) has no CUDA")
+        raise UserError(f"device is {name!r}, but this machine (or this build of torch) has no CUDA: use auto or cpu")
     return device
 
 
 def resolve(name: str) -> str:
-    """The folder of a model that goes by a name here, fetched if need be; any other name as it is."""
+    """The folder of a model that this package knows by name, fetched if necessary; any other name unchanged."""
     if name in pretrained.NAMES:
         return str(pretrained.fetch(name))
     return str(SHIPPED[name]) if name in SHIPPED else name
 
 
 def local_folder(path: str) -> Path | None:
-    """The folder that a model's name stands for; None if the name can only be a hub's.
+    """The local folder that a model's name refers to; None if it can only be a name on a hub.
 
     Raises:
         UserError: if there is no model in it.
@@ -67,8 +67,7 @@ def load_model(name: str, *, dtype: str, device: torch.device) -> tuple[nn.Modul
     """The causal LM called `name` and its tokenizer.
 
     Raises:
-        UserError: if there is no such model, it has no chat template, or its attention is of a kind that the
-            packed plans do not compute.
+        UserError: if there is no such model, it has no chat template, or its attention is not supported.
     """
     path = resolve(name)
     folder = local_folder(path)
@@ -97,42 +96,42 @@ def load_model(name: str, *, dtype: str, device: torch.device) -> tuple[nn.Modul
 
 
 def load_teacher(name: str, student: nn.Module, tokenizer: Any, *, dtype: str, device: torch.device) -> nn.Module:
-    """Another model to learn from, frozen, that reads the same ids as the student.
+    """An external teacher: another model, frozen, with the student's tokenizer.
 
-    Its logits may be padded to more than the student has: those beyond stand for no token.
+    It may have more logits than the student, as padding; those stand for no token.
 
     Raises:
-        UserError: as `load_model`, or if an id, the end of a turn or a rendered chat means something else to it.
+        UserError: as `load_model`, or if its vocabulary, stop tokens or chat template differ from the student's.
     """
     teacher, its_tokenizer = load_model(name, dtype=dtype, device=device)
     ours, theirs = tokenizer.get_vocab(), its_tokenizer.get_vocab()
     different = [token for token, _ in sorted(ours.items() ^ theirs.items())]
     if different:
         raise UserError(
-            f"the teacher {name!r} can't read the student's tokens: its vocabulary is another one (they differ in "
-            f"{len(set(different))} tokens, e.g. {different[0]!r}). Give a teacher with the student's tokenizer"
+            f"the teacher {name!r} has another vocabulary than the student: they differ in {len(set(different))} "
+            f"tokens, e.g. {different[0]!r}. Give a teacher with the student's tokenizer"
         )
     stops, its_stops = stop_tokens(student, tokenizer), stop_tokens(teacher, its_tokenizer)
     if stops != its_stops:
         raise UserError(
             f"the teacher {name!r} ends its turns with other tokens ({sorted(its_stops)}) than the student "
-            f"({sorted(stops)}): set eos_token_id in its generation_config.json, if it means the same"
+            f"({sorted(stops)}): if they are equivalent, set eos_token_id in its generation_config.json"
         )
     if tokenizer.chat_template != its_tokenizer.chat_template:
         raise UserError(
-            f"the teacher {name!r} has another chat template than the student, so it would read prompts of a form that "
-            "it does not know. Give a teacher with the student's template"
+            f"the teacher {name!r} has another chat template than the student, so the prompts would be in a format "
+            "that it was not trained on. Give a teacher with the student's template"
         )
     width, its_width = vocabulary(student.config), vocabulary(teacher.config)
     if its_width < width:
         raise UserError(
-            f"the teacher {name!r} has {its_width} logits and the student {width}: it must have as many, or more"
+            f"the teacher {name!r} has {its_width} logits and the student {width}: expected at least as many"
         )
     return teacher.requires_grad_(False)
 
 
 def stop_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a turn: the tokenizer's, and those of the model's generation config."""
+    """The ids that end a turn: the tokenizer's, and those of the model's generation config."""
     configured = model.generation_config.eos_token_id  # type: ignore[union-attr]
     ids = configured if isinstance(configured, list) else [configured]
     stops = frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
@@ -145,15 +144,15 @@ def stop_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
 
 
 def vocabulary(config: Any) -> int:
-    """The width of the logits, which may be more than the tokenizer's tokens."""
+    """Number of logits, which can be larger than the number of tokens."""
     return int(config.get_text_config().vocab_size)
 
 
 def longest_sequence(config: Any) -> int:
     """The most tokens that a sequence may have.
 
-    Where rotary frequencies change with the longest sequence in the batch, only up to where they begin to: beyond that,
-    an episode's keys would depend on its neighbours, and cached ones would no longer fit new ones.
+    With longrope, rotary frequencies change once the longest sequence of a batch exceeds a limit. Beyond it, a
+    sequence's keys would depend on the batch, and cached keys would not match new ones, so that limit applies.
     """
     config = config.get_text_config()
     longest = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
@@ -164,24 +163,27 @@ def longest_sequence(config: Any) -> int:
 
 
 def verify_attention(model: nn.Module, name: str) -> None:
-    """Compare the packed and the cached plan with the model's own eager attention, and refuse a model that differs.
+    """Compare both attention plans with the model's own eager attention.
 
-    So a model with attention that the plans do not know (biases by distance, sinks, soft caps), or that mixes tokens
-    by other means (convolutions, recurrent states), can't train wrongly.
+    Catches attention that the plans don't implement (distance biases, sinks, soft caps) and models that mix tokens in
+    other ways (convolutions, recurrent states), which would otherwise train wrongly without an error.
+
+    Raises:
+        UserError: if the results differ or the model can't be run.
     """
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if unknown:
-        raise UserError(f"model {name!r} has layers of a kind that is not supported: {', '.join(sorted(unknown))}")
+        raise UserError(f"model {name!r} is not supported: it has layers of type {', '.join(sorted(unknown))}")
     device = next(model.parameters()).device
-    # Spread over the vocabulary: the first ids are often special tokens, whose states are far larger than any other's.
+    # Ids from all over the vocabulary: the first ones are often special tokens, with far larger hidden states.
     ids = torch.arange(1, 13, device=device) * (config.vocab_size // 13)
     lengths, places = [7, 5], torch.tensor([2, 6, 8, 11], device=device)
     plan = attention.PackedPlan(lengths, device)
     with torch.inference_mode():
         try:
             packed = _verified_forward(model, ids, plan, places)
-            # The same tokens in two helpings over kept keys and values, a row each.
+            # The same tokens in two passes with a KV cache, one row per sequence.
             pool, split = attention.KVPool(), torch.cat([ids[:3], ids[7:9]])
             pool.reserve(2, max(lengths))
             _verified_forward(model, split, attention.CachedPlan(pool, [0, 1], [0, 0], [3, 2], device), places[:0])
@@ -191,20 +193,20 @@ def verify_attention(model: nn.Module, name: str) -> None:
             parts = ids.split(lengths)
             plain = torch.cat([model(input_ids=part.unsqueeze(0), use_cache=False).logits[0] for part in parts])
             model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
-        except Exception as error:  # foreign code fails in ways of its own: KeyError, AttributeError ...
+        except Exception as error:  # model code can raise anything: KeyError, AttributeError ...
             raise UserError(f"model {name!r} can't be run on packed sequences: {error!r}") from error
     asked, layers = len(plan.layers_asked), config.num_hidden_layers
     if asked != layers:
         raise UserError(
-            f"model {name!r}: {asked} of its {layers} layers use the attention interface of transformers; the others "
-            "are of a kind that is not supported"
+            f"model {name!r} is not supported: only {asked} of its {layers} layers use the attention interface of "
+            "transformers"
         )
-    shown = plain[torch.cat([places, places[[1, 3]]])].float().log_softmax(-1)
+    expected = plain[torch.cat([places, places[[1, 3]]])].float().log_softmax(-1)
     packed = torch.cat([packed, cached]).float().log_softmax(-1)
-    # Below float32 single log-probs of two right ways to compute differ by rounding, by up to 0.7 on a real model.
-    # Averaged over the vocabulary by its probabilities little is left of that (0.01).
+    # Below float32, rounding makes single log-probs of two correct computations differ by up to 0.7 on a real model.
+    # Their mean over the vocabulary, weighted by probability, differs little (0.01).
     exact = next(model.parameters()).dtype == torch.float32
-    gap = (packed - shown).abs().max() if exact else (shown.exp() * (shown - packed)).sum(-1).max()
+    gap = (packed - expected).abs().max() if exact else (expected.exp() * (expected - packed)).sum(-1).max()
     what, limit = ("log-probs", 1e-3) if exact else ("predicted distributions", 0.05)
     if not gap < limit:
         raise UserError(

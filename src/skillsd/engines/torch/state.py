@@ -49,8 +49,7 @@ def load(engine: TorchEngine, path: Path) -> None:
         state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise almost anything: RuntimeError, EOFError, KeyError ...
         raise UserError(
-            f"{str(path)!r} is damaged ({type(error).__name__}): remove its folder to resume from the checkpoint before "
-            "it"
+            f"{str(path)!r} is damaged ({type(error).__name__}): remove its folder to resume from the checkpoint before"
         ) from error
     if _forms(state["weights"]) != _forms(engine.trainable):
         raise UserError(

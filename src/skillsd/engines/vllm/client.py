@@ -1,4 +1,4 @@
-"""Our side of the worker: start it, ask it, notice when it is gone. No vLLM here, nor torch."""
+"""The client of the vLLM worker process: starts it, sends requests, detects its end. Imports neither vLLM nor torch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ WORKER = Path(__file__).with_name("worker.py")
 
 
 class WorkerClient:
-    """A worker process and the answers that are due from it. May be used from any thread.
+    """A worker process and its pending answers. May be used from any thread.
 
     Args:
         python: the interpreter that has vLLM.
         options: keyword arguments of ``vllm.LLM``.
-        environment: of the process, whole.
-        worker: the script (tests have their own).
+        environment: all environment variables of the process.
+        worker: the script (tests use another).
 
     Raises:
         UserError: if `python` can't be run.
@@ -35,13 +35,13 @@ class WorkerClient:
         self, python: str, options: Mapping[str, Any], environment: Mapping[str, str], worker: Path = WORKER
     ) -> None:
         self._python = python
-        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
                 [python, str(worker)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, env=dict(environment),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=dict(environment),
                 text=True, encoding="utf-8",
-                start_new_session=True,  # Ctrl-C is for us: an iteration is finished first
+                start_new_session=True,  # so that Ctrl-C does not reach it: the iteration is finished first
             )  # fmt: skip
         except OSError as error:
             raise UserError(
@@ -51,16 +51,16 @@ class WorkerClient:
         self._lock = threading.Lock()
         self._due: dict[int, Future[dict[str, Any]]] = {}
         self._number = 0
-        self._ended: str | None = None  # why no more is answered
+        self._ended: str | None = None  # why there are no more answers
         self.ready: Future[str] = Future()
-        """vLLM's version, once it can be asked."""
+        """vLLM's version, once it accepts requests."""
         self._reader = threading.Thread(target=self._read, daemon=True, name="vllm worker")
         self._reader.start()
-        with contextlib.suppress(OSError):  # the reader finds out why
+        with contextlib.suppress(OSError):  # if the process has ended, the reader thread reports why
             self._write(dict(options))
 
     def ask(self, message: Mapping[str, Any]) -> tuple[int, Future[dict[str, Any]]]:
-        """Send a request; its number and the answer to come, a `EngineFailedError` where there will be none."""
+        """Send a request; returns its number and its future answer, an `EngineFailedError` if there will be none."""
         future: Future[dict[str, Any]] = Future()
         with self._lock:
             if self._ended is not None:
@@ -73,14 +73,14 @@ class WorkerClient:
         return number, future
 
     def abort(self, number: int) -> None:
-        """Nobody waits for this answer any more."""
+        """Cancel a request, if it is still pending."""
         with self._lock:
             if self._due.pop(number, None) is not None and self._ended is None:
                 with contextlib.suppress(OSError):
                     self._write({"abort": number})
 
     def close(self) -> None:
-        """End the process. Whatever is still due fails."""
+        """End the process. Pending requests fail."""
         with self._lock:
             self._ended = self._ended or "the vLLM worker was closed"
             with contextlib.suppress(OSError):
@@ -91,11 +91,11 @@ class WorkerClient:
             self._process.kill()
             self._process.wait()
 
-    def last_words(self, lines: int = 12) -> str:
-        """The end of what vLLM wrote to its log."""
-        log = self._said.fileno()  # whose place in the file is the worker's, too: not to be moved
-        said = os.pread(log, 8000, max(0, os.fstat(log).st_size - 8000))
-        return "\n".join(said.decode(errors="replace").splitlines()[-lines:])
+    def log_tail(self, lines: int = 12) -> str:
+        """The end of vLLM's log."""
+        log = self._log.fileno()  # read with pread: the worker shares its file position
+        text = os.pread(log, 8000, max(0, os.fstat(log).st_size - 8000))
+        return "\n".join(text.decode(errors="replace").splitlines()[-lines:])
 
     def _write(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -125,17 +125,17 @@ class WorkerClient:
         with self._lock:
             self._ended = self._ended or self._explain(code, fatal)
             due, self._due = self._due, {}
-        everyone: list[Future[Any]] = [*due.values(), self.ready]
-        for waiting in everyone:
-            if not waiting.done() and waiting.set_running_or_notify_cancel():
-                waiting.set_exception(EngineFailedError(self._ended))
+        pending: list[Future[Any]] = [*due.values(), self.ready]
+        for future in pending:
+            if not future.done() and future.set_running_or_notify_cancel():
+                future.set_exception(EngineFailedError(self._ended))
 
     def _explain(self, code: int, fatal: str | None) -> str:
         if fatal is not None and "No module named 'vllm'" in fatal:
             return (
-                f"the interpreter {self._python!r} (engine.python) has no vLLM. `make vllm-env` makes an environment "
-                "with vLLM's CPU build in build/vllm: then set engine.python=build/vllm/bin/python"
+                f"the interpreter {self._python!r} (engine.python) has no vLLM. Run `make vllm-env`, which installs "
+                "vLLM in build/vllm, and set engine.python=build/vllm/bin/python"
             )
         ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         why = f": {fatal}" if fatal else ""
-        return f"the vLLM worker ({self._python!r}) {ended}{why}. Its last words:\n{self.last_words()}"
+        return f"the vLLM worker ({self._python!r}) {ended}{why}. The end of its log:\n{self.log_tail()}"

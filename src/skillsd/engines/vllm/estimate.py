@@ -8,7 +8,7 @@ from skillsd.engines.vllm.options import VllmOptions
 
 
 class VllmEstimator:
-    """See `skillsd.engines.estimate.Estimator`."""
+    """Wraps the learner's `skillsd.engines.estimate.Estimator`."""
 
     def __init__(self, learner: Estimator, options: VllmOptions) -> None:
         self._learner, self._options = learner, options

@@ -43,7 +43,7 @@ class VllmOptions(EngineOptions):
     """More keyword arguments of ``vllm.LLM``, e.g. ``{tensor_parallel_size: 2}``."""
 
     def provides(self) -> Capabilities:
-        """What is scored and trained is the learner's; vLLM's own decoding is not deterministic."""
+        """The learner's capabilities, but not deterministic, as vLLM's decoding is not."""
         learner = self.learner.provides()
         return Capabilities(
             distribution=learner.distribution,
@@ -51,7 +51,7 @@ class VllmOptions(EngineOptions):
             teacher_snapshot=learner.teacher_snapshot,
             teacher_average=learner.teacher_average,
             teacher_external=learner.teacher_external,
-            teacher_sampling=learner.teacher_sampling,  # vLLM holds the student alone
+            teacher_sampling=learner.teacher_sampling,  # by the learner
             lora=learner.lora,
             refuses_non_finite=learner.refuses_non_finite,
             deterministic=False,
@@ -63,8 +63,8 @@ class VllmOptions(EngineOptions):
         self.learner.check(spec)
         if not self.learner.provides().publishes_folder:
             raise UserError(
-                f"engine.learner is {self.learner.name!r}, which can't write its weights into a folder, from which "
-                "vLLM loads them: give another learner, or another engine"
+                f"engine.learner is {self.learner.name!r}, which can't publish its weights into a folder for vLLM to "
+                "load: use another learner, or another engine"
             )
         if self.max_model_len is None or spec.max_sampled_tokens is None:
             return
@@ -76,7 +76,7 @@ class VllmOptions(EngineOptions):
             )
 
     def sampled_length(self, spec: EngineSpec) -> int | None:
-        """The most tokens of a sequence that vLLM is started for. None: as many as the model takes."""
+        """The longest sequence that vLLM is started for, in tokens. None: as many as the model takes."""
         if self.max_model_len is not None:
             return self.max_model_len
         return None if spec.max_sampled_tokens is None else spec.max_sampled_tokens[0] + spec.context_tokens
@@ -85,7 +85,7 @@ class VllmOptions(EngineOptions):
         return self.learner
 
     def resume_key(self) -> dict[str, Any]:
-        """vLLM may lie elsewhere, and have other memory, when a run is resumed."""
+        """Not where vLLM is installed or how much memory it gets: these may change when a run is resumed."""
         return {"name": self.name, "learner": self.learner.resume_key()}
 
     def build(self, spec: EngineSpec) -> Engine:

@@ -14,25 +14,25 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from skillsd.engines.base import Learner, Sample, Sampler, SampleRequest, WeightsHandle
+from skillsd.engines.base import Learner, Sample, Sampler, SampleRequest, WeightsHandle, check_request
 from skillsd.engines.vllm.client import WorkerClient
 from skillsd.engines.vllm.options import VllmOptions
 from skillsd.errors import EngineFailedError, UserError
 
 
 class VllmSampler(Sampler):
-    """Samples the student with vLLM, in a process of its own.
+    """Samples the student with vLLM, in a separate process.
 
-    The process starts with the first published weights and takes later ones in place, which empties its prefix cache.
-    Weights are handed over in a folder, in memory if there is a large enough ``/dev/shm``.
+    The process starts with the first published weights and loads later ones in place, which empties its prefix cache.
+    Weights are handed over in a folder, in ``/dev/shm`` if that is large enough.
 
-    A request for the teacher is refused: see `skillsd.engines.base.Engine.sampler_of`. Sessions only check what the
-    contract wants checked: vLLM finds common prefixes in its cache by itself.
+    Requests for the teacher are refused: see `skillsd.engines.base.Engine.sampler_of`. Sessions are only checked, not
+    cached: vLLM's prefix cache finds common prefixes by itself.
 
     Args:
-        learner: whose weights are sampled from; asked only for its stop tokens and lengths.
-        max_length: the most tokens of a sequence; None is what the learner takes. Without room for the keys and values
-            of one that long, vLLM does not start.
+        learner: publishes the weights. Only its stop tokens and lengths are used here.
+        max_length: the most tokens of a sequence; None is what the learner takes. vLLM does not start without memory
+            for the KV cache of one such sequence.
         at_once: the most requests that are decoded together.
 
     Raises:
@@ -61,9 +61,11 @@ class VllmSampler(Sampler):
 
     async def sample(self, request: SampleRequest) -> Sample:
         if request.weights != "student":
-            raise ValueError("vLLM holds the student's weights alone; sample from the teacher with the learner")
+            raise ValueError(
+                "vLLM has only the student's weights: sample from the teacher with Engine.sampler_of('teacher')"
+            )
         if self._worker is None or self._loaded is None:
-            raise RuntimeError("no weights were published to vLLM yet")
+            raise RuntimeError("vLLM has no weights yet: call Engine.publish() first")
         self._check(request)
         number, answer = self._worker.ask({"tokens": request.tokens, "parameters": self._parameters(request)})
         try:
@@ -73,7 +75,7 @@ class VllmSampler(Sampler):
                 f"vLLM gave no answer within {self.options.timeout_seconds:g} s (engine.timeout_seconds)"
             ) from None
         finally:
-            self._worker.abort(number)  # if it is still under way, nobody needs it any more
+            self._worker.abort(number)  # if it is still under way: cancelled or timed out
         sample = Sample(tuple(found["tokens"]), tuple(found["logprobs"]), found["stop"], self._loaded.version)
         if request.session is not None:
             self._held[request.session] = (*request.tokens, *sample.tokens)
@@ -83,25 +85,16 @@ class VllmSampler(Sampler):
         self._held.pop(session, None)
 
     def _check(self, request: SampleRequest) -> None:
-        if not request.tokens or request.max_tokens < 1:
-            raise ValueError(
-                f"{len(request.tokens)} tokens to continue and {request.max_tokens} asked for: each must be at least "
-                "one token"
-            )
         needed = len(request.tokens) + request.max_tokens
         if needed > self.max_length:
             raise ValueError(
-                f"{needed} tokens are asked of vLLM, which was started for at most {self.max_length} "
-                f"(engine.max_model_len); the model takes {self._model_length}"
+                f"the request needs {needed} tokens (its own and max_tokens), but vLLM was started for at most "
+                f"{self.max_length} (engine.max_model_len); the model takes {self._model_length}"
             )
-        held = self._held.get(request.session or "", ())
-        if request.tokens[: len(held)] != held:
-            raise ValueError(
-                f"the request does not extend its session {request.session!r}: token-in, token-out is broken"
-            )
+        check_request(request, self.max_length, self._held.get(request.session or "", ()))
 
     def _parameters(self, request: SampleRequest) -> dict[str, Any]:
-        """vLLM's defaults cut nothing off (no top-k, top-p or penalties); the stop tokens are ours, not the model's."""
+        """vLLM's defaults keep the full distribution: no top-k, top-p or penalties. Stop tokens are the learner's."""
         return {
             "temperature": request.temperature,
             "max_tokens": request.max_tokens,
@@ -113,9 +106,9 @@ class VllmSampler(Sampler):
     # -- vLLM's process -----------------------------------------------------------------------------------------
 
     async def load(self, weights: WeightsHandle) -> None:
-        """Blocks the event loop: nothing can be sampled meanwhile."""
+        """Load published weights. Blocks the event loop, so nothing is sampled meanwhile."""
         if weights.location != str(self.inbox):
-            raise ValueError(f"vLLM takes weights from {str(self.inbox)!r} only; got {weights}")
+            raise ValueError(f"vLLM loads weights only from its inbox, {str(self.inbox)!r}; got {weights}")
         if weights == self._loaded:
             return
         if self._worker is None:
@@ -141,11 +134,11 @@ class VllmSampler(Sampler):
         return {
             "model": str(self.inbox),
             "skip_tokenizer_init": True,  # ids go in, ids come out
-            "dtype": self._published_dtype(),  # vLLM's own choice would be half precision, for float32 weights too
+            "dtype": self._published_dtype(),  # vLLM's default is half precision, even for float32 weights
             "max_model_len": self.max_length,
             "max_num_seqs": self._at_once,
             "gpu_memory_utilization": self.options.gpu_memory_utilization,
-            "logprobs_mode": "processed_logprobs",  # of the sampling distribution, temperature included
+            "logprobs_mode": "processed_logprobs",  # of the sampling distribution, with temperature
             "generation_config": "vllm",
             "enable_prefix_caching": True,
             "disable_log_stats": True,
@@ -160,7 +153,7 @@ class VllmSampler(Sampler):
     def _environment(self) -> dict[str, str]:
         cpu = {
             "VLLM_CPU_KVCACHE_SPACE": str(self.options.cpu_kv_cache_gib),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise it wants cores of its own
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise it claims cores for itself
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
             "VLLM_NO_USAGE_STATS": "1",
         }
@@ -174,12 +167,12 @@ class VllmSampler(Sampler):
         except TimeoutError:
             raise EngineFailedError(
                 f"vLLM {what} within {self.options.timeout_seconds:g} s (engine.timeout_seconds). The end of its log:\n"
-                f"{self._worker.last_words()}"
+                f"{self._worker.log_tail()}"
             ) from None
 
 
 def _in_memory(size: int) -> str | None:
-    """A file system in memory with room for `size` bytes; None if there is none."""
+    """``/dev/shm`` if it has room for `size` bytes, else None."""
     memory = "/dev/shm"
     room = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1.1 * size
     return memory if room else None

@@ -1,9 +1,8 @@
-"""vLLM's side of `VllmEngine`: a process of its own, run by an interpreter that has vLLM. It needs nothing else.
+"""The worker process of `VllmSampler`, run by an interpreter that has vLLM. It imports nothing else.
 
-JSON lines: on stdin first vLLM's options, then requests; on stdout ``ready`` and the answers; vLLM's own words all go
-to stderr. Requests are taken up between two decoding steps, so they join and leave the batch at any time. New weights
-wait until all that was asked of the old ones is finished, and hold up what is asked after them. When stdin ends, for
-whatever reason, so does the process.
+It speaks JSON lines: on stdin vLLM's options, then requests; on stdout ``ready``, then answers. vLLM's own output goes
+to stderr. Requests are read between decoding steps, so they join and leave the batch at any time. New weights are
+loaded once all earlier requests have finished; later requests wait for them. The process ends when stdin is closed.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Message = dict[str, Any]
 
 
 def main() -> None:
-    sys.path.pop(0)  # this folder: what lies here is for the other side
+    sys.path.pop(0)  # this folder, whose modules (e.g. options.py) could shadow others
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
     inbox: queue.Queue[Message] = queue.Queue()
@@ -31,15 +30,15 @@ def main() -> None:
         answers.write(json.dumps(message) + "\n")
 
     try:
-        # The engine steps in this process: nothing is left behind when it goes, and a step is a function call.
+        # Run vLLM's engine in this process: it leaves no other process behind, and a step is a function call.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         import vllm
         from vllm.platforms import current_platform
 
         if current_platform.is_cpu():
-            options.setdefault("enforce_eager", True)  # else it compiles, for minutes, and decodes no faster
-            # A prompt that is read in parts takes back a random number that it did not need: not with a CPU's generator
-            # ("CPU Generator does not use offset").
+            options.setdefault("enforce_eager", True)  # compiling takes minutes and decodes no faster
+            # With chunked prefill vLLM rewinds a request's random generator, which fails on a CPU ("CPU Generator does
+            # not use offset").
             options.setdefault("enable_chunked_prefill", False)
             options.setdefault("max_num_batched_tokens", max(4096, options["max_model_len"]))
         llm = vllm.LLM(**options)
@@ -53,17 +52,17 @@ def main() -> None:
 def _listen(inbox: queue.Queue[Message], folder: str) -> None:
     for line in sys.stdin:
         inbox.put(json.loads(line))
-    shutil.rmtree(folder, ignore_errors=True)  # the other side may have been killed
-    os._exit(0)  # even in the middle of a step: nobody is there to hear of it
+    shutil.rmtree(folder, ignore_errors=True)  # the parent may have been killed before it could
+    os._exit(0)  # even in the middle of a step: no one reads the answer
 
 
 class Worker:
-    """Reads requests and steps the engine, by turns."""
+    """Alternates between reading requests and stepping the engine."""
 
     def __init__(self, llm: Any, vllm: Any, inbox: queue.Queue[Message], answer: Any) -> None:
         self._llm, self._vllm, self._inbox, self._answer = llm, vllm, inbox, answer
         self._engine = llm.llm_engine
-        self._held: Message | None = None  # new weights that wait for the old ones' requests
+        self._held: Message | None = None  # new weights, waiting for earlier requests
 
     def serve(self) -> None:
         while True:
@@ -78,7 +77,7 @@ class Worker:
                 except queue.Empty:
                     break
                 self._take(message)
-                busy = True  # look whether more is there, then step
+                busy = True  # read what else has arrived, then step
             if self._engine.has_unfinished_requests():
                 self._step()
 
@@ -92,7 +91,7 @@ class Worker:
                 parameters = self._vllm.SamplingParams(**message["parameters"], logprobs=0, detokenize=False)
                 prompt = {"prompt_token_ids": message["tokens"]}
                 self._engine.add_request(str(message["id"]), prompt, parameters)
-        except Exception as error:  # of this request; the others are not to suffer
+        except Exception as error:  # fails this request only
             self._fail(message, error)
 
     def _step(self) -> None:
@@ -101,7 +100,7 @@ class Worker:
                 continue
             output = finished.outputs[0]
             if output.finish_reason not in ("stop", "length"):
-                # Where we have aborted it nobody waits, and this goes unheard.
+                # The client ignores this answer if it has aborted the request itself.
                 reason = f"it ended without a sample (finish_reason {output.finish_reason!r})"
                 self._answer({"id": int(finished.request_id), "error": reason})
                 continue
@@ -115,7 +114,7 @@ class Worker:
         try:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_path": message["weights"]})
             if not self._llm.reset_prefix_cache():
-                raise RuntimeError("vLLM keeps keys and values of the old weights: its prefix cache can't be reset")
+                raise RuntimeError("vLLM could not reset its prefix cache, which belongs to the old weights")
         except Exception as error:
             self._fail(message, error)
         else:
