@@ -380,10 +380,10 @@ class TestSnapshot:
 
     def test_failed_restore_changes_nothing(self, tmp_path: Path, bank: Bank, task: Task) -> None:
         put(bank, task)
-        (tmp_path / "rubbish").write_text("rubbish" * 100)
+        (tmp_path / "text").write_text("text" * 100)
         (tmp_path / "empty").touch()
         for name, message in [
-            ("rubbish", "not a database"),
+            ("text", "not a database"),
             ("empty", "not a skill"),
             ("none", "no skill bank at"),
         ]:

@@ -93,17 +93,17 @@ class ChatRenderer:
         if key not in self._cache:
             if len(self._cache) > 100_000:
                 self._cache.clear()
-            turn = self._behind_reply([("user", "x"), ("assistant", _MARK), ("user", text)], reply_next=True)
+            turn = self._after_reply([("user", "x"), ("assistant", _MARK), ("user", text)], reply_next=True)
             if not turn.startswith(self._tail):
                 raise UserError(
-                    f"the chat template ends the reply before the message {text!r} with {turn[:40]!r} instead of "
+                    f"the chat template ends the reply before the message {text[:40]!r} with {turn[:40]!r} instead of "
                     f"{self._tail!r}. Give a tokenizer whose chat template ends every reply the same way"
                 )
             if stop is None:
                 self._cache[key] = self._encode(turn)
             else:
-                said = self._stop_texts[stop]
-                self._cache[key] = self._encode(self._without_stop(turn, said), said if said in self._special else "")
+                end = self._stop_texts[stop]
+                self._cache[key] = self._encode(self._without_stop(turn, end), end if end in self._special else "")
         return self._cache[key]
 
     def reply(self, text: str) -> tuple[int, ...]:
@@ -115,22 +115,22 @@ class ChatRenderer:
         opening = self._render([("user", "x")], reply_next=True)
         whole = self._render([("user", "x"), ("assistant", text)], reply_next=False)
         if not whole.startswith(opening):
-            asked, written = _differing(opening, whole)
+            prompted, written = _differing(opening, whole)
             thinks = "enable_thinking" in self._template
             hint = " Try model.chat_template_kwargs={enable_thinking: false}" if thinks else ""
             raise UserError(
-                f"the chat template prompts for a reply with {asked!r}, but renders a given reply as "
+                f"the chat template prompts for a reply with {prompted!r}, but renders a given reply as "
                 f"{written[:40]!r}, so the ids that the model should have sampled are undefined.{hint}"
             )
-        said = whole[len(opening) :]
+        reply = whole[len(opening) :]
         ended = False
         for stop in self._stop_texts.values():  # text after the end of turn is not part of the reply
-            head, found, _ = said.partition(stop)
+            head, found, _ = reply.partition(stop)
             if found:
-                said, ended = head + stop, True
+                reply, ended = head + stop, True
         if not ended:  # templates in which the next role's token ends the turn
-            said += next((stop for stop in self._stop_texts.values() if self._next.startswith(stop)), "")
-        return self._encode(said, opening)
+            reply += next((stop for stop in self._stop_texts.values() if self._next.startswith(stop)), "")
+        return self._encode(reply, opening)
 
     def count(self, text: str) -> int:
         """Number of tokens of `text` inside a message."""
@@ -145,8 +145,8 @@ class ChatRenderer:
         """Changes that the template would make to earlier text as a dialogue goes on; the ids keep the original."""
         notes = []
         dialogue = [("user", "x"), ("assistant", _MARK), ("user", "y")]
-        asked = self._render(dialogue[:1], reply_next=True)
-        kept, rewritten = _differing(asked, self._render(dialogue, reply_next=True).partition(_MARK)[0])
+        prompt = self._render(dialogue[:1], reply_next=True)
+        kept, rewritten = _differing(prompt, self._render(dialogue, reply_next=True).partition(_MARK)[0])
         if kept.strip() or rewritten.strip():
             notes.append(
                 f"once another message follows, the chat template would write {rewritten!r} instead of {kept!r} before "
@@ -158,7 +158,7 @@ class ChatRenderer:
                 "once another message follows, the chat template would drop a reply's thinking; an episode keeps it as "
                 "sampled, and it counts towards rollout.trajectory_tokens"
             )
-        if self._has_system and self._behind_reply([("system", "z"), *dialogue], reply_next=True) != self._next:
+        if self._has_system and self._after_reply([("system", "z"), *dialogue], reply_next=True) != self._next:
             notes.append(
                 "the chat template would move the system prompt to the last turn; an episode keeps it in the first"
             )
@@ -204,8 +204,8 @@ class ChatRenderer:
     def _find_turn(self) -> tuple[str, str]:
         """The template's text after a reply: (up to the next message, up to the next reply)."""
         dialogue = [("user", "x"), ("assistant", _MARK), ("user", "y")]
-        tail = self._behind_reply(dialogue[:2], reply_next=False)
-        turn = self._behind_reply(dialogue, reply_next=True)
+        tail = self._after_reply(dialogue[:2], reply_next=False)
+        turn = self._after_reply(dialogue, reply_next=True)
         # Some templates write a closing token if no reply is requested.
         closed = next((stop for stop in self._stop_texts.values() if tail.endswith(stop) and tail != stop), "")
         if not turn.startswith(tail):
@@ -215,7 +215,7 @@ class ChatRenderer:
                 f"the chat template rewrites the end of a reply when a message is added: {tail!r} becomes "
                 f"{turn[:40]!r}. Give a tokenizer whose chat template ends every reply the same way"
             )
-        later = self._behind_reply([("user", "x"), ("assistant", "x"), ("user", "y"), *dialogue[1:]], reply_next=True)
+        later = self._after_reply([("user", "x"), ("assistant", "x"), ("user", "y"), *dialogue[1:]], reply_next=True)
         if later != turn:
             raise UserError(
                 f"the chat template writes a later turn ({later!r}) differently from the first ({turn!r}). Give a "
@@ -223,16 +223,16 @@ class ChatRenderer:
             )
         return tail, turn
 
-    def _behind_reply(self, messages: Sequence[tuple[str, str]], *, reply_next: bool) -> str:
+    def _after_reply(self, messages: Sequence[tuple[str, str]], *, reply_next: bool) -> str:
         text = self._render(messages, reply_next=reply_next)
-        _, found, behind = text.partition(_MARK)
+        _, found, after = text.partition(_MARK)
         if not found:
             when = "" if messages[-1][0] == "assistant" else " once another message follows"
             raise UserError(
                 f"the chat template does not render the assistant's messages{when}. Give a tokenizer whose chat "
                 "template writes every message"
             )
-        return behind
+        return after
 
     def _without_stop(self, turn: str, stop: str) -> str:
         """`turn` without the end-of-turn token `stop`, which was sampled already."""

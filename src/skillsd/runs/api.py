@@ -109,7 +109,7 @@ def evaluate(
         iteration: of a run's checkpoint; the last one if None.
 
     Raises:
-        UserError: if there is no such run, checkpoint, model or split.
+        UserError: if there is no such run, checkpoint, model or split, or a number is out of range.
     """
     return run_blocking(
         evaluate_async(
@@ -135,6 +135,9 @@ async def evaluate_async(
     iteration: int | None = None,
 ) -> Evaluation:
     """`evaluate` as a coroutine. Decoding on the embedded engine blocks the event loop."""
+    for argument, value, least in (("samples", samples, 1), ("limit", limit, 1), ("temperature", temperature, 0)):
+        if value is not None and not value >= least:
+            raise UserError(f"{argument} is {value}; expected {least} or more")
     name = str(target.folder if isinstance(target, OpenRun) else target)
     if is_run(name):
         if recipe is not None:

@@ -124,8 +124,8 @@ def _check_tasks(config: RunConfig, task_set: TaskSet) -> set[str]:
         others = ", ".join(split for split in task_set.splits if split != TRAIN_SPLIT)
         raise UserError(f"evaluation.split is {TRAIN_SPLIT!r}; give a held-out split: {others}")
     task_set.tasks(config.evaluation.split)  # an unknown split is reported now, not after the first iterations
-    if (asked := config.curriculum.tasks) and asked > len(train):
-        raise UserError(f"curriculum.tasks is {asked}, but the environment has {len(train)} training tasks")
+    if (wanted := config.curriculum.tasks) and wanted > len(train):
+        raise UserError(f"curriculum.tasks is {wanted}, but the environment has {len(train)} training tasks")
     if method(config.method).context == "oracle" and not all(task_set.oracle(task) for task in train):
         raise UserError(
             f"method {config.method!r} puts a reference solution into the teacher's prompt, but the environment "

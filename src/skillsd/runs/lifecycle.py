@@ -81,7 +81,7 @@ async def run_training_async(
         resume: continue the folder's run from its last checkpoint.
         on_record: called with ("iteration" or "evaluation", its record).
         on_note: called with messages for the user.
-        should_stop: asked before each iteration.
+        should_stop: called before each iteration.
 
     Returns:
         True if the last iteration is done, False if `should_stop` ended training earlier.

@@ -82,7 +82,9 @@ class OpenRun:
             if not path.is_file():
                 known = ", ".join(map(str, self.iterations_with_trajectories)) or "none"
                 raise UserError(f"{str(self.folder)!r} has no trajectories of iteration {number}; it has: {known}")
-            for place, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            for place, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+                if not line.endswith("\n"):
+                    break  # the run is writing it
                 try:
                     yield trajectory_from_json(json.loads(line))
                 except ValueError as error:

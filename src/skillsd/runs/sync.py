@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -25,8 +26,7 @@ def run_blocking(work: Coroutine[Any, Any, T]) -> T:
 
 
 def _run_in_thread(work: Coroutine[Any, Any, T]) -> T:
-    results: list[T] = []
-    errors: list[BaseException] = []
+    outcome: Future[T] = Future()
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = []
 
     async def run() -> T:
@@ -36,20 +36,18 @@ def _run_in_thread(work: Coroutine[Any, Any, T]) -> T:
 
     def target() -> None:
         try:
-            results.append(asyncio.run(run()))
+            outcome.set_result(asyncio.run(run()))
         except BaseException as error:
-            errors.append(error)
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=target, name="skillsd")
-    thread.start()
+    threading.Thread(target=target, name="skillsd").start()
     try:
-        thread.join()
+        # Not `Thread.join`: after an interrupt, Python 3.11 takes the thread for finished.
+        return outcome.result()
     except BaseException:
-        for loop, task in running:
-            with suppress(RuntimeError):  # the loop is closed: the work has just ended
-                loop.call_soon_threadsafe(task.cancel)
-        thread.join()
+        if not outcome.done():
+            for loop, task in running:
+                with suppress(RuntimeError):  # the loop is closed: the work has just ended
+                    loop.call_soon_threadsafe(task.cancel)
+            wait([outcome])
         raise
-    if errors:
-        raise errors[0]
-    return results[0]

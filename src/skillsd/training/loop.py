@@ -43,7 +43,7 @@ async def train(run: Run, reporter: Reporter, should_stop: Callable[[], bool] = 
     """Train from the run's current iteration to its last one.
 
     Args:
-        should_stop: asked before each iteration.
+        should_stop: called before each iteration.
 
     Returns:
         True if the last iteration is done, False if `should_stop` ended training earlier. In both cases the last

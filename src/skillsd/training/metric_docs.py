@@ -170,9 +170,7 @@ def describe(name: str) -> MetricDoc | None:
 
 def markdown() -> str:
     """A table of all metrics."""
-    rows = [
-        f"| `{d.name}` | {d.symbol and f'`{d.symbol}`'} | {_cell(d.meaning)} | {_cell(d.healthy)} |" for d in DOCS
-    ]
+    rows = [f"| `{d.name}` | {d.symbol and f'`{d.symbol}`'} | {_cell(d.meaning)} | {_cell(d.healthy)} |" for d in DOCS]
     return "\n".join(["| metric | symbol | meaning | healthy |", "|---|---|---|---|", *rows])
 
 
