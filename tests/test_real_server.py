@@ -1,4 +1,4 @@
-"""A real inference server, vLLM's, with a real model: it plays Sokoban, and it writes skills about what it played."""
+"""A real model behind vLLM's server: it plays Sokoban, and writes skills about its episodes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pytest
 from skillsd.config import SummariserSection
 from skillsd.engines.endpoint import Endpoint
 from skillsd.envs.sokoban import Sokoban
-from skillsd.rollouts.endpoint_policy import EndpointPolicy
 from skillsd.rollouts.collect import collect
+from skillsd.rollouts.endpoint_policy import EndpointPolicy
 from skillsd.rollouts.policy import Budget
 from skillsd.skills.background import BackgroundSummaries
 from skillsd.skills.bank import Bank
@@ -26,7 +26,7 @@ from skillsd.skills.endpoint_summariser import NAMES, EndpointSummariser
 from skillsd.skills.summary_prompt import SummaryPrompt, load_prompt
 
 PYTHON = Path(__file__).parents[1] / "build" / "vllm" / "bin" / "python"
-"""Where `make vllm-env` puts it."""
+"""Made by `make vllm-env`."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,7 +38,7 @@ START_SECONDS = 300
 
 @pytest.fixture(scope="module")
 def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Its address."""
+    """The server's address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -94,8 +94,8 @@ def test_it_plays_and_writes_skills(server: str, tmp_path: Path) -> None:
     budget = Budget(turns=3, turn_tokens=12, trajectory_tokens=2000)
 
     async def run() -> list[int]:
-        actor = EndpointPolicy(Endpoint(options, counts, NAMES))
-        collected = await collect(actor, task_set, tasks, budget, group_size=2, seed=0)
+        policy = EndpointPolicy(Endpoint(options, counts, NAMES))
+        collected = await collect(policy, task_set, tasks, budget, group_size=2, seed=0)
         assert not collected.dropped
         played = [trajectory for group in collected.groups for trajectory in group.trajectories]
         assert len(played) == 4
@@ -117,7 +117,7 @@ def test_it_plays_and_writes_skills(server: str, tmp_path: Path) -> None:
     begin = time.monotonic()
     written = asyncio.run(run())[0]
     print(f"{time.monotonic() - begin:.1f} s; {written} skills; {dict(counts)}")
-    # The server holds so small a model to the schema, but not to the point: often all it says is refused, and counted.
+    # The server enforces the schema, but so small a model often writes skills that are rejected, and counted.
     assert written + sum(count for reason, count in counts.items() if reason.startswith("rejected")) == len(tasks) * 2
     assert not [reason for reason in counts if reason.startswith("failed")]
     skills = [skill for task in tasks for skill in bank.skills(task.id)]

@@ -1,4 +1,4 @@
-"""Where skillsd keeps what it fetched or built once: models, AppWorld."""
+"""The cache folder: fetched models and the AppWorld installation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache() -> Path:
-    """The cache folder: ``$SKILLSD_CACHE``, ``$XDG_CACHE_HOME/skillsd`` or ``~/.cache/skillsd``."""
+    """``$SKILLSD_CACHE``, ``$XDG_CACHE_HOME/skillsd`` or ``~/.cache/skillsd``."""
     if given := os.environ.get("SKILLSD_CACHE"):
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "skillsd"

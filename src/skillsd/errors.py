@@ -1,4 +1,4 @@
-"""Errors with a one-line message for the user: what was given, what was expected, what to do."""
+"""Errors whose message is for the user: what was given, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in what the user gave. The command line prints its message and no traceback."""
+    """Invalid input. The command line prints the message without a traceback."""
 
 
 class EngineFailedError(RuntimeError):
-    """What an engine runs on failed: a worker process, a server, a device. The command line prints its message."""
+    """A worker process, server or device of an engine failed. The command line prints no traceback."""
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> UserError:
-    """The error for a name that does not exist, with the nearest one that does."""
+    """An error for an unknown name, with the nearest known one."""
     names = sorted(known)
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -1,6 +1,6 @@
-"""Every method is a row of switches over one training loop (docs/method.md, "Methods are rows").
+"""The training methods: each is a row of switches over the same loop (docs/method.md, "Methods are rows").
 
-A method whose switches the loop supports is added by a row in `METHODS`, and by nothing else.
+A new combination of switches needs nothing but a new row in `METHODS`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from skillsd.errors import unknown_name
 
 @dataclass(frozen=True)
 class Method:
-    """The switches.
+    """The switches of a method.
 
     Attributes:
-        name: as recipes and tables write it.
-        reward_weight: weight of the reward's term, L_GRPO; 0 is distillation alone.
-        lambda_sdl: weight of the teacher's term, L_SDL; 0 is no teacher. A recipe may set another value.
-        imitation_weight: weight of the likelihood of the task's best success so far; 0 is no self-imitation. A recipe
-            may set another value.
+        name: the name in recipes and tables.
+        reward_weight: weight of the policy-gradient term, L_GRPO. 0: distillation only.
+        lambda_sdl: weight of the distillation term, L_SDL. 0: no teacher. The default of ``objective.lambda_sdl``.
+        imitation_weight: weight of the negative log-likelihood of the task's best success so far. 0: no self-imitation.
+            The default of ``objective.imitation_weight``.
         context: the teacher's extra context: a skill from the bank, or a reference solution.
         teacher: the teacher's weights: the student's, copied every few iterations (``synchronised``) or once at the
             start (``frozen``), or another model's (``external``).
         student_prompt: the student's prompt *in training*; at test time it is always ``plain``.
-        sampler: the policy of the training rollouts. A teacher acts under its own prompt, which holds the skill, and
-            the student trains on those actions under the student's prompt.
-        description: one line for people.
+        sampler: the policy of the training rollouts. The teacher samples under its own prompt, which contains the
+            skill; the student trains on those actions under the student's prompt.
+        description: one line for `skillsd methods`.
 
     Raises:
         ValueError: if the switches contradict each other.
@@ -47,22 +47,22 @@ class Method:
     def __post_init__(self) -> None:
         weights = (self.reward_weight, self.lambda_sdl, self.imitation_weight)
         if min(weights) < 0 or max(weights) == 0:
-            raise ValueError(f"method {self.name!r}: weights must be 0 or more, and one of them more")
+            raise ValueError(f"method {self.name!r}: weights must not be negative, and at least one must be positive")
         if (self.teacher == "none") != (self.lambda_sdl == 0):
-            raise ValueError(f"method {self.name!r}: lambda {self.lambda_sdl}, but teacher {self.teacher!r}")
+            raise ValueError(f"method {self.name!r}: lambda_sdl is {self.lambda_sdl}, but teacher is {self.teacher!r}")
         if self.teacher == "none" and (self.context != "none" or self.sampler == "teacher"):
-            raise ValueError(f"method {self.name!r}: without a teacher there is no context, and it can't sample")
+            raise ValueError(f"method {self.name!r}: without a teacher, context must be 'none' and sampler 'student'")
         if self.teacher == "synchronised" and self.context == "none" and self.student_prompt == "plain":
-            raise ValueError(f"method {self.name!r}: its teacher is the student without extra context")
+            raise ValueError(f"method {self.name!r}: the teacher equals the student: same weights, no extra context")
 
     @property
     def uses_skills(self) -> bool:
-        """Whether a skill is in any prompt in training."""
+        """Whether any training prompt contains a skill."""
         return "skill" in (self.context, self.student_prompt)
 
     @property
     def sampler_sees_context(self) -> bool:
-        """Whether the sampling policy's prompt holds the context, so that it must be selected before the rollouts."""
+        """Whether the sampling policy's prompt contains the context. If so, it is selected before the rollouts."""
         return self.student_prompt == "skill" or (self.sampler == "teacher" and self.context != "none")
 
 
@@ -75,7 +75,7 @@ _GRPO = Method(
     teacher="none",
     student_prompt="plain",
     sampler="student",
-    description="Group-relative policy gradient from the reward alone.",
+    description="Group-relative policy optimisation on the reward alone.",
 )
 _SKILL_SD = replace(
     _GRPO,
@@ -83,28 +83,28 @@ _SKILL_SD = replace(
     lambda_sdl=0.001,  # the paper's, for its 4B model
     context="skill",
     teacher="synchronised",
-    description="GRPO, plus distillation from the student itself with a skill in its prompt.",
+    description="GRPO plus distillation; the teacher is the student with a skill in its prompt.",
 )
 _OPD = replace(
     _SKILL_SD,
     name="opd",
     reward_weight=0.0,
     lambda_sdl=1.0,
-    description="Distillation alone, from a teacher with a skill in its prompt; no reward.",
+    description="Distillation only; the teacher is the student with a skill in its prompt.",
 )
 _OPSD = replace(
     _OPD,
     name="opsd",
     context="oracle",
     teacher="frozen",
-    description="Distillation alone, from a frozen teacher with the reference solution in its prompt.",
+    description="Distillation only; a frozen teacher with the reference solution in its prompt.",
 )
 _GRPO_OPSD = replace(
     _OPSD,
     name="grpo-opsd",
     reward_weight=1.0,
     lambda_sdl=0.001,
-    description="GRPO and OPSD together.",
+    description="GRPO plus OPSD: a frozen teacher with the reference solution in its prompt.",
 )
 _ROWS = (
     _GRPO,
@@ -113,7 +113,7 @@ _ROWS = (
         _GRPO,
         name="skill-grpo",
         student_prompt="skill",
-        description="Skill-augmented GRPO: the skill is in the student's own prompt in training, but not at test time.",
+        description="Skill-augmented GRPO: a skill in the student's prompt in training, but not at test time.",
     ),
     _OPD,
     replace(
@@ -121,7 +121,7 @@ _ROWS = (
         name="opd-external",
         context="none",
         teacher="external",
-        description="Distillation alone, from another model under the plain prompt (teacher.model).",
+        description="Distillation only; the teacher is another model (teacher.model) under the plain prompt.",
     ),
     _OPSD,
     _GRPO_OPSD,
@@ -129,32 +129,32 @@ _ROWS = (
         _GRPO_OPSD,
         name="grpo-opsd-synchronised",
         teacher="synchronised",
-        description="GRPO and OPSD together; the teacher is the student with the reference solution in its prompt.",
+        description="GRPO plus distillation; the teacher is the student with the reference solution in its prompt.",
     ),
     replace(
         _SKILL_SD,
         name="skill-sd-frozen",
         teacher="frozen",
-        description="Skill-SD with a teacher that keeps the base model's weights (an ablation in the paper).",
+        description="Skill-SD with a frozen teacher (an ablation in the paper).",
     ),
     replace(
         _SKILL_SD,
         name="teacher-rollouts",
         sampler="teacher",
-        description="Skill-SD on rollouts by the synchronised teacher (an ablation in the paper).",
+        description="Skill-SD on rollouts of the synchronised teacher (an ablation in the paper).",
     ),
     replace(
         _SKILL_SD,
         name="teacher-rollouts-frozen",
         teacher="frozen",
         sampler="teacher",
-        description="Skill-SD on rollouts by the frozen teacher (an ablation in the paper).",
+        description="Skill-SD on rollouts of a frozen teacher (an ablation in the paper).",
     ),
     replace(
         _GRPO,
         name="grpo-imitation",
         imitation_weight=0.1,
-        description="GRPO, plus the likelihood of its own best success on the task: no skill, no teacher (a control).",
+        description="GRPO plus imitation of its own best success on the task; no skill, no teacher (a control).",
     ),
 )
 
@@ -165,7 +165,7 @@ def method(name: str) -> Method:
     """The method called `name`.
 
     Raises:
-        UserError: if there is none.
+        UserError: for an unknown name.
     """
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
@@ -173,7 +173,7 @@ def method(name: str) -> Method:
 
 
 def methods_table(methods: Iterable[Method] | None = None) -> str:
-    """Names and switches as a Markdown table, aligned so that it reads well as plain text too."""
+    """Names and switches as an aligned Markdown table."""
     rows = [["method", "reward", "lambda", "imitation", "teacher's context", "teacher", "student's prompt", "sampler"]]
     for m in METHODS.values() if methods is None else methods:
         weights = [f"{weight:g}" for weight in (m.reward_weight, m.lambda_sdl, m.imitation_weight)]

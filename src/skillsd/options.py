@@ -14,7 +14,7 @@ from skillsd.errors import unknown_name
 
 
 class Options(BaseModel):
-    """A section of a recipe. A field's docstring is its documentation (`skillsd config`, ``docs/configuration.md``)."""
+    """A section of a recipe. Field docstrings are the documentation shown by `skillsd config`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -25,13 +25,13 @@ def _must_be_json(values: dict[str, Any]) -> dict[str, Any]:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError, RecursionError):
             raise ValueError(
-                f"{name!r} is not JSON: YAML has more types than JSON; put a date, for example, in quotes"
+                f"{name!r} can't be written as JSON. YAML has more types than JSON: a date, for example, needs quotes"
             ) from None
     return values
 
 
 JsonObject = Annotated[dict[str, Any], AfterValidator(_must_be_json)]
-"""A mapping whose values are JSON: YAML has more types, dates for example."""
+"""A mapping whose values can be written as JSON. YAML has more types, such as dates."""
 
 
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -39,7 +39,7 @@ _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 @dataclass(frozen=True)
 class NameOrPath:
-    """Marks a text setting that is one of `names`, or ``module:attribute`` of a user's own."""
+    """Annotation for a text field that is one of `names`, or a custom ``module:attribute``."""
 
     kind: str
     names: tuple[str, ...]

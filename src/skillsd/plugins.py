@@ -1,4 +1,4 @@
-"""Find code by name: what ships with the package, what others register, and what a user names as ``module:Class``."""
+"""Find code by name: shipped with the package, registered by other packages, or given as ``module:Class``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from skillsd.errors import UserError, unknown_name
 
 ENVIRONMENTS = "skillsd.environments"
 ENGINES = "skillsd.engines"
-"""Entry point groups under which other packages register theirs."""
+"""Entry point groups for the environments and engines of other packages."""
 
 SHIPPED: Mapping[str, Mapping[str, str]] = {
     ENVIRONMENTS: {
@@ -25,11 +25,11 @@ SHIPPED: Mapping[str, Mapping[str, str]] = {
         "vllm": "skillsd.engines.vllm.options:VllmOptions",
     },
 }
-"""Group -> name -> target. Not entry points of our own, so that a source tree works without being installed."""
+"""Group -> name -> target. Not declared as entry points, so that a source tree works without being installed."""
 
 
 def registered(group: str) -> dict[str, str]:
-    """Name -> ``module:attribute`` of everything in an entry point group, the package's own included."""
+    """Name -> ``module:attribute`` of an entry point group, including what ships with the package."""
     found = {point.name: point.value for point in entry_points(group=group)}
     return dict(sorted({**found, **SHIPPED.get(group, {})}.items()))
 
@@ -38,8 +38,8 @@ def find(kind: str, name: str, known: Iterable[str], targets: Mapping[str, str] 
     """The object called `name`: one of `targets`, or given as ``module:attribute``.
 
     Args:
-        kind: what it is, for error messages ("environment", "engine" ...).
-        known: names to list if there is no such object.
+        kind: the kind of object, for error messages ("environment", "engine" ...).
+        known: names to list in the error for an unknown name.
         targets: name -> ``module:attribute``.
 
     Raises:
@@ -50,7 +50,7 @@ def find(kind: str, name: str, known: Iterable[str], targets: Mapping[str, str] 
         raise unknown_name(kind, name, known)
     module, _, attribute = target.partition(":")
     if ":" in name and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a user's own module lies where the command is run
+        sys.path.insert(0, os.getcwd())  # custom modules are usually in the current folder
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:  # ValueError: an empty module name

@@ -1,57 +1,28 @@
-"""The command line: mistakes get one line and exit code 2, never a traceback."""
+"""The command line. Mistakes get one line and exit code 2, never a traceback."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
-
-from skillsd import cli
-from skillsd import config as configs
-from skillsd.engines.vllm.client import EngineFailedError
-from skillsd.skills.bank import Bank
-from skillsd.types import Outcome, Skill, Task
-
-sys.path.insert(0, str(Path(__file__).parent / "training"))
+from command import Command, assert_one_line
 from toy_run import toy_settings
 
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Said]
-
-
-@pytest.fixture
-def skillsd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.console, "_width", 300)
-
-    def call(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["skillsd", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return Said(code, *capsys.readouterr())
-
-    return call
+from skillsd import config as configs
+from skillsd.cli.app import main
+from skillsd.errors import EngineFailedError
+from skillsd.skills.bank import Bank
+from skillsd.types import Outcome, Skill, Task
 
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two iterations, its recipe beside it."""
+    """A finished run of four iterations, with its recipe next to it."""
     from skillsd.config import RunConfig, load
     from skillsd.runs.lifecycle import run_training
 
@@ -61,7 +32,7 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "toy.yaml").write_text(yaml.safe_dump(settings))
     run_training(load(RunConfig, str(folder / "toy.yaml")), folder / "run")
     with Bank(folder / "run" / "skills.sqlite") as bank:
-        # What a language model may well write: rich's markup and emoji codes among it.
+        # A language model may write anything, including rich's markup and emoji codes.
         bank.add(
             Task("train-0", "toy", "train"),
             Skill("", "[/INST] ends [bold]here :smile:", "x" * 300),
@@ -70,23 +41,14 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def one_line(said: Said, *parts: str) -> None:
-    assert said.code == 2, said
-    assert said.out == "" or "->" in said.out, said
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1, said.err
-    for part in parts:
-        assert part in said.err, said.err
-
-
 # -- mistakes -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["trian"], "'train'"),
-        (["train"], "recipe"),
+        (["train"], "RECIPE"),
         (["train", "sokoban-nan"], "'sokoban-nano'"),
         (["train", "sokoban-nano", "--resum"], "--resume"),
         (["train", "sokoban-nano", "training.iteratons=1"], "'training.iterations'"),
@@ -110,7 +72,7 @@ def one_line(said: Said, *parts: str) -> None:
         (["sft", "sokoban-nano"], "skillsd train"),
         (["eval", "nowhere"], "--recipe"),
         (["eval", "--model", "nowhere", "--recipe", "sokoban-nano"], "nowhere"),
-        (["eval"], "what shall play"),
+        (["eval"], "nothing to evaluate"),
         (["eval", "--model", "m", "--endpoint", "nonsense", "--recipe", "sokoban-nano"], "base_url"),
         (["eval", "--endpoint", "http://localhost:1/v1"], "--model"),
         (["eval", "--model", "nano", "--recipe", "sokoban-nano", "--price-in", "1"], "--endpoint"),
@@ -120,7 +82,7 @@ def one_line(said: Said, *parts: str) -> None:
         (["table", "sokoban-nano", "--methods", "gpro"], "'grpo'"),
         (["table", "sokoban-nano", "--methods", "grpo,,"], "commas"),
         (["table", "sokoban-nano", "--episodes", "many"], "--episodes is 'many'"),
-        (["table", "sokoban-nano", "--methods", "grpo", "--episodes", "100"], "128 an iteration"),
+        (["table", "sokoban-nano", "--methods", "grpo", "--episodes", "100"], "128 episodes per iteration"),
         (["doctor", "sokoban-nan"], "'sokoban-nano'"),
         (["skills", "lst"], "'list'"),
         (["skills", "list", "nowhere"], "no skill bank"),
@@ -130,22 +92,22 @@ def one_line(said: Said, *parts: str) -> None:
         (["envs", "play", "sokoban", "preset={"], "YAML"),
     ],
 )
-def test_a_mistake_gets_one_helpful_line(skillsd: Command, arguments: list[str], told: str) -> None:
-    one_line(skillsd(*arguments), told)
+def test_a_mistake_gets_one_helpful_line(skillsd: Command, arguments: list[str], expected: str) -> None:
+    assert_one_line(skillsd(*arguments), expected)
 
 
 def test_odd_paths(skillsd: Command, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    one_line(skillsd("train", "sokoban-nano", "--out", "file"), "is a file")
-    one_line(skillsd("train", "sokoban-nano", "--out", "file/run"), "file")
+    assert_one_line(skillsd("train", "sokoban-nano", "--out", "file"), "is a file")
+    assert_one_line(skillsd("train", "sokoban-nano", "--out", "file/run"), "file")
     (tmp_path / "latin.yaml").write_bytes("name: grün".encode("latin-1"))
-    one_line(skillsd("train", "latin.yaml"), "latin.yaml", "not readable")
-    one_line(skillsd("skills", "list", "file"), "not a skill bank")
-    one_line(skillsd("train", "x" * 5000), "xxx")
+    assert_one_line(skillsd("train", "latin.yaml"), "latin.yaml", "not readable")
+    assert_one_line(skillsd("skills", "list", "file"), "not a skill bank")
+    assert_one_line(skillsd("train", "x" * 5000), "xxx")
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "expected"),
     [
         (OSError("the disk\nis odd"), "the disk is odd"),
         (OSError(28, "No space left on device"), "No space left on device"),
@@ -154,14 +116,14 @@ def test_odd_paths(skillsd: Command, tmp_path: Path) -> None:
         (EngineFailedError("vLLM is gone"), "vLLM is gone"),
     ],
 )
-def test_what_fails_below_gets_one_line(
-    skillsd: Command, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+def test_a_system_error_gets_one_line(
+    skillsd: Command, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str
 ) -> None:
     def fail() -> list[str]:
         raise error
 
     monkeypatch.setattr(configs, "recipes", fail)
-    one_line(skillsd("recipes"), told)
+    assert_one_line(skillsd("recipes"), expected)
 
 
 def test_a_bug_keeps_its_traceback(skillsd: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,32 +133,32 @@ def test_a_bug_keeps_its_traceback(skillsd: Command, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(configs, "recipes", fail)
     monkeypatch.setattr(sys, "argv", ["skillsd", "recipes"])
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.main()
+        main()
 
 
-def test_a_model_is_exported_to_where_one_stands(skillsd: Command, run: Path, tmp_path: Path) -> None:
+def test_a_model_is_exported_into_the_current_folder(skillsd: Command, run: Path, tmp_path: Path) -> None:
     said = skillsd("export", run / "run", "--out", ".")
     assert said.code == 0, said
     assert Path("config.json").is_file()  # still the same folder
     assert (tmp_path / "model.safetensors").is_file()
     assert not list(tmp_path.parent.glob(".*.partial"))
-    one_line(skillsd("export", run / "run", "--out", "."), "holds something already")
+    assert_one_line(skillsd("export", run / "run", "--out", "."), "is not empty")
 
 
-def test_wandb_that_is_not_installed(skillsd: Command, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_missing(skillsd: Command, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    one_line(skillsd("train", run / "toy.yaml", "log.wandb=x", "--out", "other"), "pip install 'skillsd[wandb]'")
+    assert_one_line(skillsd("train", run / "toy.yaml", "log.wandb=x", "--out", "other"), "pip install 'skillsd[wandb]'")
 
 
-def test_a_run_that_is_there_already(skillsd: Command, run: Path) -> None:
-    one_line(skillsd("train", run / "toy.yaml", "--out", run / "run"), "--resume")
+def test_an_existing_run(skillsd: Command, run: Path) -> None:
+    assert_one_line(skillsd("train", run / "toy.yaml", "--out", run / "run"), "--resume")
     changed = skillsd("train", run / "toy.yaml", "seed=1", "--out", run / "run", "--resume")
-    one_line(changed, "seed was 0, now 1")
+    assert_one_line(changed, "seed was 0, now 1")
     assert skillsd("train", run / "toy.yaml", "--out", run / "run", "--resume").code == 0
 
 
 @pytest.mark.parametrize("arguments", [[], ["skills"], ["envs"]])
-def test_without_a_command_there_is_help(skillsd: Command, arguments: list[str]) -> None:
+def test_no_command_prints_help(skillsd: Command, arguments: list[str]) -> None:
     said = skillsd(*arguments)
     assert said.code == 2
     assert "Usage: skillsd" in said.out + said.err
@@ -205,8 +167,8 @@ def test_without_a_command_there_is_help(skillsd: Command, arguments: list[str])
 # -- what works -----------------------------------------------------------------------------------------------------
 
 
-def test_training_shows_how_it_goes(skillsd: Command, run: Path, tmp_path: Path) -> None:
-    # A folder whose name looks like markup.
+def test_training_shows_progress(skillsd: Command, run: Path, tmp_path: Path) -> None:
+    # A folder whose name looks like rich markup.
     said = skillsd("train", run / "toy.yaml", "training.iterations=1", "--out", "[bold]run[/]")
     assert said.code == 0, said
     assert said.err == ""
@@ -216,7 +178,7 @@ def test_training_shows_how_it_goes(skillsd: Command, run: Path, tmp_path: Path)
     assert (tmp_path / "[bold]run[/]" / "checkpoints" / "step-1").is_dir()
 
 
-def test_no_iterations(skillsd: Command, run: Path) -> None:
+def test_a_run_of_zero_iterations(skillsd: Command, run: Path) -> None:
     assert skillsd("train", run / "toy.yaml", "training.iterations=0", "--out", "none").code == 0
 
 
@@ -227,7 +189,7 @@ def test_a_run_and_a_model_are_evaluated(skillsd: Command, run: Path, tmp_path: 
     sampled, greedy = json.loads((tmp_path / "figures.json").read_text())
     assert (sampled["temperature"], sampled["episodes"], greedy["temperature"], greedy["episodes"]) == (1.0, 8, 0.0, 4)
     assert sampled["split"] == greedy["split"] == "tune"
-    # Every figure is there to be read.
+    # No number is truncated.
     assert f"{100 * sampled['accuracy']:.1f} %" in said.out
     assert "…" not in said.out
     assert (run / "run" / "skills.sqlite").read_bytes() == rows
@@ -235,10 +197,10 @@ def test_a_run_and_a_model_are_evaluated(skillsd: Command, run: Path, tmp_path: 
     assert said.code == 0, said
     assert len(sampled["successes"]) == 4
     assert sum(sampled["successes"]) / 4 == pytest.approx(sampled["accuracy"])
-    assert sum(greedy["scores"]) / 4 == pytest.approx(greedy["completion"])
+    assert sum(greedy["rewards"]) / 4 == pytest.approx(greedy["completion"])
     assert (sampled["samples"], greedy["samples"], sampled["iteration"]) == (2, 1, 4)
-    one_line(skillsd("eval", run / "run", "--split", "tst"), "'test'")
-    one_line(skillsd("eval", run / "run", "--recipe", "sokoban-nano"), "brings its own recipe")
+    assert_one_line(skillsd("eval", run / "run", "--split", "tst"), "'test'")
+    assert_one_line(skillsd("eval", run / "run", "--recipe", "sokoban-nano"), "a run has its own recipe")
 
 
 def test_several_checkpoints_of_a_run_are_evaluated(skillsd: Command, run: Path, tmp_path: Path) -> None:
@@ -249,12 +211,12 @@ def test_several_checkpoints_of_a_run_are_evaluated(skillsd: Command, run: Path,
     manifest = json.loads((run / "run" / "manifest.json").read_text())
     assert {r["model"]["weights"] for r in records} == {manifest["model"]["weights"]}
     assert {r["run"] for r in records} == {manifest["started"]}
-    # The last one is what is evaluated when none is named.
+    # The default is the last one.
     assert skillsd("eval", run / "run", "--split", "tune", "--json", "last.json").code == 0
     last = json.loads((tmp_path / "last.json").read_text())
     assert [r["successes"] for r in last] == [r["successes"] for r in records[:2]]
-    one_line(skillsd("eval", run / "run", "--at", 3), "no checkpoint of iteration 3; it has those of 2, 4")
-    one_line(
+    assert_one_line(skillsd("eval", run / "run", "--at", 3), "no checkpoint of iteration 3; it has: 2, 4")
+    assert_one_line(
         skillsd("eval", "--model", "nano", "--recipe", run / "toy.yaml", "--at", 3), "--at is for a run's checkpoints"
     )
 
@@ -269,7 +231,7 @@ def test_skills_are_listed_shown_and_exported(skillsd: Command, run: Path, tmp_p
     assert said.out.count("train-") == len(stored)
     odd = stored[-1]
     shown = skillsd("skills", "show", run / "run", odd.id)
-    assert json.loads(shown.out)["skill"]["mistake_analysis"] == odd.skill.mistake_analysis  # to the letter
+    assert json.loads(shown.out)["skill"]["mistake_analysis"] == odd.skill.mistake_analysis  # verbatim
     exported = [json.loads(line) for line in skillsd("skills", "export", run / "run").out.splitlines()]
     assert [record["id"] for record in exported] == [skill.id for skill in stored]
     assert exported[0]["source"] == stored[0].source
@@ -277,12 +239,12 @@ def test_skills_are_listed_shown_and_exported(skillsd: Command, run: Path, tmp_p
     assert len((tmp_path / "all.jsonl").read_text().splitlines()) == len(stored)
     only = skillsd("skills", "list", run / "run" / "skills.sqlite", "--task", "train-0")
     assert "train-1" not in only.out
-    one_line(skillsd("skills", "list", run / "run", "--task", "train-99"), "train-99")
-    one_line(skillsd("skills", "show", run / "run", 99999), "no skill 99999")
-    one_line(skillsd("skills", "export", run / "run", "no/folder/x.jsonl"), "no/folder")
+    assert_one_line(skillsd("skills", "list", run / "run", "--task", "train-99"), "train-99")
+    assert_one_line(skillsd("skills", "show", run / "run", 99999), "no skill 99999")
+    assert_one_line(skillsd("skills", "export", run / "run", "no/folder/x.jsonl"), "no/folder")
 
 
-def test_what_there_is(skillsd: Command) -> None:
+def test_listings(skillsd: Command) -> None:
     assert "sokoban-nano" in skillsd("recipes").out
     environments = skillsd("envs", "list").out
     assert [line.split()[0] for line in environments.splitlines() if line[0] != " "][-1] == "sokoban"
@@ -300,12 +262,12 @@ def test_the_doctor_estimates_a_recipe(skillsd: Command, run: Path) -> None:
     assert said.code == 2
     no_model = "expected a folder with config.json, weights and a tokenizer{}. Models by name: nano, smollm2-135m\n"
     assert said.err == f"error: no model in '/no/model': {no_model.format('')}"
-    said = skillsd("doctor", run / "toy.yaml", "model.name=models/mine")  # not asked of a hub
+    said = skillsd("doctor", run / "toy.yaml", "model.name=models/mine")  # without asking the hub
     assert said.err == f"error: no model in 'models/mine': {no_model.format(', as `skillsd sft mine` makes it')}"
 
 
-def test_the_command_itself() -> None:
-    """In a process of its own: nothing heavy is imported for a mistake, and the exit code is real."""
+def test_a_mistake_imports_nothing_heavy() -> None:
+    """In a separate process, which also shows the real exit code."""
     script = "import sys; sys.argv = ['skillsd', 'trian']\nfrom skillsd.cli.app import main\ntry: main()\nfinally: "
     script += "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules), 'heavy'"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -313,7 +275,7 @@ def test_the_command_itself() -> None:
     assert done.stderr == "error: No such command 'trian'. Did you mean 'train'? (skillsd --help)\n"
 
 
-def test_models_by_name(skillsd: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_models_with_a_short_name(skillsd: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SKILLSD_CACHE", str(tmp_path))
     said = skillsd("models", "list")
     assert (said.code, said.err) == (0, "")

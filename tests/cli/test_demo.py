@@ -1,9 +1,10 @@
-"""The demo's whole way on a budget of seconds: what it leaves must be complete and say what it measured."""
+"""The demo on a budget of seconds: its output is complete."""
 
 from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 from rich.console import Console
 
@@ -18,7 +19,7 @@ SMALL = [
 ]
 
 
-def test_the_demo_leaves_a_summary_a_picture_and_its_runs(tmp_path):
+def test_the_demo_writes_a_summary_a_picture_and_its_runs(tmp_path: Path) -> None:
     shown = io.StringIO()
     run_demo(tmp_path / "demo", [0], SMALL, Console(file=shown, width=120))
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
@@ -32,10 +33,10 @@ def test_the_demo_leaves_a_summary_a_picture_and_its_runs(tmp_path):
     assert (tmp_path / "demo" / "learning-curves.png").stat().st_size > 10_000
     text = shown.getvalue()
     assert "accuracy" in text
-    assert "skills that it wrote" in text
+    assert "skills written for its teacher" in text
     assert str(tmp_path) in text.replace("\n", "")
 
-    # The same command again repeats nothing: the runs are there.
+    # The same command again repeats nothing.
     before = (tmp_path / "demo" / "nano" / "grpo" / "seed-0" / "metrics.jsonl").read_bytes()
     run_demo(tmp_path / "demo", [0], SMALL, Console(file=io.StringIO(), width=120))
     assert (tmp_path / "demo" / "nano" / "grpo" / "seed-0" / "metrics.jsonl").read_bytes() == before

@@ -1,4 +1,4 @@
-"""`skillsd eval` of a model behind an endpoint, against a server that misbehaves on purpose; and how it is resumed."""
+"""`skillsd eval` of a model behind an endpoint, against a misbehaving server; and its resumption."""
 
 from __future__ import annotations
 
@@ -7,29 +7,24 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
+from command import Result
 from fake_endpoint import FakeEndpoint, Reply, Request, completion, refusal
-
-from skillsd import cli, endpoint
-from skillsd.errors import UserError
-from skillsd.report import manifest
-from skillsd.evaluation.episode_log import EpisodeLog
-from skillsd.runs.subjects import beside
-
-sys.path.insert(0, str(Path(__file__).parent / "training"))
 from toy_run import toy_settings
+
+from skillsd.cli.app import main
+from skillsd.cli.common import console
+from skillsd.engines import endpoint
+from skillsd.errors import UserError
+from skillsd.evaluation.episode_log import EpisodeLog
+from skillsd.report import manifest
+from skillsd.runs.subjects import replace_records
 
 KEY = "sk-very-secret-0123456789"
 TASKS = 3  # of the toy's test split
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(autouse=True)
@@ -55,32 +50,32 @@ def serve() -> Iterator[Callable[..., FakeEndpoint]]:
 @pytest.fixture
 def evaluate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., Said]:
-    """`evaluate(server, *arguments)`: of the model ``a/model`` on the toy, at temperature 1 unless told otherwise."""
+) -> Callable[..., Result]:
+    """`evaluate(server, *arguments)`: the model ``a/model`` on the toy, at temperature 1 by default."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.console, "_width", 300)
+    monkeypatch.setattr(console, "_width", 300)
     recipe = toy_settings(Path("unused"), rollout={"turn_tokens": 8, "trajectory_tokens": 500})
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(recipe))
 
-    def call(server: FakeEndpoint, *arguments: object) -> Said:
+    def call(server: FakeEndpoint, *arguments: object) -> Result:
         words = ["skillsd", "eval", "--model", "a/model", "--endpoint", server.url, "--recipe", "toy.yaml"]
         words += ["--key-env", "MY_KEY", *([] if "--temperature" in arguments else ["--temperature", "1"])]
         monkeypatch.setattr(sys, "argv", [*words, *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         code = ended.value.code
         assert isinstance(code, int)
-        return Said(code, *capsys.readouterr())
+        return Result(code, *capsys.readouterr())
 
     return call
 
 
-Evaluate = Callable[..., Said]
+Evaluate = Callable[..., Result]
 Serve = Callable[..., FakeEndpoint]
 
 
-def test_what_is_asked_and_what_is_said(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
+def test_requests_and_results(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
     server = serve(completion("Up"))
     said = evaluate(server, "--price-in", 2, "--price-out", 10, "--json", "x.json", "--request", "{seed: 3}")
     assert said.code == 0, said
@@ -103,7 +98,7 @@ def test_what_is_asked_and_what_is_said(evaluate: Evaluate, serve: Serve, tmp_pa
     assert KEY not in said.out + said.err + "".join(p.read_text() for p in tmp_path.rglob("*.json*"))
 
 
-def test_a_second_try_pays_for_nothing_twice(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
+def test_a_second_attempt_pays_for_nothing_twice(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
     server = serve(completion("Up"))
     assert evaluate(server, "--json", "x.json").code == 0
     calls = len(server.requests)
@@ -123,7 +118,7 @@ def test_a_second_try_pays_for_nothing_twice(evaluate: Evaluate, serve: Serve, t
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ("seed=5", "seed"),
         ("rollout.turn_tokens=9", "budget"),
@@ -131,18 +126,18 @@ def test_a_second_try_pays_for_nothing_twice(evaluate: Evaluate, serve: Serve, t
         ("--limit=2", "limit"),
     ],
 )
-def test_episodes_of_other_settings_are_not_mixed(evaluate: Evaluate, serve: Serve, change: str, told: str) -> None:
+def test_episodes_of_other_settings_are_not_mixed(evaluate: Evaluate, serve: Serve, change: str, expected: str) -> None:
     server = serve(completion("Up"))
     assert evaluate(server).code == 0
     calls = len(server.requests)
     said = evaluate(server, change)
     assert said.code == 2
-    assert f"their {told}" in said.err
+    assert f"their {expected}" in said.err
     assert "--episodes" in said.err
     assert len(server.requests) == calls
 
 
-def test_a_line_that_a_crash_cut_is_played_again(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
+def test_an_episode_whose_line_was_cut_by_a_crash_is_repeated(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
     server = serve(completion("Up"))
     assert evaluate(server, "--episodes", "kept.jsonl", "--json", "x.json").code == 0
     whole = (tmp_path / "kept.jsonl").read_bytes()
@@ -152,22 +147,22 @@ def test_a_line_that_a_crash_cut_is_played_again(evaluate: Evaluate, serve: Serv
     assert len([r for r in records if "episode" in r]) == TASKS
     (tmp_path / "kept.jsonl").write_text("what?\n")
     said = evaluate(server, "--episodes", "kept.jsonl")
-    assert (said.code, "no file of kept episodes" in said.err) == (2, True)
+    assert (said.code, "not an episode log" in said.err) == (2, True)
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}', '[{"format": 1}]', '{"format": 2}', "x", '{"format": 1}\n[1]\n'])
-def test_a_file_of_someone_elses_is_left_alone(evaluate: Evaluate, serve: Serve, tmp_path: Path, text: str) -> None:
-    """One line without an end may be all that minified JSON has."""
+def test_another_file_is_left_alone(evaluate: Evaluate, serve: Serve, tmp_path: Path, text: str) -> None:
+    """Also one without a line break, like minified JSON."""
     (tmp_path / "mine.json").write_text(text)
     server = serve(completion("Up"))
     said = evaluate(server, "--episodes", "mine.json")
-    assert (said.code, "no file of kept episodes" in said.err) == (2, True)
+    assert (said.code, "not an episode log" in said.err) == (2, True)
     assert (tmp_path / "mine.json").read_text() == text
     assert not server.requests
 
 
 @pytest.mark.parametrize("size", [0, 1, 9, 40])
-def test_a_first_line_that_a_crash_cut_is_written_again(tmp_path: Path, size: int) -> None:
+def test_a_first_line_cut_by_a_crash_is_rewritten(tmp_path: Path, size: int) -> None:
     path = tmp_path / "kept.jsonl"
     EpisodeLog(path, {"model": "m", "seed": 3}).close({})
     whole = path.read_bytes()
@@ -176,19 +171,19 @@ def test_a_first_line_that_a_crash_cut_is_written_again(tmp_path: Path, size: in
     assert path.read_bytes() == whole
 
 
-def test_one_try_at_a_time(tmp_path: Path) -> None:
+def test_an_episode_log_is_locked(tmp_path: Path) -> None:
     path = tmp_path / "kept.jsonl"
     first = EpisodeLog(path, {"seed": 3})
-    with pytest.raises(UserError, match="another try is under way"):
+    with pytest.raises(UserError, match="another process is using"):
         EpisodeLog(path, {"seed": 3})
     first.close({})
     with pytest.raises(UserError, match="another evaluation"):
         EpisodeLog(path, {"seed": 4})
-    EpisodeLog(path, {"seed": 3}).close({})  # neither of them holds the lock any more
+    EpisodeLog(path, {"seed": 3}).close({})  # neither of them still holds the lock
 
 
 @pytest.mark.parametrize("name", ["x.json", "./x.json", "runs/eval-a-model-toy_env:Toy-test.jsonl"])
-def test_figures_and_episodes_want_a_file_each(evaluate: Evaluate, serve: Serve, tmp_path: Path, name: str) -> None:
+def test_results_and_episodes_need_separate_files(evaluate: Evaluate, serve: Serve, tmp_path: Path, name: str) -> None:
     (tmp_path / "runs").mkdir()
     episodes = [] if name.startswith("runs") else ["--episodes", "x.json"]
     server = serve(completion("Up"))
@@ -216,8 +211,8 @@ def test_other_requests_and_budgets_are_other_evaluations(evaluate: Evaluate, se
         keep = ["--json", "x.json", "--append", "--episodes", f"{number}.jsonl"]
         assert evaluate(serve(completion("Up")), *keep, *change).code == 0
     records = json.loads((tmp_path / "x.json").read_text())
-    told = [(record["model"]["request"], record["budget"]["turn_tokens"]) for record in records]
-    assert told == [({"seed": 3}, 8), ({}, 9), ({}, 8)]  # the last one took the first one's place, wherever it is asked
+    found = [(record["model"]["request"], record["budget"]["turn_tokens"]) for record in records]
+    assert found == [({"seed": 3}, 8), ({}, 9), ({}, 8)]  # the last replaced the first, although on another server
 
 
 def test_other_adapters_are_other_evaluations(tmp_path: Path) -> None:
@@ -229,7 +224,7 @@ def test_other_adapters_are_other_evaluations(tmp_path: Path) -> None:
     assert weights[0] != weights[1]
     records = [{"model": {"name": "m", "adapter": {"name": "a", "weights": w}}, "seed": 1} for w in weights]
     (tmp_path / "x.json").write_text(json.dumps(records[:1]))
-    assert beside(records[1:], tmp_path / "x.json") == records
+    assert replace_records(records[1:], tmp_path / "x.json") == records
 
 
 def test_retries_are_the_recipes(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
@@ -237,44 +232,44 @@ def test_retries_are_the_recipes(evaluate: Evaluate, serve: Serve, tmp_path: Pat
         again = len(request.body["messages"]) > 1
         return refusal(400, "not these words") if again else completion("Sideways")
 
-    for retries in (0, 3):  # one task is over after its first turn, the others break in every try
+    for retries in (0, 3):  # one task ends after its first turn, the others fail in every attempt
         server = serve(answer=answer)
         said = evaluate(server, f"rollout.retries={retries}", "--episodes", f"{retries}.jsonl")
-        assert f"{TASKS - 1} tasks are left out" in said.out, said
+        assert f"{TASKS - 1} tasks are excluded" in said.out, said
         assert len(server.requests) == 1 + 2 * (TASKS - 1) * (retries + 1)
 
 
-def test_a_request_that_is_no_json(evaluate: Evaluate, serve: Serve) -> None:
+def test_a_request_that_is_not_json(evaluate: Evaluate, serve: Serve) -> None:
     server = serve(completion("Up"))
     for value in ("2024-01-01", ".nan", "{a: [2024-01-01]}"):
         said = evaluate(server, "--request", f"{{x: {value}}}")
         assert (said.code, said.err.count("\n")) == (2, 1)
-        assert "'x' has to be JSON" in said.err
+        assert "'x' can't be written as JSON" in said.err
     assert not server.requests
 
 
 @pytest.mark.parametrize(
-    ("reply", "told"),
+    ("reply", "expected"),
     [
         (refusal(401, "who are you?"), "refuses the key of $MY_KEY"),
-        (refusal(404, "no such model"), "it knows no model 'a/model' (--model)"),
+        (refusal(404, "no such model"), "no model 'a/model' (--model)"),
         (refusal(400, "what is temperature?"), "what is temperature?"),
         (refusal(429, "no money", code="insufficient_quota"), "no money"),
         (refusal(500, "oops"), "oops"),
-        (Reply(b"<html>Welcome</html>"), "no chat completion"),
+        (Reply(b"<html>Welcome</html>"), "chat completion"),
     ],
 )
-def test_an_endpoint_that_never_answers_is_told_in_one_line(
-    evaluate: Evaluate, serve: Serve, reply: Reply, told: str
+def test_an_endpoint_that_never_answers_is_one_error_line(
+    evaluate: Evaluate, serve: Serve, reply: Reply, expected: str
 ) -> None:
     said = evaluate(serve(reply))
     assert said.code == 2
-    assert told in said.err
+    assert expected in said.err
     assert "Traceback" not in said.err
     assert said.err.count("error:") == 1
 
 
-def test_an_endpoint_that_is_not_there(evaluate: Evaluate, serve: Serve) -> None:
+def test_an_endpoint_that_is_down(evaluate: Evaluate, serve: Serve) -> None:
     server = serve(completion("Up"))
     server.close()
     said = evaluate(server)
@@ -285,7 +280,7 @@ def test_an_endpoint_that_is_not_there(evaluate: Evaluate, serve: Serve) -> None
 @pytest.mark.parametrize(
     "text", ["This model's maximum context length is 32 tokens.", "exceeds the available context size"]
 )
-def test_a_dialogue_that_the_model_does_not_hold_is_cut_and_counted(
+def test_a_dialogue_longer_than_the_context_ends_and_is_counted(
     evaluate: Evaluate, serve: Serve, tmp_path: Path, text: str
 ) -> None:
     server = serve(answer=lambda r: refusal(400, text) if len(r.body["messages"]) > 1 else completion("Sideways"))
@@ -295,10 +290,10 @@ def test_a_dialogue_that_the_model_does_not_hold_is_cut_and_counted(
     outcomes = Counter(figures["outcomes"])
     assert outcomes["truncated_tokens"] == TASKS - outcomes["solved"] - outcomes["failed"]
     assert figures["episodes"] == TASKS
-    assert "for want of tokens" in said.out
+    assert "ran out of tokens" in said.out
 
 
-def test_the_budget_of_tokens_ends_an_episode(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
+def test_the_token_budget_ends_an_episode(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
     server = serve(completion("Up", usage=(495, 5)))
     said = evaluate(server, "--json", "x.json")
     [figures] = json.loads((tmp_path / "x.json").read_text())
@@ -307,8 +302,8 @@ def test_the_budget_of_tokens_ends_an_episode(evaluate: Evaluate, serve: Serve, 
     assert figures["mean_turns"] == 1
 
 
-def test_a_server_that_stumbles_costs_nothing_but_time(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
-    """An answer that fails for good after all its retries: the episode is played again, none counts as lost."""
+def test_temporary_server_errors_lose_no_episode(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
+    """After a request has failed in all its retries, the episode is repeated; none is lost."""
     seen: Counter[str] = Counter()
 
     def answer(request: Request) -> Reply:
@@ -324,7 +319,7 @@ def test_a_server_that_stumbles_costs_nothing_but_time(evaluate: Evaluate, serve
     assert set(figures["outcomes"]) <= {"solved", "failed", "truncated_turns"}
 
 
-def test_a_server_that_dies_midway(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
+def test_resumption_after_the_server_died(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
     served = 0
 
     def answer(request: Request) -> Reply:
@@ -347,7 +342,7 @@ def test_a_server_that_dies_midway(evaluate: Evaluate, serve: Serve, tmp_path: P
     assert json.loads((tmp_path / "x.json").read_text())[0]["episodes"] == 4 * TASKS
 
 
-def test_a_budget_holds_over_tries(evaluate: Evaluate, serve: Serve) -> None:
+def test_a_token_budget_holds_across_attempts(evaluate: Evaluate, serve: Serve) -> None:
     server = serve(completion("Up"))
     said = evaluate(server, "--budget-tokens", 150, "rollout.concurrency=1")
     assert said.code == 2
@@ -358,7 +353,7 @@ def test_a_budget_holds_over_tries(evaluate: Evaluate, serve: Serve) -> None:
     assert evaluate(server, "--budget-tokens", 5000, "rollout.concurrency=1").code == 0
 
 
-def test_a_model_here_is_resumed_too(
+def test_an_evaluation_of_a_local_model_is_resumed_too(
     evaluate: Evaluate, serve: Serve, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["skillsd", "eval", "--model", str(tiny_model), "--recipe", "toy.yaml", "rollout.trajectory_tokens=60"]
@@ -366,7 +361,7 @@ def test_a_model_here_is_resumed_too(
     for name in ("x.json", "y.json"):
         monkeypatch.setattr(sys, "argv", [*words, "--episodes", "kept.jsonl", "--json", name])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         assert ended.value.code == 0
         figures.append([{**record, "seconds": 0} for record in json.loads((tmp_path / name).read_text())])
     assert figures[0] == figures[1]

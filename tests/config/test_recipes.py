@@ -1,26 +1,25 @@
-"""The recipes of the package: loaded, validated, dry-run. No weights of the large models are needed."""
+"""The shipped recipes: loaded, validated, and run for an iteration, without the weights of the large models."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import tiny
+from toy_run import go
 
 from skillsd import config as configs
+from skillsd.cli.doctor import FILL
 from skillsd.config import RunConfig
+from skillsd.engines.torch.estimate import estimate
+from skillsd.engines.torch.sizes import Sizes
 from skillsd.envs import registry
 from skillsd.envs.appworld import paths
 from skillsd.errors import UserError
-from skillsd.engines.torch.estimate import FILL, Sizes, estimate
-from skillsd.training.run import build, check_config
-
-sys.path.insert(0, str(Path(__file__).parent / "engines"))
-sys.path.insert(0, str(Path(__file__).parent / "training"))
-import tiny
-from toy_run import go
+from skillsd.runs.build import build
+from skillsd.runs.checks import check_config, engine_spec, workload
 
 PAPER = ["sokoban-qwen3-4b", "appworld-qwen3-4b"]
 WARM_STARTS = ["nano-base", "sokoban-smollm2-base", "appworld-smoke-base"]
@@ -28,7 +27,7 @@ GIB = 1 << 30
 
 
 def load(name: str, overrides: list[str] | None = None) -> RunConfig:
-    """A recipe; AppWorld's on our own tasks, since the official data can't be had here."""
+    """A recipe; AppWorld's with our own tasks, as the official data can't be downloaded here."""
     ours = []
     if name.startswith("appworld"):
         try:
@@ -40,14 +39,14 @@ def load(name: str, overrides: list[str] | None = None) -> RunConfig:
 
 
 @pytest.mark.parametrize("name", configs.recipes())
-def test_every_recipe_says_what_it_is(name: str) -> None:
+def test_every_recipe_begins_with_a_comment(name: str) -> None:
     first = (configs.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# ")
     kind = configs.SftConfig if name in WARM_STARTS else RunConfig
     assert configs.load(kind, name).name == name
 
 
-def test_the_papers_figures() -> None:
+def test_sokoban_as_in_the_paper() -> None:
     config = configs.load(RunConfig, "sokoban-qwen3-4b")
     task_set = registry.load(config.environment.name, config.environment.options)
     assert (len(task_set.tasks("train")), len(task_set.tasks("test")), task_set.max_turns) == (96, 64, 40)
@@ -58,19 +57,22 @@ def test_the_papers_figures() -> None:
 
 @pytest.mark.parametrize("name", PAPER)
 @pytest.mark.parametrize("method", ["skill-sd", "grpo", "skill-sd-frozen"])
-def test_it_fits_the_gpu_that_it_names(name: str, method: str) -> None:
+def test_it_fits_on_the_gpu_that_it_names(name: str, method: str) -> None:
     config = load(name, [f"method={method}"])
     check_config(config)
     task_set = registry.load(config.environment.name, config.environment.options)
     sizes = Sizes.of(config.model.name)
-    need = estimate(config, sizes, turns=task_set.max_turns, own=1 * GIB).need
-    assert 30 * GIB < need < FILL * 79 * GIB
+
+    def need(config: RunConfig) -> int:
+        return estimate(engine_spec(config), workload(config, task_set.max_turns), sizes, own=1 * GIB).need
+
+    assert 30 * GIB < need(config) < FILL * 79 * GIB
     full = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
-    assert estimate(full, sizes, turns=task_set.max_turns).need > need
+    assert need(full) > need(config)
 
 
-def test_the_budgets_hold_a_whole_episode() -> None:
-    """Even of the longest prompt and observations, were every second character a token, and a skill besides."""
+def test_sokobans_budgets_hold_a_whole_episode() -> None:
+    """With the longest prompt and observations, two characters per token, and a skill in addition."""
     config = configs.load(RunConfig, "sokoban-qwen3-4b")
     task_set = registry.load(config.environment.name, config.environment.options)
 
@@ -83,19 +85,19 @@ def test_the_budgets_hold_a_whole_episode() -> None:
         return max(prompts), max(answers)
 
     prompt, answer = asyncio.run(longest())
-    template = 12  # tokens that a chat template puts around a turn
+    template = 12  # tokens that a chat template adds per turn
     rollout = config.rollout
     whole = prompt / 2 + task_set.max_turns * (answer / 2 + rollout.turn_tokens + template)
     assert whole < rollout.trajectory_tokens
     assert whole + config.skills.teacher_extra_tokens < Sizes.of(config.model.name).hidden * 100  # the context: 262,144
 
 
-def test_the_budgets_hold_what_appworld_shows() -> None:
-    """The longest prompt, and 40 turns of observations at their limit with code of the usual length."""
+def test_appworlds_budgets_hold_a_whole_episode() -> None:
+    """The longest prompt, and 40 turns of half-length observations and code of the usual length."""
     config = load("appworld-qwen3-4b")
     task_set: Any = registry.load(config.environment.name, config.environment.options)
     prompt = max(sum(len(message.content) for message in task_set.prompt(task)) for task in task_set.tasks("train"))
-    observation, code = task_set.max_observation_chars / 4, 100  # an output has about 4 characters a token
+    observation, code = task_set.max_observation_chars / 4, 100  # outputs have about 4 characters per token
     assert prompt / 3 + task_set.max_turns * (observation / 2 + code + 12) < config.rollout.trajectory_tokens
     assert observation + config.rollout.turn_tokens < config.rollout.trajectory_tokens / 20
 
@@ -109,8 +111,8 @@ def test_appworld_as_in_the_paper() -> None:
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_a_dry_run(name: str, tmp_path: Path) -> None:
-    """One iteration through the same recipe with a random Qwen3 of two layers, fewer and shorter episodes."""
+def test_an_iteration_with_a_tiny_model(name: str, tmp_path: Path) -> None:
+    """One iteration of the recipe, with a random two-layer Qwen3 and fewer and shorter episodes."""
     kind, sizes = tiny.ARCHITECTURES["qwen3"]
     model = tiny.write(tmp_path / "model", kind, {**sizes, "max_position_embeddings": 4096})
     config = load(

@@ -1,4 +1,4 @@
-"""What a run writes: records that survive a crash, and JSON that is JSON."""
+"""What a run writes: records that survive a crash, and valid JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def iterations(folder: Path) -> list[int]:
     return [record["iteration"] for record in read(folder / METRICS)]
 
 
-def test_what_came_after_the_checkpoint_is_dropped(tmp_path: Path) -> None:
+def test_records_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path, PLAIN, name="x")
     for i in range(1, 6):
         writer.iteration({"iteration": i})
@@ -39,18 +39,18 @@ def test_what_came_after_the_checkpoint_is_dropped(tmp_path: Path) -> None:
     assert iterations(tmp_path) == []
 
 
-def test_what_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
-    heard: list[Any] = []
-    writer = RunWriter(tmp_path, PLAIN, name="x", on_record=lambda kind, record: heard.append((kind, record)))
+def test_values_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    writer = RunWriter(tmp_path, PLAIN, name="x", on_record=lambda kind, record: seen.append((kind, record)))
     writer.iteration({"iteration": 1, "a": float("nan"), "b": float("inf"), "c": 0.5})
     [line] = (tmp_path / METRICS).read_text().splitlines()
     strict = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert strict == {"iteration": 1, "a": None, "b": None, "c": 0.5}
-    assert heard[0][0] == "iteration"
+    assert seen[0][0] == "iteration"
 
 
 @pytest.mark.parametrize(("every", "expected"), [(0, []), (1, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), (4, [1, 5])])
-def test_which_iterations_trajectories_are_kept(tmp_path: Path, every: int, expected: list[int]) -> None:
+def test_trajectories_are_written_every_n_iterations(tmp_path: Path, every: int, expected: list[int]) -> None:
     writer = RunWriter(tmp_path, LogSection(tensorboard=False, trajectories_every=every), name="x")
     for i in range(1, 6):
         writer.trajectories(i, [])
@@ -58,7 +58,7 @@ def test_which_iterations_trajectories_are_kept(tmp_path: Path, every: int, expe
     assert found == [f"iteration-{i:05d}.jsonl" for i in expected]
 
 
-def test_event_files_for_tensorboard(tmp_path: Path) -> None:
+def test_tensorboard_event_files(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path, LogSection(), name="x")
     writer.iteration({"iteration": 1, "loss": 0.25, "text": "left out"})
     writer.close()
@@ -66,7 +66,7 @@ def test_event_files_for_tensorboard(tmp_path: Path) -> None:
     assert b"loss" in events.read_bytes()
 
 
-def test_figures_as_people_read_them() -> None:
+def test_percentages_and_durations() -> None:
     assert percent(0.5123, (0.469, 0.555)) == "51.2 % [46.9, 55.5]"
     assert [duration(s) for s in (-1, 59.4, 60, 3599, 3660)] == [
         "0 s",
@@ -77,7 +77,7 @@ def test_figures_as_people_read_them() -> None:
     ]
 
 
-def test_learning_curves_of_runs_of_different_length(tmp_path: Path) -> None:
+def test_learning_curves_of_runs_of_different_lengths(tmp_path: Path) -> None:
     def curve(*accuracies: float) -> list[dict[str, float | None]]:
         return [{"episodes": 100.0 * i, "eval/accuracy": a} for i, a in enumerate(accuracies)]
 
@@ -89,12 +89,12 @@ def test_learning_curves_of_runs_of_different_length(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_fingerprint_of_weights_is_that_of_the_files(tmp_path: Path) -> None:
+def test_the_fingerprint_of_weights_depends_on_the_weight_files_alone(tmp_path: Path) -> None:
     assert weights_fingerprint(str(tmp_path)) is None
     assert weights_fingerprint("nobody/such-a-model") is None
     (tmp_path / "config.json").write_text("{}")
     assert weights_fingerprint(str(tmp_path)) is None
-    (tmp_path / "pytorch_model.bin").write_bytes(b"left out where there are safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"ignored next to safetensors")
     (tmp_path / "b.safetensors").write_bytes(b"two")
     (tmp_path / "a.safetensors").write_bytes(b"one")
     assert weights_fingerprint(str(tmp_path)) == hashlib.sha256(b"onetwo").hexdigest()[:16]
@@ -105,7 +105,7 @@ def test_the_fingerprint_of_weights_is_that_of_the_files(tmp_path: Path) -> None
     assert len(shipped) == 16
 
 
-def test_a_file_is_written_whole_and_a_device_plainly(tmp_path: Path) -> None:
+def test_files_are_written_atomically_and_devices_directly(tmp_path: Path) -> None:
     write_whole(tmp_path / "x.json", "1")
     write_whole(tmp_path / "x.json", "2")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x.json", "2")]

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from toy_run import toy_settings
 
 from skillsd.sweeps.plan import Sweep, plan
@@ -15,15 +12,15 @@ from skillsd.sweeps.plan import Sweep, plan
 
 @pytest.fixture
 def recipe(tiny_model: Path, tmp_path: Path) -> str:
-    """The toy as a recipe's file; 12 episodes an iteration, 6 iterations."""
+    """A recipe file for the toy environment: 12 episodes per iteration, 6 iterations."""
     path = tmp_path / "toy.yaml"
     path.write_text(yaml.safe_dump(toy_settings(tiny_model)))
     return str(path)
 
 
 @pytest.fixture
-def make_study(recipe: str, tmp_path: Path) -> Any:
-    """`make_study(*overrides, **options of plan)`, in ``tmp_path/out``."""
+def make_sweep(recipe: str, tmp_path: Path) -> Any:
+    """`make_sweep(*overrides, **options)`: `plan` in ``tmp_path/out``."""
 
     def make(*overrides: str, **options: Any) -> Sweep:
         return plan(recipe, overrides, tmp_path / "out", **options)
@@ -33,7 +30,7 @@ def make_study(recipe: str, tmp_path: Path) -> Any:
 
 @pytest.fixture
 def two_models(tiny_model: Path, tmp_path: Path) -> list[str]:
-    """Two folders that look like models, as far as a plan looks."""
+    """Two folders that `plan` accepts as models."""
     names = []
     for name in ("one", "two"):
         (tmp_path / "models" / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What a sweep is made of, and every mistake told before anything starts."""
+"""The cells of a sweep and their states; every mistake is reported before anything starts."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import yaml
-from made_up import edit, fill
+from synthetic import edit, fill
 
 from skillsd import config as configs
 from skillsd.config import RunConfig
+from skillsd.config.load import apply_override
 from skillsd.errors import UserError
 from skillsd.report.writer import METRICS
 from skillsd.sweeps.plan import asked, assignment, load_variants, remember
-from skillsd.sweeps.state import DONE, EVALUATE, GO_ON, MISSING, state, steps
+from skillsd.sweeps.state import DONE, EVALUATE, MISSING, RESUME, state, steps
 
 
 def write(path: Path, variants: Any) -> str:
@@ -22,8 +23,8 @@ def write(path: Path, variants: Any) -> str:
     return str(path)
 
 
-def test_the_cells_of_a_study(make_study: Any, two_models: list[str], tmp_path: Path) -> None:
-    sweep = make_study(models=two_models, seeds=range(2), methods=["skill-sd", "grpo"], episodes=[72, 24])
+def test_the_cells_of_a_sweep(make_sweep: Any, two_models: list[str], tmp_path: Path) -> None:
+    sweep = make_sweep(models=two_models, seeds=range(2), methods=["skill-sd", "grpo"], episodes=[72, 24])
     assert sweep.methods == ("base", "skill-sd", "grpo")
     assert sweep.against == "grpo"
     assert sweep.budgets == (24, 72)
@@ -33,18 +34,18 @@ def test_the_cells_of_a_study(make_study: Any, two_models: list[str], tmp_path: 
     assert (cell.config.model.name, cell.config.method, cell.config.seed) == (two_models[1], "skill-sd", 1)
     assert cell.iterations == (2, 6)
     assert cell.config.training.iterations == 6
-    # A checkpoint at each budget, and all of them stay.
+    # A checkpoint at each budget, and all of them are kept.
     assert (cell.config.checkpoint.every, cell.config.checkpoint.keep) == (2, 3)
 
 
-def test_what_the_recipe_says_is_the_default(make_study: Any, tiny_model: Path) -> None:
-    sweep = make_study()
+def test_defaults_are_the_recipes(make_sweep: Any, tiny_model: Path) -> None:
+    sweep = make_sweep()
     assert sweep.methods == ("base", "grpo", "skill-sd")
     assert sweep.budgets == (72,)
     assert list(sweep.models) == [tiny_model.name]
     assert sweep.cells[1].config.checkpoint.every == 2  # the recipe's own
     assert sweep.cells[1].config.checkpoint.keep == 2
-    assert make_study("training.iterations=2").budgets == (24,)
+    assert make_sweep("training.iterations=2").budgets == (24,)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +59,13 @@ def test_what_the_recipe_says_is_the_default(make_study: Any, tiny_model: Path) 
     ],
 )
 def test_checkpoints_fall_on_each_budget(
-    make_study: Any, every: int, episodes: list[int], expected: tuple[int, int]
+    make_sweep: Any, every: int, episodes: list[int], expected: tuple[int, int]
 ) -> None:
-    options = make_study(f"checkpoint.every={every}", episodes=episodes).cells[1].config.checkpoint
+    options = make_sweep(f"checkpoint.every={every}", episodes=episodes).cells[1].config.checkpoint
     assert (options.every, options.keep) == expected
 
 
-def test_variants_are_laid_over_the_recipe(make_study: Any, tmp_path: Path) -> None:
+def test_variants_override_the_recipe(make_sweep: Any, tmp_path: Path) -> None:
     file = write(
         tmp_path / "v.yaml",
         {
@@ -73,14 +74,14 @@ def test_variants_are_laid_over_the_recipe(make_study: Any, tmp_path: Path) -> N
             "unused": {"no_such": 1},
         },
     )
-    sweep = make_study("skills.pick=random", variants=file, methods=["last", "wide"], episodes=[48])
+    sweep = make_sweep("skills.pick=random", variants=file, methods=["last", "wide"], episodes=[48])
     last, wide = sweep.cells[1].config, sweep.cells[2].config
     assert (last.method, last.skills.pick, last.objective.lambda_sdl) == ("skill-sd", "last", 1e-5)
     assert last.skills.template == "teacher_terse"
     assert (sweep.cells[1].iterations, sweep.cells[2].iterations) == ((4,), (2,))
     assert wide.rollout.group_size == 8
     assert sweep.against == "last"
-    # The command line of a cell makes the same run.
+    # A cell's command line gives the same configuration.
     assert configs.load(RunConfig, sweep.recipe, sweep.cells[1].overrides) == last
 
 
@@ -89,82 +90,86 @@ def test_variants_are_laid_over_the_recipe(make_study: Any, tmp_path: Path) -> N
 )
 def test_values_survive_the_command_line(value: Any) -> None:
     data: dict[str, Any] = {}
-    configs._override(data, assignment("a.b", value))
+    apply_override(data, assignment("a.b", value))
     assert data == {"a": {"b": 1e-4 if value == "1e-4" else value}}
 
 
 @pytest.mark.parametrize(
-    ("overrides", "options", "told"),
+    ("overrides", "options", "expected"),
     [
         ([], {"methods": ["gpro"]}, "Did you mean 'grpo'"),
         ([], {"variants": "no-such"}, "unknown variants file 'no-such'"),
         ([], {"variants": "no/such.yaml"}, "no variants file 'no/such.yaml'"),
-        ([], {"episodes": [30]}, "30 are no whole number of iterations of 'grpo', which plays 12"),
-        ([], {"episodes": [0]}, "no budget"),
+        ([], {"episodes": [30]}, "30: not a whole number of iterations of 'grpo', which uses 12 episodes"),
+        ([], {"episodes": [0]}, "--episodes is 0"),
         (["seed=1"], {}, "--seeds"),
         (["method=grpo"], {}, "--methods"),
         (["model.name=nano"], {"models": ["nano"]}, "--models"),
         (["training.iterations=1"], {"episodes": [12]}, "--episodes"),
         (["training.iteratons=1"], {}, "training.iterations"),
-        ([], {"models": ["nano", "hub/nano"]}, "both called 'nano'"),
+        ([], {"models": ["nano", "hub/nano"]}, "have the same label 'nano'"),
         ([], {"models": ["/no/where"]}, "no model in '/no/where'"),
         ([], {"split": "tst"}, "tst"),
         ([], {"limit": 4}, "has 3 tasks"),
         ([], {"against": "opd"}, "unknown method of this table 'opd'"),
-        (["curriculum.easy_first=true"], {"episodes": [12, 24]}, "'grpo': curriculum.easy_first is on, which depends"),
+        (
+            ["curriculum.easy_first=true"],
+            {"episodes": [12, 24]},
+            "'grpo': curriculum.easy_first is true, which depends",
+        ),
         (["objective.lambda_schedule=cosine"], {"episodes": [12, 24]}, "'skill-sd': objective.lambda_schedule is"),
         ([], {"methods": ["grpo", "opd-external"]}, "teacher.model is None"),
         (["skills.template=nowhere"], {}, "'nowhere'"),
     ],
 )
-def test_mistakes_are_told(make_study: Any, overrides: list[str], options: dict[str, Any], told: str) -> None:
+def test_mistakes_are_reported(make_sweep: Any, overrides: list[str], options: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError) as error:
-        make_study(*overrides, **options)
-    assert told in str(error.value)
+        make_sweep(*overrides, **options)
+    assert expected in str(error.value)
 
 
-def test_a_schedule_is_no_matter_for_one_budget_or_without_a_teacher(make_study: Any) -> None:
-    make_study("objective.lambda_schedule=cosine", "curriculum.easy_first=true", episodes=[24])
-    make_study("objective.lambda_schedule=cosine", episodes=[12, 24], methods=["grpo"])
+def test_a_schedule_is_allowed_for_one_budget_or_without_a_teacher(make_sweep: Any) -> None:
+    make_sweep("objective.lambda_schedule=cosine", "curriculum.easy_first=true", episodes=[24])
+    make_sweep("objective.lambda_schedule=cosine", episodes=[12, 24], methods=["grpo"])
 
 
 @pytest.mark.parametrize(
-    ("variants", "told"),
+    ("variants", "expected"),
     [
         ("a: [", "not readable YAML"),
-        ("- a", "hold list"),
+        ("- a", "are a list"),
         ("grpo: {seed: 1}", "has the name of a method"),
         ("base: {}", "has the name of a method"),
-        ("a/b: {}", "not usable as a folder's name"),
-        ("3: {}", "not usable as a folder's name"),
+        ("a/b: {}", "not usable as a folder name"),
+        ("3: {}", "not usable as a folder name"),
         ("a: 3", "expected settings"),
         ("a: {seed: 3}", "--seeds"),
         ("a: {model: {name: x}}", "--models"),
-        ("a: {1: x}", "no key"),
+        ("a: {1: x}", "1 is not a key"),
         ("a: {skills.pik: last}", "variant 'a': recipe"),
-        ("a: {rollout.temperature: 0.5}", "'a' is evaluated otherwise"),
-        ("a: {environment.options: {turns: 2}}", "'a' is evaluated otherwise"),
-        ("a: {rollout.group_size: 5}", "no whole number of iterations of 'a'"),
+        ("a: {rollout.temperature: 0.5}", "'a' is evaluated differently"),
+        ("a: {environment.options: {turns: 2}}", "'a' is evaluated differently"),
+        ("a: {rollout.group_size: 5}", "not a whole number of iterations of 'a'"),
         ("a: {method: opd-external}", "variant 'a': teacher.model is None"),
         ("a: {training.minibatches: 4}", "variant 'a': training.minibatches is 4"),
     ],
 )
-def test_mistakes_in_variants_are_told(make_study: Any, tmp_path: Path, variants: str, told: str) -> None:
+def test_mistakes_in_variants_are_reported(make_sweep: Any, tmp_path: Path, variants: str, expected: str) -> None:
     file = write(tmp_path / "v.yaml", variants)
     with pytest.raises(UserError) as error:
-        make_study(variants=file, methods=["a", "grpo"])
-    assert told in str(error.value)
+        make_sweep(variants=file, methods=["a", "grpo"])
+    assert expected in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_every_mistake_is_told_once(make_study: Any, tmp_path: Path) -> None:
+def test_every_mistake_is_reported_once(make_sweep: Any, tmp_path: Path) -> None:
     file = write(tmp_path / "v.yaml", {"a": {"skills.pik": 1, "seeed": 1}, "b": {"methd": 1}})
     with pytest.raises(UserError) as error:
-        make_study(variants=file, methods=["a", "b"], seeds=range(3))
+        make_sweep(variants=file, methods=["a", "b"], seeds=range(3))
     assert len(str(error.value).splitlines()) == 3
 
 
-def test_the_packages_variants_are_sound(tmp_path: Path) -> None:
+def test_the_shipped_variants_are_valid(tmp_path: Path) -> None:
     from skillsd.sweeps.plan import VARIANTS, plan
 
     for path in VARIANTS.glob("*.yaml"):
@@ -173,11 +178,11 @@ def test_the_packages_variants_are_sound(tmp_path: Path) -> None:
         assert len(sweep.cells) == 1 + len(labels)
 
 
-# -- how far the cells are ------------------------------------------------------------------------------------------
+# -- the states of cells --------------------------------------------------------------------------------------------
 
 
-def test_states(make_study: Any) -> None:
-    sweep = make_study(methods=["grpo"], episodes=[24, 48])
+def test_states(make_sweep: Any) -> None:
+    sweep = make_sweep(methods=["grpo"], episodes=[24, 48])
     base, cell = sweep.cells
     assert [state(sweep, c) for c in sweep.cells] == [MISSING, MISSING]
     assert [command[3] for command in steps(sweep, cell)] == ["train", "eval"]
@@ -185,10 +190,10 @@ def test_states(make_study: Any) -> None:
     fill(sweep, lambda cell, iteration: ([1, 0, 1], [1, 1, 1]))
     assert [state(sweep, c) for c in sweep.cells] == [DONE, DONE]
     assert steps(sweep, cell) == steps(sweep, base) == []
-    # Whatever the figures do not cover is played again; nothing is trained again.
-    assert state(make_study(methods=["grpo"], episodes=[24, 48], samples=2), cell) == EVALUATE
-    assert state(make_study(methods=["grpo"], episodes=[24, 48], split="tune"), cell) == EVALUATE
-    assert state(make_study(methods=["grpo"], episodes=[24, 48], limit=2), cell) == DONE
+    # Evaluations that do not fit are repeated; nothing is trained again.
+    assert state(make_sweep(methods=["grpo"], episodes=[24, 48], samples=2), cell) == EVALUATE
+    assert state(make_sweep(methods=["grpo"], episodes=[24, 48], split="tune"), cell) == EVALUATE
+    assert state(make_sweep(methods=["grpo"], episodes=[24, 48], limit=2), cell) == DONE
     for change in (
         lambda records: records[:3],
         lambda records: [{**r, "fingerprint": "another"} for r in records],
@@ -203,33 +208,33 @@ def test_states(make_study: Any) -> None:
     cell.evaluation("test").write_text("[{")
     assert state(sweep, cell) == EVALUATE
     (cell.folder / "checkpoints" / "step-4").rmdir()
-    assert state(sweep, cell) == GO_ON
+    assert state(sweep, cell) == RESUME
 
 
-def test_a_longer_study_goes_on_from_a_shorter_one(make_study: Any) -> None:
-    fill(make_study(methods=["grpo"], episodes=[24]), lambda cell, iteration: ([1, 0, 1], [1, 1, 1]))
-    longer = make_study(methods=["grpo"], episodes=[24, 48])
-    assert [state(longer, cell) for cell in longer.cells] == [DONE, GO_ON]
+def test_a_longer_sweep_resumes_a_shorter_one(make_sweep: Any) -> None:
+    fill(make_sweep(methods=["grpo"], episodes=[24]), lambda cell, iteration: ([1, 0, 1], [1, 1, 1]))
+    longer = make_sweep(methods=["grpo"], episodes=[24, 48])
+    assert [state(longer, cell) for cell in longer.cells] == [DONE, RESUME]
 
 
-def test_a_run_of_other_settings_is_not_taken_for_this_one(make_study: Any) -> None:
-    fill(make_study(methods=["grpo"]), lambda cell, iteration: ([1, 0, 1], [1, 1, 1]))
-    other = make_study("training.learning_rate=0.5", methods=["grpo"])
+def test_a_run_of_other_settings_is_an_error(make_sweep: Any) -> None:
+    fill(make_sweep(methods=["grpo"]), lambda cell, iteration: ([1, 0, 1], [1, 1, 1]))
+    other = make_sweep("training.learning_rate=0.5", methods=["grpo"])
     with pytest.raises(UserError, match=r"training\.learning_rate was 0\.003, now 0\.5"):
         state(other, other.cells[1])
 
 
-def test_a_budget_whose_checkpoint_was_not_kept(make_study: Any) -> None:
-    fill(make_study(methods=["grpo"], episodes=[48]), lambda cell, iteration: ([1, 0, 1], [1, 1, 1]))
-    sweep = make_study(methods=["grpo"], episodes=[24, 48])
-    with pytest.raises(UserError, match="kept no checkpoint of iteration 2"):
+def test_a_budget_without_a_checkpoint(make_sweep: Any) -> None:
+    fill(make_sweep(methods=["grpo"], episodes=[48]), lambda cell, iteration: ([1, 0, 1], [1, 1, 1]))
+    sweep = make_sweep(methods=["grpo"], episodes=[24, 48])
+    with pytest.raises(UserError, match="has no checkpoint of iteration 2"):
         state(sweep, sweep.cells[1])
 
 
-def test_a_lost_budget_is_told_before_the_run_is_trained_further(make_study: Any) -> None:
-    fill(make_study(methods=["grpo"], episodes=[48]), solved)
-    sweep = make_study(methods=["grpo"], episodes=[24, 48, 72])
-    with pytest.raises(UserError, match="kept no checkpoint of iteration 2,"):
+def test_a_lost_checkpoint_is_reported_before_the_run_is_resumed(make_sweep: Any) -> None:
+    fill(make_sweep(methods=["grpo"], episodes=[48]), solved)
+    sweep = make_sweep(methods=["grpo"], episodes=[24, 48, 72])
+    with pytest.raises(UserError, match="has no checkpoint of iteration 2,"):
         state(sweep, sweep.cells[1])
 
 
@@ -237,60 +242,60 @@ def solved(cell: Any, iteration: int | None) -> tuple[list[float], list[float]]:
     return [1, 0, 1], [1, 1, 1]
 
 
-def test_figures_of_a_budget_outlive_its_checkpoint(make_study: Any) -> None:
-    shorter = make_study(methods=["grpo"], episodes=[24])
+def test_an_evaluated_budget_needs_no_checkpoint(make_sweep: Any) -> None:
+    shorter = make_sweep(methods=["grpo"], episodes=[24])
     fill(shorter, solved)
-    fill(make_study(methods=["grpo"], episodes=[72]), solved)
+    fill(make_sweep(methods=["grpo"], episodes=[72]), solved)
     (shorter.cells[1].folder / "checkpoints" / "step-2").rmdir()
-    both = make_study(methods=["grpo"], episodes=[24, 72])
+    both = make_sweep(methods=["grpo"], episodes=[24, 72])
     assert [state(both, cell) for cell in both.cells] == [DONE, DONE]
-    # Only what is missing is played.
+    # Only what is missing is evaluated.
     (both.cells[1].folder / "checkpoints" / "step-4").mkdir()
-    more = make_study(methods=["grpo"], episodes=[24, 48, 72])
+    more = make_sweep(methods=["grpo"], episodes=[24, 48, 72])
     [command] = steps(more, more.cells[1])
     assert (command[-1], command.count("--at"), "--append" in command) == ("4", 1, True)
 
 
-def test_a_resumed_run_has_trained_up_to_what_its_metrics_say(make_study: Any) -> None:
-    sweep = make_study(methods=["grpo"], episodes=[24, 48])
+def test_an_evaluation_beyond_the_metrics_does_not_count(make_sweep: Any) -> None:
+    sweep = make_sweep(methods=["grpo"], episodes=[24, 48])
     fill(sweep, solved)
     metrics = sweep.cells[1].folder / METRICS
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
     (sweep.cells[1].folder / "checkpoints" / "step-4").rmdir()
-    assert state(sweep, sweep.cells[1]) == GO_ON
+    assert state(sweep, sweep.cells[1]) == RESUME
     assert [command[-1] for command in steps(sweep, sweep.cells[1])] == ["--resume", "4"]
 
 
-def test_checkpoints_of_every_budget_ever_asked_stay(make_study: Any) -> None:
+def test_checkpoints_of_all_requested_budgets_are_kept(make_sweep: Any) -> None:
     def options(**asked_for: Any) -> tuple[int, int]:
-        made = make_study(methods=["grpo"], **asked_for).cells[1].config.checkpoint
+        made = make_sweep(methods=["grpo"], **asked_for).cells[1].config.checkpoint
         return made.every, made.keep
 
-    sweep = make_study(methods=["grpo"], episodes=[24, 72])
+    sweep = make_sweep(methods=["grpo"], episodes=[24, 72])
     assert asked(sweep.out) == ()
     sweep.out.mkdir()
     remember(sweep)
     assert asked(sweep.out) == (24, 72)
     assert options(episodes=[72]) == (2, 3)
     assert options(episodes=[144]) == (2, 6)
-    assert options(episodes=[24]) == (2, 2)  # the recipe's: there is no earlier one to keep
-    remember(make_study(methods=["grpo"], episodes=[12]))
+    assert options(episodes=[24]) == (2, 2)  # the recipe's: no earlier budget to keep
+    remember(make_sweep(methods=["grpo"], episodes=[12]))
     assert asked(sweep.out) == (12, 24, 72)
     assert options(episodes=[48]) == (1, 4)
     (sweep.out / "budgets.json").write_text("[{")
     assert asked(sweep.out) == ()
 
 
-def test_a_checkpoint_of_a_stop_does_not_push_out_a_budgets(make_study: Any) -> None:
-    sweep = make_study(methods=["grpo"], episodes=[24, 72])
+def test_a_checkpoint_of_an_interruption_does_not_displace_a_budgets(make_sweep: Any) -> None:
+    sweep = make_sweep(methods=["grpo"], episodes=[24, 72])
     for iteration in (1, 2, 3):
         (sweep.cells[1].folder / "checkpoints" / f"step-{iteration}").mkdir(parents=True)
-    assert make_study(methods=["grpo"], episodes=[24, 72]).cells[1].config.checkpoint.keep == 4
+    assert make_sweep(methods=["grpo"], episodes=[24, 72]).cells[1].config.checkpoint.keep == 4
 
 
-def test_a_scheduled_run_can_have_one_length_only(make_study: Any) -> None:
+def test_a_scheduled_run_has_a_fixed_length(make_sweep: Any) -> None:
     easy = "curriculum.easy_first=true"
-    fill(make_study(easy, methods=["grpo"], episodes=[24]), lambda cell, iteration: ([1, 0, 1], [1, 1, 1]))
-    sweep = make_study(easy, methods=["grpo"], episodes=[48])
-    with pytest.raises(UserError, match="it can't become one of 4"):
+    fill(make_sweep(easy, methods=["grpo"], episodes=[24]), lambda cell, iteration: ([1, 0, 1], [1, 1, 1]))
+    sweep = make_sweep(easy, methods=["grpo"], episodes=[48])
+    with pytest.raises(UserError, match="can't be extended to 4"):
         state(sweep, sweep.cells[1])

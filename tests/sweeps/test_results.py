@@ -1,4 +1,4 @@
-"""Statistics against numbers worked out by hand and by scipy; what may not stand side by side is refused."""
+"""Statistics against numbers by hand and by scipy; results that are not comparable are refused."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up import edit, fill
 from rich.console import Console
 from scipy import stats
+from synthetic import edit, fill
 
-from skillsd import cli
+from skillsd.cli.app import main
 from skillsd.errors import UserError
+from skillsd.evaluation.evaluate import mean_interval, student
 from skillsd.sweeps import show
 from skillsd.sweeps.plan import Cell
 from skillsd.sweeps.results import Measured, check, difference, estimate, left_out, summarise, unit_of
 from skillsd.sweeps.state import state
 from skillsd.sweeps.table import run_table, show_plan, write
-from skillsd.evaluation.evaluate import mean_interval, student
 
 T_1, T_2, T_4 = 12.7062047, 4.3026527, 2.7764451  # 97.5 % points of Student's t, from a table
 
@@ -41,13 +41,13 @@ def test_students_interval_by_hand() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 20])
-def test_students_interval_as_scipy_has_it(count: int) -> None:
+def test_students_interval_against_scipy(count: int) -> None:
     values = np.random.default_rng(count).uniform(0.4, 0.5, count)
     expected = stats.t.interval(0.95, count - 1, loc=values.mean(), scale=stats.sem(values))
     assert student(list(values), (-9, 9)) == pytest.approx(expected)
 
 
-def test_an_interval_needs_two_values_and_ends_at_the_bounds() -> None:
+def test_an_interval_needs_two_values_and_is_clipped_to_the_bounds() -> None:
     assert student([0.5]) is None
     assert student([]) is None
     assert student([0.0, 1.0]) == (0.0, 1.0)
@@ -55,7 +55,7 @@ def test_an_interval_needs_two_values_and_ends_at_the_bounds() -> None:
     assert student([0.3, 0.3, 0.3]) == pytest.approx((0.3, 0.3))
 
 
-def test_the_unit_is_what_varies() -> None:
+def test_the_unit_of_inference() -> None:
     assert [unit_of(1, 1), unit_of(1, 5), unit_of(2, 1), unit_of(3, 5)] == ["tasks", "seeds", "models", "models"]
 
 
@@ -68,8 +68,8 @@ def test_one_model_over_its_seeds() -> None:
     assert found.interval == pytest.approx((0.7 - T_4 * math.sqrt(0.005), 0.7 + T_4 * math.sqrt(0.005)))
 
 
-def test_of_several_models_each_counts_once() -> None:
-    # Model a: (0.2 + 0.4) / 2 = 0.3; model b, one of whose seeds is missing: 0.5. Five seeds of one model are no five.
+def test_each_of_several_models_counts_once() -> None:
+    # Model a: (0.2 + 0.4) / 2 = 0.3; model b, with one seed missing: 0.5.
     cells = [cell("a", 0, 0.2), cell("a", 1, 0.4), cell("b", 0, 0.5)]
     found = estimate(cells, "accuracy", "models")
     assert found is not None
@@ -82,7 +82,7 @@ def test_one_run_over_the_tasks() -> None:
     found = estimate([cell("a", 0, 1.0, 0.0, 1.0, None, 1.0)], "accuracy", "tasks")
     assert found is not None
     assert found.mean == 0.75
-    assert found.interval == mean_interval([1.0, 0.0, 1.0, 1.0])  # Wilson's, as the evaluation gives it
+    assert found.interval == mean_interval([1.0, 0.0, 1.0, 1.0])  # Wilson's interval, as in the evaluation
 
 
 def test_differences_are_paired() -> None:
@@ -90,7 +90,7 @@ def test_differences_are_paired() -> None:
     theirs = [cell("a", 2, 0.6), cell("a", 0, 0.4), cell("a", 1, 0.5), cell("b", 9, 1.0)]
     found = difference(ours, theirs, "accuracy", "seeds")
     assert found is not None
-    # 0.1, 0.2, 0.3: s^2 = 0.01; what has no partner is left out
+    # 0.1, 0.2, 0.3: s^2 = 0.01; unpaired cells are left out
     reach = T_2 * 0.1 / math.sqrt(3)
     assert (found.mean, found.cells) == (pytest.approx(0.2), 3)
     assert found.interval == pytest.approx((0.2 - reach, 0.2 + reach))
@@ -107,7 +107,7 @@ def test_differences_over_models() -> None:
     assert found.interval == pytest.approx((0.2 - T_2 * 0.1 / math.sqrt(3), 0.2 + T_2 * 0.1 / math.sqrt(3)))
 
 
-def test_one_pair_over_the_tasks_that_both_have() -> None:
+def test_one_pair_over_its_common_tasks() -> None:
     ours = [cell("a", 0, 1.0, 1.0, None, 0.0, 1.0)]
     theirs = [cell("a", 0, 0.0, 1.0, 1.0, 0.0, None)]
     found = difference(ours, theirs, "accuracy", "tasks")
@@ -115,23 +115,23 @@ def test_one_pair_over_the_tasks_that_both_have() -> None:
     # 1, 0, 0: mean 1/3, s^2 = 1/3, standard error 1/3
     assert found.mean == pytest.approx(1 / 3)
     assert found.interval == pytest.approx((max(-1, (1 - T_2) / 3), 1.0))
-    # Of several runs too, a task that broke for one of a pair is in neither of its means.
+    # With several runs too, a task that failed on one side is excluded on both.
     assert difference(ours, theirs, "accuracy", "seeds").mean == pytest.approx(1 / 3)  # type: ignore[union-attr]
 
 
-def test_seeds_that_all_gave_one_play_say_how_sure_one_is_of_it_only() -> None:
+def test_identical_seeds_count_as_one_result() -> None:
     greedy = [cell("a", seed, 1.0, 0.0, 1.0, 1.0) for seed in range(3)]
     found = estimate(greedy, "accuracy", "seeds")
     assert found is not None
     assert (found.mean, found.cells, found.interval) == (0.75, 3, mean_interval([1.0, 0.0, 1.0, 1.0]))
-    # Over base models they count as before, each model once.
+    # Over base models, each model still counts once.
     both = [*greedy, cell("b", 0, 0.0, 0.0, 0.0, 0.0), cell("b", 1, 0.0, 0.0, 0.0, 0.0)]
     assert estimate(both, "accuracy", "models").interval == student([0.75, 0.0])  # type: ignore[union-attr]
-    # A lone seed of several says nothing of the others.
+    # One seed of several gives no interval.
     assert estimate(greedy[:1], "accuracy", "seeds").interval is None  # type: ignore[union-attr]
 
 
-def test_differences_between_the_same_two_plays() -> None:
+def test_differences_between_identical_seeds() -> None:
     ours = [cell("a", seed, 1.0, 1.0, 1.0, 0.0) for seed in range(3)]
     theirs = [cell("a", seed, 1.0, 0.0, 1.0, 0.0) for seed in range(3)]
     found = difference(ours, theirs, "accuracy", "seeds")
@@ -141,7 +141,7 @@ def test_differences_between_the_same_two_plays() -> None:
     same = difference(ours, ours, "accuracy", "seeds")
     assert same is not None
     assert (same.mean, same.interval) == (0.0, None)
-    # Other plays with the same means by chance: no width is no certainty either.
+    # Different episodes with the same mean by chance: an interval of zero width would be wrong.
     by_chance = [cell("a", 0, 1.0, 0.0), cell("a", 1, 0.0, 1.0)]
     assert estimate(by_chance, "accuracy", "seeds").interval is None  # type: ignore[union-attr]
 
@@ -150,7 +150,7 @@ def test_differences_between_the_same_two_plays() -> None:
 
 
 def by_seed(c: Cell, iteration: int | None) -> tuple[list[float], list[float]]:
-    """Of three tasks, grpo solves one, and Skill-SD on seed s two at least; the base none."""
+    """Of three tasks, GRPO solves one, Skill-SD two or (with a seed above 0) three, and the base none."""
     if c.method == "base":
         return [0, 0, 0], [0, 0, 0]
     if c.method == "grpo":
@@ -158,8 +158,8 @@ def by_seed(c: Cell, iteration: int | None) -> tuple[list[float], list[float]]:
     return [1, 1, float(c.seed > 0)], [1, 1, 1]
 
 
-def test_a_table_of_seeds(make_study: Any) -> None:
-    sweep = make_study(seeds=range(3), episodes=[24, 72])
+def test_a_table_of_seeds(make_sweep: Any) -> None:
+    sweep = make_sweep(seeds=range(3), episodes=[24, 72])
     fill(sweep, by_seed)
     check(sweep)
     found = summarise(sweep)
@@ -181,27 +181,27 @@ def test_a_table_of_seeds(make_study: Any) -> None:
     assert found["budgets"]["72"]["base"]["difference"]["accuracy"]["mean"] == pytest.approx(-1 / 3)
 
 
-def test_only_some_tasks_evenly_spread(make_study: Any) -> None:
-    fill(make_study(), lambda c, iteration: ([0, 1, 0], [0, 1, 0]))
-    sweep = make_study(limit=1)
+def test_a_limit_keeps_evenly_spaced_tasks(make_sweep: Any) -> None:
+    fill(make_sweep(), lambda c, iteration: ([0, 1, 0], [0, 1, 0]))
+    sweep = make_sweep(limit=1)
     row = summarise(sweep)["budgets"]["72"]["skill-sd"]
     assert row["accuracy"] == 1  # the middle one
     assert row["interval"] == mean_interval([1.0])
     shown = write(sweep, Console(quiet=True))
     assert (shown["tasks"], shown["fingerprint"]) == (1, sweep.panels["test"] + ":1 spread")
-    assert "1 of the 3 tasks of 'test', evenly spread" in (sweep.out / "table.md").read_text()
+    assert "1 of the 3 tasks of 'test', evenly spaced" in (sweep.out / "table.md").read_text()
 
 
-def test_the_bases_greedy_play_is_one_on_all_seeds(make_study: Any) -> None:
-    sweep = make_study(seeds=range(3))
+def test_the_bases_greedy_results_are_the_same_for_all_seeds(make_sweep: Any) -> None:
+    sweep = make_sweep(seeds=range(3))
     fill(sweep, lambda c, iteration: ([float(c.seed == i) for i in range(3)], [1, 0, 0]))
     row = summarise(sweep)["budgets"]["72"]["base"]
     assert row["greedy_interval"] == mean_interval([1.0, 0.0, 0.0])
     assert row["by_model"][next(iter(sweep.models))]["greedy_interval"] == row["greedy_interval"]
 
 
-def test_what_the_runs_were_made_with(make_study: Any) -> None:
-    sweep = make_study(methods=["grpo"], seeds=range(3))
+def test_commits_and_versions_of_the_runs(make_sweep: Any) -> None:
+    sweep = make_sweep(methods=["grpo"], seeds=range(3))
     fill(sweep, by_seed)
 
     def made(commit: str, torch: str) -> Callable[[Any], Any]:
@@ -219,15 +219,15 @@ def test_what_the_runs_were_made_with(make_study: Any) -> None:
     console = Console(record=True, width=400, file=io.StringIO())
     summary = write(sweep, console)
     assert summary["made_with"]["commits"] == ["a" * 40, "b" * 40]
-    told = f"Made with more than one version: commit {'a' * 40}, {'b' * 40}; torch 2.10, 2.9"
-    assert told in console.export_text()
-    assert told in (sweep.out / "table.md").read_text()
+    note = f"Made with more than one version: commit {'a' * 40}, {'b' * 40}; torch 2.10, 2.9"
+    assert note in console.export_text()
+    assert note in (sweep.out / "table.md").read_text()
     assert json.loads((sweep.out / "table.json").read_text())["made_with"] == summary["made_with"]
 
 
-def test_a_row_with_fewer_episodes_is_marked(make_study: Any, tmp_path: Path) -> None:
+def test_a_row_with_fewer_episodes_is_marked(make_sweep: Any, tmp_path: Path) -> None:
     (tmp_path / "v.yaml").write_text("probes: {method: skill-sd, skills.credit: uplift, skills.uplift_episodes: 2}")
-    sweep = make_study(variants=str(tmp_path / "v.yaml"), methods=["grpo", "probes"], episodes=[36])
+    sweep = make_sweep(variants=str(tmp_path / "v.yaml"), methods=["grpo", "probes"], episodes=[36])
     fill(sweep, by_seed)
     write(sweep, Console(quiet=True))
     assert "N of M" not in (sweep.out / "table.md").read_text()
@@ -240,10 +240,10 @@ def test_a_row_with_fewer_episodes_is_marked(make_study: Any, tmp_path: Path) ->
     assert "| 36 |" in whole
 
 
-def test_a_table_of_models_is_written_and_shown(make_study: Any, two_models: list[str], tmp_path: Path) -> None:
-    sweep = make_study(seeds=range(2), models=two_models)
+def test_a_table_of_models_is_written_and_shown(make_sweep: Any, two_models: list[str], tmp_path: Path) -> None:
+    sweep = make_sweep(seeds=range(2), models=two_models)
     fill(sweep, by_seed)
-    # One cell is missing: it is left out and said so.
+    # A missing cell is left out and counted.
     sweep.cells[-1].evaluation("test").unlink()
     write(sweep, Console(quiet=True))
     found = json.loads((tmp_path / "out" / "table.json").read_text())
@@ -268,15 +268,15 @@ def test_a_table_of_models_is_written_and_shown(make_study: Any, two_models: lis
     assert len(show.tables(sweep, found)) == 3
 
 
-def test_nothing_at_all(make_study: Any) -> None:
-    sweep = make_study(episodes=[24, 72])
+def test_an_empty_sweep(make_sweep: Any) -> None:
+    sweep = make_sweep(episodes=[24, 72])
     sweep.out.mkdir()
     shown = write(sweep, Console(quiet=True))
     assert shown["budgets"]["24"]["grpo"]["accuracy"] is None
     assert "0 of 1" in (sweep.out / "table.md").read_text()
 
 
-def test_many_methods_are_told_apart(tmp_path: Path) -> None:
+def test_many_methods_have_distinct_lines(tmp_path: Path) -> None:
     from skillsd.report.pictures import COLOURS, LINES, cost_curves
 
     records = [{"episodes": e, "seconds": e / 2, "eval/accuracy": e / 100} for e in (0, 24, 48)]
@@ -284,7 +284,7 @@ def test_many_methods_are_told_apart(tmp_path: Path) -> None:
     assert len(COLOURS) * len(LINES) >= 32
 
 
-# -- refusals -------------------------------------------------------------------------------------------------------
+# -- checks ---------------------------------------------------------------------------------------------------------
 
 
 def change_panel(sweep: Any) -> None:
@@ -300,7 +300,7 @@ def change_weights(sweep: Any) -> None:
     edit(sweep.cells[2].folder / "manifest.json", lambda m: m["model"].update(weights="others"))
 
 
-def change_played_weights(sweep: Any) -> None:
+def change_evaluated_weights(sweep: Any) -> None:
     edit(
         sweep.cells[0].evaluation("test"),
         lambda records: [r | {"model": {**r["model"], "weights": "x"}} for r in records],
@@ -328,25 +328,27 @@ def fewer_episodes(sweep: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "expected"),
     [
-        (change_panel, ["the tasks of 'train' are others in", "skill-sd/seed-0 (another)"]),
-        (change_all_panels, ["the tasks of 'tune' are others", "the environment as it is now"]),
-        (change_weights, ["other weights in", "skill-sd/seed-0 (others)"]),
-        (change_played_weights, ["other weights in"]),
-        (change_temperature, ["skill-sd/seed-0 was evaluated otherwise", "temperature 0.7"]),
-        (change_budget, ["skill-sd/seed-0 was evaluated otherwise", "'turn_tokens': 9"]),
+        (change_panel, ["the tasks of 'train' differ between", "skill-sd/seed-0 (another)"]),
+        (change_all_panels, ["the tasks of 'tune' differ between", "the current environment"]),
+        (change_weights, ["the weights of the base model", "skill-sd/seed-0 (others)"]),
+        (change_evaluated_weights, ["the weights of the base model"]),
+        (change_temperature, ["skill-sd/seed-0 and ", "were evaluated with different settings", "temperature 0.7"]),
+        (change_budget, ["skill-sd/seed-0 and ", "were evaluated with different settings", "'turn_tokens': 9"]),
     ],
 )
-def test_what_is_not_comparable_is_refused(make_study: Any, spoil: Callable[[Any], None], told: list[str]) -> None:
-    sweep = make_study()
+def test_results_that_are_not_comparable_are_refused(
+    make_sweep: Any, spoil: Callable[[Any], None], expected: list[str]
+) -> None:
+    sweep = make_sweep()
     fill(sweep, by_seed)
     check(sweep)
     spoil(sweep)
     assert all(state(sweep, c) == "done" for c in sweep.cells)
     with pytest.raises(UserError) as error:
         run_table(sweep, Console(quiet=True))
-    for part in ("not comparable", *told):
+    for part in ("not comparable", *expected):
         assert part in str(error.value)
     assert not (sweep.out / "table.json").exists()
 
@@ -357,28 +359,28 @@ def another_run(sweep: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "expected"),
     [
-        (more_episodes, "it played 76 episodes up to iteration 6, not 72"),
-        (fewer_episodes, "it played 68 episodes up to iteration 6, not 72"),
+        (more_episodes, "it used 76 episodes up to iteration 6, not 72"),
+        (fewer_episodes, "it used 68 episodes up to iteration 6, not 72"),
         (another_run, "training.learning_rate was 0.5, now 0.003"),
     ],
 )
-def test_an_odd_cell_is_left_out_and_said_so(
-    make_study: Any, recipe: str, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Any], None], told: str
+def test_an_unusable_cell_is_left_out_with_a_note(
+    make_sweep: Any, recipe: str, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Any], None], expected: str
 ) -> None:
-    sweep = make_study(seeds=range(2))
+    sweep = make_sweep(seeds=range(2))
     fill(sweep, by_seed)
     assert left_out(sweep) == {}
     spoil(sweep)
-    # Whatever else is odd about it does not matter any more.
+    # Other faults of the same cell do not matter.
     edit(sweep.cells[2].folder / "manifest.json", lambda m: m["model"].update(weights="others"))
     console = Console(record=True, width=400, file=io.StringIO())
     assert run_table(sweep, console) is False
     table = json.loads((sweep.out / "table.json").read_text())
     [(name, reason)] = table["left_out"].items()
     assert name.endswith("skill-sd/seed-0")
-    assert told in reason
+    assert expected in reason
     rows = table["budgets"]["72"]
     assert (rows["skill-sd"]["cells"], rows["grpo"]["cells"], rows["base"]["cells"]) == (1, 2, 2)
     assert rows["skill-sd"]["difference"]["accuracy"]["pairs"] == 1
@@ -388,37 +390,37 @@ def test_an_odd_cell_is_left_out_and_said_so(
     assert f"{name} is left out: {reason}" in console.export_text()
     monkeypatch.setattr("sys.argv", ["skillsd", "table", recipe, "--seeds", "2", "--out", str(sweep.out)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 1
 
 
-def test_without_any_usable_run_there_is_no_table(make_study: Any) -> None:
-    fill(make_study(), by_seed)
-    other = make_study("training.learning_rate=0.5")
-    with pytest.raises(UserError, match="no run for a table") as error:
+def test_no_usable_run_is_an_error(make_sweep: Any) -> None:
+    fill(make_sweep(), by_seed)
+    other = make_sweep("training.learning_rate=0.5")
+    with pytest.raises(UserError, match="no usable run for a table") as error:
         run_table(other, Console(quiet=True))
     assert str(error.value).count("training.learning_rate was 0.003, now 0.5") == 2
 
 
-def test_one_base_under_two_labels_is_refused(make_study: Any, two_models: list[str]) -> None:
-    sweep = make_study(models=two_models)
+def test_one_base_under_two_labels_is_refused(make_sweep: Any, two_models: list[str]) -> None:
+    sweep = make_sweep(models=two_models)
     fill(sweep, by_seed, weights=lambda c: "w")
-    with pytest.raises(UserError, match=r"'one' and 'two' are one base model: their weights are the same \(w\)"):
+    with pytest.raises(UserError, match=r"'one' and 'two' are the same base model: equal weights \(w\)"):
         check(sweep)
 
 
-def test_one_base_under_two_labels_is_refused_before_it_is_trained(make_study: Any, two_models: list[str]) -> None:
+def test_one_base_under_two_labels_is_refused_before_it_is_trained(make_sweep: Any, two_models: list[str]) -> None:
     for name in two_models:
         (Path(name) / "model.safetensors").write_bytes(b"the same")
-    with pytest.raises(UserError, match="'one' and 'two' are one base model"):
-        check(make_study(models=two_models))
+    with pytest.raises(UserError, match="'one' and 'two' are the same base model"):
+        check(make_sweep(models=two_models))
     (Path(two_models[1]) / "model.safetensors").write_bytes(b"others")
-    check(make_study(models=two_models))
+    check(make_sweep(models=two_models))
 
 
-def test_waiting_probes_make_fewer_episodes_but_never_more(make_study: Any, tmp_path: Path) -> None:
+def test_uplift_runs_may_use_fewer_episodes_but_never_more(make_sweep: Any, tmp_path: Path) -> None:
     (tmp_path / "v.yaml").write_text("probes: {method: skill-sd, skills.credit: uplift, skills.uplift_episodes: 2}")
-    sweep = make_study(variants=str(tmp_path / "v.yaml"), methods=["grpo", "probes"], episodes=[36])
+    sweep = make_sweep(variants=str(tmp_path / "v.yaml"), methods=["grpo", "probes"], episodes=[36])
     assert [c.iterations for c in sweep.cells] == [(), (3,), (2,)]
     fill(sweep, lambda c, iteration: ([1, 0, 1], [1, 1, 1]))
     fewer_episodes(sweep)
@@ -426,4 +428,4 @@ def test_waiting_probes_make_fewer_episodes_but_never_more(make_study: Any, tmp_
     assert summarise(sweep)["budgets"]["36"]["probes"]["episodes"] == 32
     more_episodes(sweep)
     more_episodes(sweep)
-    assert list(left_out(sweep).values()) == ["it played 40 episodes up to iteration 2, not 36"]
+    assert list(left_out(sweep).values()) == ["it used 40 episodes up to iteration 2, not 36"]

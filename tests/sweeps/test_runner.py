@@ -1,4 +1,4 @@
-"""Processes: several at once, one failure does not lose the others, and whatever stops them, nothing is done twice."""
+"""Parallel processes: a failure does not affect the others, and after an interruption nothing is repeated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import yaml
 from rich.console import Console
 from toy_run import toy_settings
 
-from skillsd import cli
+from skillsd.cli.app import main
+from skillsd.cli.common import console as shown
 from skillsd.errors import UserError
 from skillsd.report.writer import METRICS, read
 from skillsd.sweeps.runner import Job, last_record, locked, run_jobs
@@ -46,11 +47,11 @@ def test_a_failure_does_not_stop_the_others(tmp_path: Path) -> None:
     assert (failure.name, failure.code, failure.tail) == ("bad", 3, "what went wrong")
     assert str(tmp_path / "bad.log") in str(failure)
     assert (tmp_path / "made").exists()
-    assert "bad failed; the others go on" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "bad failed; the others continue" in console.file.getvalue()  # type: ignore[attr-defined]
     assert "cells: 2/2 1 failed" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_as_many_at_once_as_asked(tmp_path: Path) -> None:
+def test_the_number_of_parallel_jobs(tmp_path: Path) -> None:
     script = f"""
 import os, pathlib, time
 mine = pathlib.Path({str(tmp_path)!r}, f"on-{{os.getpid()}}")
@@ -63,8 +64,8 @@ mine.unlink()
     assert max(int(path.read_text()) for path in tmp_path.glob("saw-*")) == 2
 
 
-def test_a_folder_has_one_owner_until_its_last_process_has_ended(tmp_path: Path) -> None:
-    with locked(tmp_path) as lock, pytest.raises(UserError, match="another process works in"), locked(tmp_path):
+def test_a_folder_is_locked_until_its_last_process_has_ended(tmp_path: Path) -> None:
+    with locked(tmp_path) as lock, pytest.raises(UserError, match="another process is using"), locked(tmp_path):
         pass
     with locked(tmp_path) as lock:
         assert lock is not None
@@ -84,20 +85,20 @@ def test_the_last_record(tmp_path: Path) -> None:
     assert last_record(path)["iteration"] == 299  # type: ignore[index]
 
 
-# -- a sweep, from a command that is stopped to its table -----------------------------------------------------------
+# -- a sweep that is stopped and resumed ---------------------------------------------------------------------------
 
 
-def test_a_study_goes_on_where_it_was_stopped_and_repeats_nothing(
+def test_a_stopped_sweep_is_resumed_and_repeats_nothing(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.set_num_threads(1)
     path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     monkeypatch.setenv("PYTHONPATH", path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(cli.console, "_width", 300)
+    monkeypatch.setattr(shown, "_width", 300)
     slow = toy_settings(tiny_model, environment={"options": {"delay": 0.02}}, checkpoint={"every": 3})
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(slow))
-    # It passes every check of the configuration, and fails once it runs.
+    # It passes the checks of the configuration and fails when it runs.
     (tmp_path / "v.yaml").write_text("broken: {method: skill-sd, curriculum.tasks: 999}")
     out = tmp_path / "out"
     arguments = ["table", str(tmp_path / "toy.yaml"), "--episodes", "36,72", "--out", str(out), "--jobs", "2"]
@@ -108,7 +109,7 @@ def test_a_study_goes_on_where_it_was_stopped_and_repeats_nothing(
     def skillsd(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["skillsd", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         return int(ended.value.code or 0), *capsys.readouterr()
 
     process = subprocess.Popen(
@@ -120,7 +121,7 @@ def test_a_study_goes_on_where_it_was_stopped_and_repeats_nothing(
     process.send_signal(signal.SIGTERM)
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, (said, errors)
-    assert "the same command goes on" in said
+    assert "the same command resumes" in said
     assert "Traceback" not in errors
     reached = len(read(run / METRICS))
     assert 1 <= reached < 6
@@ -142,13 +143,13 @@ def test_a_study_goes_on_where_it_was_stopped_and_repeats_nothing(
     assert len(weights) == 16
     assert json.loads((run / "manifest.json").read_text())["model"]["weights"] == weights
     assert (table["split"], table["tasks"]) == ("test", 3)
-    # Stopped in the midst, and still as one run without a stop would have it.
+    # Resumed, and with the records of an uninterrupted run.
     sampled, greedy = (json.loads((model / "grpo" / "seed-0.test.json").read_text()))[2:]
     assert (sampled["iteration"], sampled["temperature"], greedy["temperature"]) == (6, 1.0, 0.0)
     assert sum(sampled["successes"]) / 3 == pytest.approx(sampled["accuracy"])
     assert "0 of 1" in said
 
-    # Once more: nothing is done twice.
+    # Again: nothing is repeated.
     def touched() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in model.rglob("*") if path.is_file()}
 
@@ -163,7 +164,7 @@ def test_a_study_goes_on_where_it_was_stopped_and_repeats_nothing(
     assert "2 of 3 done" in said
     assert before == touched()
 
-    # Longer and with more samples: what is there is neither lost nor played again, and no checkpoint goes.
+    # Longer, and with more samples: existing results are neither lost nor repeated, and all checkpoints are kept.
     played = json.loads((model / "grpo" / "seed-0.test.json").read_text())
     checkpoints = set(os.listdir(run / "checkpoints"))
     longer = ["table", str(tmp_path / "toy.yaml"), "--episodes", "108", "--out", str(out), "--methods", "grpo"]

@@ -1,23 +1,24 @@
-"""What the commands share: consoles, argument types, checks of arguments."""
+"""What the commands share: consoles, argument types and checks."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
 
-from skillsd.config.effects import without_effect
+from skillsd.config.effects import without_effect_in_any
 from skillsd.config.load import key_of
 from skillsd.config.schema import RunConfig
 from skillsd.errors import UserError
 
 
 def _console(stream: str) -> Console:
-    # Texts are shown as they are: a model's output may contain rich markup. A file or a pipe has no width.
+    # Text is printed as it is: a model's output may contain rich markup. A file or a pipe has no width.
     wide = None if getattr(sys, stream).isatty() or "COLUMNS" in os.environ else 200
     return Console(stderr=stream == "stderr", markup=False, emoji=False, width=wide)
 
@@ -25,24 +26,37 @@ def _console(stream: str) -> Console:
 console = _console("stdout")
 errors = _console("stderr")
 
+SETTING = "KEY=VALUE"
+
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 (typer reads this at run time)
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the recipe's, e.g. training.learning_rate=1e-4"),
+    typer.Argument(
+        metavar=SETTING,
+        help="Settings that override the recipe's, e.g. training.learning_rate=1e-4 (`skillsd config` lists the keys).",
+    ),
 ]
 
-Recipe = Annotated[str, typer.Argument(help="A recipe's name (`skillsd recipes`) or the path of a YAML file.")]
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe (`skillsd recipes`), or path of a YAML file.")
+]
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
 
+JsonOut = Annotated[Optional[Path], typer.Option("--json", help="Also write the results to this JSON file.")]  # noqa: UP045
 
-def note_ineffective(config: RunConfig, overrides: list[str] | None) -> None:
-    """Say which settings of the command line change nothing, and why."""
-    for note in without_effect(config, map(key_of, overrides or ())):
+
+def note_ineffective(configs: Sequence[RunConfig], overrides: Iterable[str] | None) -> None:
+    """Note which settings of the command line have no effect in any of the configurations, and why."""
+    for note in without_effect_in_any(configs, map(key_of, overrides or ())):
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
 def check_writable(path: Path) -> None:
-    """Fail now, not after minutes of work, if a file can't be written."""
+    """Check an output file before the work starts, not after it.
+
+    Raises:
+        UserError: if it is a folder, or its folder does not exist.
+    """
     if path.is_dir():
         raise UserError(f"{str(path)!r} is a folder: give the name of a file")
     if not path.parent.is_dir():

@@ -18,13 +18,15 @@ def add_to(app: typer.Typer) -> None:
 def show_config(
     key: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Argument(metavar="[SECTION|KEY]", help="Only this section or key, e.g. training or skills.pick"),
+        typer.Argument(metavar="SECTION|KEY", help="Show only this section or key, e.g. training or skills.pick."),
     ] = None,
-    sft: Annotated[bool, typer.Option("--sft", help="The keys of warm-start recipes instead.")] = False,
-    engine: Annotated[str, typer.Option(help="Whose options the section engine has.")] = "torch",
+    sft: Annotated[bool, typer.Option("--sft", help="Show the keys of warm-start recipes instead.")] = False,
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help="Show this engine's options in the section `engine`.")
+    ] = "torch",
     schema: Annotated[bool, typer.Option("--schema", help="Print a JSON schema instead, for editors.")] = False,
 ) -> None:
-    """Show the keys of a recipe: defaults, types and meanings."""
+    """Show the keys of recipes: defaults, types and meanings."""
     if schema:
         print(json.dumps(json_schema(sft=sft), indent=2))
         return

@@ -1,4 +1,4 @@
-"""`skillsd demo`: GRPO and Skill-SD side by side on the same budget of episodes."""
+"""`skillsd demo`: GRPO and Skill-SD on the same budget of episodes."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ METHODS = ("grpo", "skill-sd")
 
 
 def run_demo(folder: Path, seeds: Sequence[int], overrides: Sequence[str], console: Console) -> dict[str, Any]:
-    """Train each method on each seed, evaluate them and the base model on the test panel, and write ``summary.json``.
+    """Train each method on each seed, evaluate the runs and the base model on the test split, write ``summary.json``.
 
     Raises:
-        UserError: if a run fails, with the end of its log.
+        UserError: if a run fails, with the last lines of its log.
     """
     begin = time.perf_counter()
     sweep = plan(RECIPE, overrides, folder, methods=METHODS, seeds=seeds)
     console.print(
         f"Training {' and '.join(METHODS)} on {len(seeds)} seed{'s' * (len(seeds) > 1)}, {sweep.budgets[0]} episodes "
-        f"each, {min(jobs_at_once(sweep.config), len(sweep.cells))} at a time. Everything goes into {folder}/"
+        f"each, {min(jobs_at_once(sweep.config), len(sweep.cells))} at a time, in {folder}/"
     )
     check(sweep)
     _all_usable(sweep)
@@ -93,9 +93,9 @@ def _show(
                 duration(row["seconds"]) if row["episodes"] else "-",
             ]
         )
-    caption = "Intervals over the panel's tasks. One seed shows that both learn, not which is better."
+    caption = "Intervals over tasks. One seed shows that both learn, not which one is better."
     if (seeds := len(summary["seeds"])) > 1:
-        caption = f"Intervals over {seeds} training seeds (of the base: over {seeds} draws of its answers)."
+        caption = f"Intervals over {seeds} training seeds (for the base: {seeds} sampling seeds)."
     console.print()
     console.print(
         table(
@@ -107,15 +107,16 @@ def _show(
     )
     with Bank(skill_run / "skills.sqlite") as bank:
         stored = bank.skills()
-    # The ones with a workflow say most to a reader.
-    taught = sorted(
+    used = sorted(  # skills with a workflow are the most informative to read
         (s for s in stored if s.credited), key=lambda s: (not s.skill.golden_workflow, -s.mean_reward, s.id)
     )[:3]
-    console.print(f"\nThree of the {len(stored)} skills that it wrote for its teacher:")
-    for skill in taught:
-        console.print(f"  task {skill.task_id}, taught {skill.credited} episodes, mean reward {skill.mean_reward:.2f}")
+    console.print(f"\nExamples of the {len(stored)} skills written for its teacher:")
+    for skill in used:
+        console.print(
+            f"  task {skill.task_id}, used for {skill.credited} episodes, mean reward {skill.mean_reward:.2f}"
+        )
         for field in ("success_analysis", "mistake_analysis", "golden_workflow"):
             if text := getattr(skill.skill, field):
                 console.print(f"    {field}: {text}", highlight=False, markup=False)
     console.print(f"\nLearning curves: {picture}")
-    console.print(f"All of it ({duration(seconds)}): {folder}/  (summary.json; skillsd skills list {skill_run})")
+    console.print(f"Done in {duration(seconds)}: {folder}/summary.json  (more skills: skillsd skills list {skill_run})")

@@ -1,4 +1,4 @@
-"""`skillsd doctor`: what is installed, and whether a recipe would fit on this machine."""
+"""`skillsd doctor`: versions and devices, and whether a recipe fits on this machine."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from skillsd.runs.checks import engine_spec, workload
 
 EXTRAS = {
     "peft": "LoRA (extra: lora)",
-    "openai": "endpoints: summaries, skillsd eval (extra: openai)",
-    "gguf": "smollm2-135m (extra: smollm2)",
+    "openai": "skills.summariser=openai, skillsd eval --endpoint (extra: openai)",
+    "gguf": "the model smollm2-135m (extra: smollm2)",
     "wandb": "Weights & Biases (extra: wandb)",
 }
 
 FILL = 0.9
-"""Share of the free memory that may be planned with: fragmentation and some kernels are not modelled."""
+"""Share of the free memory to plan with: fragmentation and some kernels are not modelled."""
 
 
 def examine(console: Console, config: RunConfig | None) -> None:
-    """Print what is installed, the device, and for a recipe an estimate of memory and time."""
+    """Print versions and devices, and for a recipe an estimate of memory and time."""
     import torch
 
     def line(name: str, text: str) -> None:
@@ -60,14 +60,14 @@ def examine(console: Console, config: RunConfig | None) -> None:
 
 
 def _examine_recipe(console: Console, config: RunConfig) -> None:
-    """Memory by phase, seconds by phase, and what to change if it does not fit."""
+    """Print memory and time by phase, and what to change if the recipe does not fit."""
     task_set = load_task_set(config)
     task_set.tasks(config.evaluation.split)
     spec = engine_spec(config)
     config.engine.check(spec)
     estimator = config.engine.estimator(spec, workload(config, task_set.max_turns))
     if estimator is None:
-        console.print(f"\nrecipe {config.name}: the engine {config.engine.name!r} gives no estimate", highlight=False)
+        console.print(f"\nrecipe {config.name}: no estimate for the engine {config.engine.name!r}", highlight=False)
         return
 
     def expected(other: RunConfig) -> Estimate:
@@ -76,39 +76,38 @@ def _examine_recipe(console: Console, config: RunConfig) -> None:
     found, free = expected(config), estimator.free
     console.print(
         f"\nrecipe {config.name} on {estimator.device}: {config.episodes_per_iteration} episodes per iteration, "
-        f"{config.training.iterations} iterations; if every episode used its whole token budget",
+        f"{config.training.iterations} iterations. Estimate if every episode uses its whole token budget:",
         highlight=False,
     )
-    _show_parts(console, "all the time", found.stays)
+    _show_parts(console, "throughout", found.stays)
     for phase, parts in found.phases.items():
-        _show_parts(console, f"on top, in {phase}", parts)
+        _show_parts(console, f"in addition, during {phase}", parts)
     if found.note:
         console.print(f"  note: {found.note}", highlight=False)
     fits = found.need <= FILL * free
     verdict = "fits" if fits else "does NOT fit"
-    console.print(
-        f"  {'at once, at most':60} {_mib(found.need)}: {verdict} ({_mib(free).strip()} are free)", highlight=False
-    )
+    console.print(f"  {'peak':60} {_mib(found.need)}: {verdict} ({_mib(free).strip()} are free)", highlight=False)
     if not fits:
         changes, need = remedies(config, FILL * free, lambda other: expected(other).need)
         for text, after in changes:
             console.print(f"  {'change ' + text:60} {_mib(after)}", highlight=False)
         if need > FILL * free:
             console.print(
-                "  Even so it does not fit: lower rollout.trajectory_tokens, or take a smaller model or larger device",
+                "  Still does not fit: lower rollout.trajectory_tokens, or use a smaller model or a larger device",
                 highlight=False,
             )
     if found.seconds:
         times = ", ".join(f"{phase} {_time(seconds)}" for phase, seconds in found.seconds.items())
         whole = sum(found.seconds.values())
-        console.print(f"  an iteration, about: {_time(whole)} ({times})", highlight=False)
-        console.print(f"  the run, about: {duration(whole * config.training.iterations)}; without its evaluations")
+        console.print(f"  time per iteration, about: {_time(whole)} ({times})", highlight=False)
+        console.print(f"  time of the run, about: {duration(whole * config.training.iterations)}, without evaluations")
 
 
 def remedies(config: RunConfig, free: float, need: Callable[[RunConfig], int]) -> tuple[list[tuple[str, int]], int]:
-    """Settings that make it fit, each as ``key=value`` with the need after it; and the need after all of them.
+    """Settings that reduce the memory need until it fits, or nothing helps any more. Greedy: the largest saving first.
 
-    The one that saves most is taken first, until it fits or nothing helps any more.
+    Returns:
+        Each setting as ``key=value``, with the bytes needed after it; and the bytes needed after all of them.
     """
     taken: list[tuple[str, int]] = []
     now = need(config)
@@ -118,7 +117,9 @@ def remedies(config: RunConfig, free: float, need: Callable[[RunConfig], int]) -
         if best > 0.97 * now:
             break
         key = text.partition("=")[0]
-        taken = [(said, size) for said, size in taken if not said.startswith(f"{key}=")]  # halved again: listed once
+        taken = [
+            (other, size) for other, size in taken if not other.startswith(f"{key}=")
+        ]  # halved again: list it once
         taken.append((text, best))
         config, now = changed, best
     return taken, now
@@ -161,7 +162,7 @@ def _mib(size: float) -> str:
 
 
 def _available_memory() -> int:
-    """Bytes that can be had without swapping."""
+    """Bytes available without swapping."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable"):

@@ -10,34 +10,34 @@ import typer
 from skillsd.cli.common import console
 from skillsd.errors import UserError, unknown_name
 
-app = typer.Typer(help="Environments: list them, play them, set them up.", no_args_is_help=True)
+app = typer.Typer(help="List, play or set up environments.", no_args_is_help=True)
 
 
 @app.command("list")
 def envs_list() -> None:
-    """Registered environments with their splits."""
+    """List the environments and the sizes of their splits."""
     from skillsd.envs import registry
 
     for name in registry.names():
         try:
             task_set = registry.load(name)
             splits = ", ".join(f"{split} {len(task_set.tasks(split))}" for split in task_set.splits)
-        except Exception as error:  # someone else's package: the others are listed all the same
-            splits = f"does not load: {error}"
+        except Exception as error:  # a broken third-party environment must not hide the others
+            splits = f"cannot be loaded: {error}"
         console.print(f"{name:16} {splits}", highlight=False)
 
 
 @app.command("play")
 def envs_play(
-    name: Annotated[str, typer.Argument(help="An environment (`skillsd envs list`).")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the environment (`skillsd envs list`).")],
     options: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="[OPTION=VALUE]...", help="Options of the environment, e.g. preset=paper"),
+        typer.Argument(metavar="OPTION=VALUE", help="Options of the environment, e.g. preset=paper."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Which tasks.")] = "train",
-    task: Annotated[str, typer.Option(help="A task's number in the split, or its id.")] = "0",
+    split: Annotated[str, typer.Option(help="Split of the task.")] = "train",
+    task: Annotated[str, typer.Option(help="Index of the task in the split, or its id.")] = "0",
 ) -> None:
-    """Play a task yourself."""
+    """Play a task by hand."""
     import yaml
 
     from skillsd.envs import registry
@@ -47,7 +47,7 @@ def envs_play(
     for option in options or ():
         key, equals, value = option.partition("=")
         if not equals:
-            raise UserError(f"{option!r} is no option: write option=value, e.g. preset=paper")
+            raise UserError(f"{option!r} is not an option: write option=value, e.g. preset=paper")
         try:
             given[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
@@ -59,11 +59,17 @@ def envs_play(
 
 @app.command("setup")
 def envs_setup(
-    name: Annotated[str, typer.Argument(help="An environment that needs more than this package: appworld.")],
-    data: Annotated[Optional[Path], typer.Option(help="A folder with official data: check it.")] = None,  # noqa: UP045
-    python: Annotated[Optional[str], typer.Option(help="The Python to set up with [this one].")] = None,  # noqa: UP045
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Environment that needs a setup: appworld.")],
+    data: Annotated[Optional[Path], typer.Option(help="Check this folder of official data.")] = None,  # noqa: UP045
+    python: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Python interpreter to set up with.", show_default="this one"),
+    ] = None,
 ) -> None:
-    """Install once what an environment runs on, in the cache folder; what is there already is left alone."""
+    """Install what an environment needs into the cache folder.
+
+    Needed once; finished steps are skipped.
+    """
     from skillsd.envs import registry
 
     def say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""What `skillsd eval` does: a run's checkpoints, a local model, or one behind an endpoint plays a panel."""
+"""`skillsd eval`: evaluate a run's checkpoints, a local model, or a model behind an endpoint on a split."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ NAMES = {
     "api_key_env": "--key-env",
     "budget_tokens": "--budget-tokens",
 }
-"""The options' names of an endpoint's settings, for error messages."""
+"""Endpoint setting -> command-line option, for error messages."""
 
 
 Results = list[tuple[int | None, Evaluation]]
-"""(iteration of the checkpoint, figures) of each finished pass."""
+"""(iteration of the checkpoint, results) of each finished pass."""
 
 
 @dataclass
@@ -59,9 +59,10 @@ class _Case:
     """What is evaluated.
 
     Attributes:
-        identity: identifies the model: episodes of the same identity are of the same model.
-        checkpoints: of a run, the first one loaded; [None] for a model.
-        options: of the endpoint; None for a local model. `counts` is what was spent there.
+        identity: identifies the model; equal identities mean the same model.
+        checkpoints: the run's checkpoints to evaluate, the first one already loaded; [None] for a model.
+        options: the endpoint's settings; None for a local model.
+        counts: calls and tokens spent at the endpoint.
     """
 
     subject: Subject
@@ -91,14 +92,16 @@ def run_eval(
     json_out: Path | None,
     append: bool,
 ) -> None:
-    """Play, show a table, write the records; if a later pass fails, those of the passes before it.
+    """Evaluate, print a table and write the records. If a pass fails, the finished ones are still shown and written.
 
     Args:
-        run: a run's folder; or `model`, a name or folder, with `recipe` for the environment and the budgets.
-        endpoint: for a remote `model`: settings of `skillsd.engines.endpoint_options.EndpointOptions`.
-        at: iterations of the run's checkpoints; the last one if there are none.
-        temperatures: the recipe's and 0 if there are none.
-        episodes: log finished episodes in this file and resume from it; for a remote model there always is one.
+        run: a run's folder; otherwise give `model` and `recipe`.
+        model: a model's name or folder, or its name at the endpoint.
+        endpoint: fields of `skillsd.engines.endpoint_options.EndpointOptions`, for a remote model.
+        recipe: recipe with the environment and the token budgets for `model`.
+        at: iterations of the run's checkpoints; empty: the last one.
+        temperatures: empty: the recipe's and 0.
+        episodes: log finished episodes in this file and resume from it. A remote model always has such a file.
     """
     _check_apart(episodes, json_out)
     if run is not None:
@@ -130,7 +133,7 @@ def run_eval(
             log.close(case.counts)
         if case.engine is not None:
             case.engine.close()
-        if results:  # of the finished passes, whatever happened to the others
+        if results:  # of the finished passes, even if a later one failed
             _show(console, results, case, split)
             if json_out:
                 _write(json_out, results, case, run=run, samples=samples, append=append)
@@ -139,7 +142,7 @@ def run_eval(
 def _check_apart(episodes: Path | None, json_out: Path | None) -> None:
     if episodes and json_out and episodes.resolve() == json_out.resolve():
         raise UserError(
-            f"{str(json_out)!r} is given for both the figures (--json) and the episodes (--episodes): give two files"
+            f"{str(json_out)!r} is given for both the results (--json) and the episodes (--episodes): give two files"
         )
 
 
@@ -154,7 +157,7 @@ def _of_run(run: str, at: Sequence[int]) -> _Case:
 def _of_model(model: str, config: RunConfig) -> _Case:
     engine = asyncio.run(load_untrained(model, config))
     identity: dict[str, Any] = {**manifest.model(model)}
-    if adapter := config.model.adapter:  # the folder may hold another one tomorrow
+    if adapter := config.model.adapter:  # by its weights: the folder's content may change
         identity["adapter"] = {"name": adapter, "weights": manifest.fingerprint(Path(adapter).expanduser())}
     return _Case(Subject.local(engine, config), config, model, identity, [None], engine)
 
@@ -178,7 +181,7 @@ def _play(
     samples: int,
     limit: int | None,
 ) -> None:
-    """Add the figures of every checkpoint at every temperature to `results`, each as it is known."""
+    """Evaluate every checkpoint at every temperature; append to `results` as passes finish."""
     tasks = len(load_task_set(case.config).tasks(split)[:limit])
     total = len(case.checkpoints) * sum(tasks * (samples if temperature else 1) for temperature in temperatures)
     if log is not None:
@@ -198,7 +201,7 @@ def _play(
                 ) -> None:
                     nonlocal done
                     done += 1
-                    bars.update(f"playing {split}", done, total, _spent(case))
+                    bars.update(f"evaluating {split}", done, total, _spent(case))
                     if log is not None:
                         log.add(iteration, temperature, episode, case.counts)
 
@@ -226,7 +229,7 @@ def _episode_log(path: Path, case: _Case, split: str, limit: int | None) -> Epis
         "environment": config.environment.model_dump(),
         "split": split,
         "panel": task_set.fingerprint(split),
-        "limit": limit,  # a task's place among those that are played is in its episodes' seeds
+        "limit": limit,  # episode seeds depend on a task's position among the evaluated ones
         "seed": config.seed,
         "budget": [budget.turns, budget.turn_tokens, budget.trajectory_tokens],
         "chat_template_kwargs": config.model.chat_template_kwargs,
@@ -268,7 +271,7 @@ def _show(console: Console, results: Results, case: _Case, split: str) -> None:
             f"{case.name} on {case.config.environment.name}, split {split}",
             ["iteration", *columns] if several else columns,
             rows,
-            f"Intervals over {first.tasks} tasks; panel {first.fingerprint}",
+            f"Intervals over {first.tasks} tasks; fingerprint {first.fingerprint}",
         )
     )
     for _, result in results:
@@ -276,8 +279,10 @@ def _show(console: Console, results: Results, case: _Case, split: str) -> None:
             why = "ran out of tokens (rollout.trajectory_tokens, or the model's context)"
             console.print(f"{short} of {result.episodes} episodes {why}", highlight=False)
         if dropped := result.successes.count(None):
-            why = "are left out: one of their episodes failed in every attempt"
-            console.print(f"{dropped} tasks {why}; with the same --episodes they are attempted again", highlight=False)
+            why = "are excluded: one of their episodes failed in every attempt"
+            console.print(
+                f"{dropped} tasks {why}. With the same --episodes file they are attempted again", highlight=False
+            )
     if case.options:
         console.print(_spent(case), highlight=False)
 
@@ -287,7 +292,7 @@ def _cost(case: _Case) -> float | None:
 
 
 def _spent(case: _Case) -> str:
-    """What a remote model has cost; empty for a local one."""
+    """Calls, tokens and cost of a remote model; empty for a local one."""
     if case.options is None:
         return ""
     cost = _cost(case)

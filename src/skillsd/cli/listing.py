@@ -19,19 +19,20 @@ def add_to(app: typer.Typer) -> None:
 
 
 def methods() -> None:
-    """List the methods: each a row of switches over the same loop."""
+    """List the training methods."""
     from skillsd.methods import METHODS, methods_table
 
     console.print(methods_table(), highlight=False, soft_wrap=True)
     for row in METHODS.values():
-        console.print(f"{row.name}: {row.description}", highlight=False)
+        console.print(f"{row.name}: {row.description}", highlight=False, soft_wrap=True)
 
 
 def recipes() -> None:
-    """List the recipes that ship with the package, by the command that takes them."""
+    """List the shipped recipes, by the command that takes them."""
+    names = configs.recipes()
     for kind, command in COMMANDS.items():
         console.print(f"for `{command}`:", highlight=False)
-        for name in configs.recipes():
+        for name in names:
             if not configs.read(name).keys() <= kind.model_fields.keys():
                 continue
             lines = (configs.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
@@ -41,10 +42,13 @@ def recipes() -> None:
 
 
 def doctor(
-    recipe: Annotated[Optional[str], typer.Argument(help="Also estimate this recipe.")] = None,  # noqa: UP045
+    recipe: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="RECIPE", help="Also estimate the memory and time of this recipe."),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Show what is installed, the device, and whether a recipe would fit."""
+    """Show versions and devices, and whether a recipe fits."""
     from skillsd.cli.doctor import examine
 
     examine(console, configs.load(configs.RunConfig, recipe, overrides or ()) if recipe else None)

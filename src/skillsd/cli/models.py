@@ -1,4 +1,4 @@
-"""`skillsd models ...`: models that have a name of their own."""
+"""`skillsd models ...`: models with a short name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import typer
 from skillsd.cli.common import console
 from skillsd.errors import unknown_name
 
-app = typer.Typer(help="Models by name: list them, fetch them ahead of time.", no_args_is_help=True)
+app = typer.Typer(help="List models with a short name, or fetch them ahead of time.", no_args_is_help=True)
 
 
 @app.command("list")
 def models_list() -> None:
-    """Names for model.name beside folders and hub names, and where each model lies."""
+    """List the short names for model.name and the models' folders.
+
+    model.name also takes folders and Hugging Face hub names.
+    """
     from skillsd.engines.torch.models import SHIPPED
     from skillsd.engines.torch.pretrained import NAMES, kept
 
@@ -25,8 +28,10 @@ def models_list() -> None:
 
 
 @app.command("fetch")
-def models_fetch(name: Annotated[str, typer.Argument(help="A name of `skillsd models list`.")]) -> None:
-    """Fetch a model now, so that no run has to; prints its folder."""
+def models_fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the model (`skillsd models list`).")],
+) -> None:
+    """Fetch a model ahead of time and print its folder."""
     from skillsd.engines.torch.models import SHIPPED, resolve
     from skillsd.engines.torch.pretrained import NAMES
 

@@ -1,6 +1,6 @@
-"""`skillsd skills uplift` and `skillsd skills gap`: the value of a run's skills, and where its teacher differs.
+"""`skillsd skills uplift` and `skillsd skills gap`: the value of a run's skills, and the teacher's distance.
 
-Training tasks only; nothing is trained, and nothing is recorded in the run's folder.
+Both use training tasks only. Nothing is trained or written to the run's folder.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from skillsd.training.teacher_gap import gap_figures, measure_gap
 from skillsd.types import TRAIN_SPLIT
 
 BASE = "base"
-"""In place of an iteration: the untrained model."""
+"""Instead of an iteration: the untrained model."""
 
 
 @contextmanager
 def opened(folder: Path, at: str | None = None) -> Iterator[Run]:
-    """A run for inspection: its bank as it is now, the weights of one of its checkpoints.
+    """Open a run for inspection: its current bank, with the weights of one checkpoint.
 
     Args:
-        at: an iteration that there is a checkpoint of, or ``base`` for the untrained model; None takes the last.
+        at: iteration of a checkpoint, or ``base`` for the untrained model. None: the last checkpoint.
 
     Raises:
-        UserError: if it is no run's folder, or has no skills or no such checkpoint.
+        UserError: if `folder` is not a run's folder, or has no skills or no such checkpoint.
     """
     config = load_config(folder)
-    if not (folder / BANK).is_file():  # opening one that is missing would create it
+    if not (folder / BANK).is_file():  # opening a missing bank would create it
         raise UserError(f"no skill bank in {str(folder)!r}: expected the file {BANK}")
     if at is not None and at != BASE and not at.isdecimal():
-        raise UserError(f"--at is {at!r}: expected an iteration that has a checkpoint, or {BASE!r}")
+        raise UserError(f"--at is {at!r}: expected the iteration of a checkpoint, or {BASE!r}")
     weights = None if at == BASE else checkpoint.find(folder, None if at is None else int(at))
     run = build(config, folder)
     try:
@@ -67,9 +67,9 @@ async def _load(run: Run, weights: Path | None) -> None:
         run.iteration = checkpoint.number(weights)
     teacher = run.config.teacher
     if run.method.teacher == "none":
-        await run.learner.sync_teacher()  # in place of a teacher: the student
+        await run.learner.sync_teacher()  # compare with the student itself
     elif run.method.teacher == "synchronised" and run.iteration % teacher.sync_every == 0:
-        await run.learner.sync_teacher(1 - (teacher.ema or 0))  # as the next iteration would begin
+        await run.learner.sync_teacher(1 - (teacher.ema or 0))  # as at the start of the next iteration
 
 
 # -- uplift ---------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def show_uplift(
         tasks = {task.id: task for task in run.task_set.tasks(TRAIN_SPLIT)}
         contexts = [(tasks[stored.task_id], render_skill(stored.skill, run.template)) for stored in chosen]
         sides = {(task.id, text) for task, given in contexts for text in (given, "")}
-        with _counting(console, "playing train", episodes * len(sides)) as on_episode:
+        with _counting(console, "training tasks", episodes * len(sides)) as on_episode:
             uplifts = asyncio.run(
                 measure_uplift(
                     dataclasses.replace(run.student, weights=weights),
@@ -112,16 +112,16 @@ def show_uplift(
     measured = [(chosen[uplift.place], uplift) for uplift in uplifts]
     lost = len(contexts) - len(measured)
     if not measured:
-        raise UserError(f"the environment broke episodes of all {lost} skills, in every attempt")
+        raise UserError(f"no result: for all {lost} skills an episode failed in every attempt (infrastructure)")
     groups = {"all": measured, **by_kind(measured)}
     rows = [_uplift_row(kind, those) for kind, those in groups.items()]
-    columns = ["skills", "number", "tasks", "with", "without", "uplift [95 %]", "reward's uplift [95 %]", "> 0", "< 0"]
+    columns = ["skills", "count", "tasks", "with", "without", "uplift [95 %]", "reward uplift [95 %]", "> 0", "< 0"]
     caption = (
-        f"Success with the skill in the prompt and without, {episodes} episodes each. Each task weighs the same and is "
-        "the unit of the intervals: a task's skills are not independent."
+        f"Success with and without the skill in the prompt, {episodes} episodes each. All tasks have the same weight. "
+        "Intervals are over tasks, as the skills of one task are not independent."
     )
     if lost:
-        caption += f" Left out, as the environment broke their episodes: {lost}."
+        caption += f" Excluded after infrastructure failures: {lost}."
     title = f"{folder} after {iteration} iterations, {weights}, training tasks"
     console.print(table(title, columns, rows, caption))
     console.print(_ends(measured))
@@ -138,21 +138,24 @@ def show_uplift(
 def choose_skills(
     run: Run, *, task: str | None = None, limit: int | None = None, never_picked: bool = False
 ) -> list[StoredSkill]:
-    """The skills to measure, newest first: those that were picked at least once, unless `never_picked` are in too.
+    """The skills to measure, newest first.
+
+    Args:
+        never_picked: include skills that were never picked.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there are none.
     """
     known = {task.id for task in run.task_set.tasks(TRAIN_SPLIT)}
     stored = run.bank.skills(task)
     if not stored:
-        hint = "" if task in known else ", which is no training task"
+        hint = "" if task in known else ", which is not a training task"
         raise UserError(f"no skill of task {task!r}{hint} in {str(run.folder)!r} (see: skillsd skills list)")
     if gone := sorted({skill.task_id for skill in stored} - known):
-        raise UserError(f"the bank has skills of {gone[0]!r}, which is no training task of this environment any more")
+        raise UserError(f"the bank has skills of {gone[0]!r}, which is no longer a training task of this environment")
     chosen = [skill for skill in stored if never_picked or skill.picks]
     if not chosen:
-        raise UserError(f"none of these {len(stored)} skills was ever picked: --all takes them all the same")
+        raise UserError(f"none of these {len(stored)} skills was ever picked: include them with --all")
     return chosen[::-1][:limit]
 
 
@@ -186,10 +189,10 @@ def _ends(measured: Measured, count: int = 5) -> Any:
         ]
         for stored, uplift in shown
     ]
-    title = "Best and worst" if len(order) > len(shown) else "Best first"
-    caption = "Selected by their result, so partly by chance: measure them again with another --seed to be sure."
-    columns = ["id", "task", "written from", "with", "without", "uplift", "says"]
-    return table(title, columns, rows, caption, ("task", "written from", "says"))
+    title = "Highest and lowest uplift" if len(order) > len(shown) else "Skills by uplift"
+    caption = "Selected by result, so partly by chance. To confirm, measure again with another --seed."
+    columns = ["id", "task", "source outcome", "with", "without", "uplift", "text"]
+    return table(title, columns, rows, caption, ("task", "source outcome", "text"))
 
 
 def _uplift_record(stored: StoredSkill, uplift: Uplift) -> dict[str, Any]:
@@ -224,14 +227,14 @@ def show_gap(
                 "student",
             )
         count = len(run.task_set.tasks(TRAIN_SPLIT)[:tasks])
-        with _counting(console, "playing train", episodes * count) as on_episode:
+        with _counting(console, "training tasks", episodes * count) as on_episode:
             gap = asyncio.run(
                 measure_gap(run, episodes=episodes, seed=seed, tasks=tasks, teacher=other, on_episode=on_episode)
             )
         iteration = run.iteration
     if not gap.turns:
         raise UserError(
-            f"nothing to compare: {gap.without_teacher} tasks without a context for the teacher, {gap.dropped} broken"
+            f"nothing to compare: {gap.without_teacher} tasks have no context for the teacher, {gap.dropped} failed"
         )
     figures = gap_figures(gap.turns)
     rows = [
@@ -245,11 +248,12 @@ def show_gap(
         ]
         for row in figures
     ]
-    columns = ["", "turns", "number", "tokens", "mean l", "mean |l|", "KL(student || teacher)", "would act differently"]
+    columns = ["", "turns", "count", "tokens", "mean l", "mean |l|", "KL(student || teacher)", "argmax differs"]
     caption = (
-        f"{gap.episodes} episodes of {gap.tasks} training tasks; {gap.without_teacher} tasks have no context for the "
-        f"teacher, {gap.dropped} were broken by the environment. l: student minus teacher log-prob of the sampled "
-        "token. Means over tokens; the last column is the share of turns where the most likely token differs somewhere."
+        f"{gap.episodes} episodes of {gap.tasks} training tasks. Excluded: {gap.without_teacher} tasks without a "
+        f"context for the teacher, {gap.dropped} tasks after infrastructure failures. l: student minus teacher "
+        "log-prob of the sampled token; means are over tokens. Last column: share of turns where the most likely token "
+        "differs at least once."
     )
     title = f"{folder} after {iteration} iterations, teacher: {teacher}"
     console.print(table(title, columns, rows, caption, ("turns",)))
@@ -268,7 +272,7 @@ def show_gap(
 
 @contextmanager
 def _counting(console: Console, name: str, total: int) -> Iterator[Callable[[object], None]]:
-    """A bar that counts episodes."""
+    """A progress bar that counts episodes."""
     bars, done = Bars(console), 0
 
     def on_episode(trajectory: object) -> None:

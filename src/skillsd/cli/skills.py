@@ -1,4 +1,4 @@
-"""`skillsd skills ...`: look into a run's skill bank."""
+"""`skillsd skills ...`: inspect a run's skill bank."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from skillsd.cli.common import RunFolder, check_writable, console
+from skillsd.cli.common import JsonOut, RunFolder, check_writable, console
 from skillsd.errors import UserError
 
-app = typer.Typer(help="Look into a run's skill bank.", no_args_is_help=True)
+app = typer.Typer(help="Inspect a run's skill bank.", no_args_is_help=True)
 
 
 @contextlib.contextmanager
@@ -23,21 +23,21 @@ def _bank(target: Path) -> Iterator[Any]:
 
     path = target / "skills.sqlite" if target.is_dir() else target
     if not path.is_file():
-        raise UserError(f"no skill bank in {str(target)!r}: give a run's folder or the file skills.sqlite of one")
+        raise UserError(f"no skill bank in {str(target)!r}: give a run's folder, or its file skills.sqlite")
     with Bank(path) as bank:
         yield bank
 
 
-Target = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a skill bank's file.")]
+Target = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or its skill bank (skills.sqlite).")]
 
 
 @app.command("list")
 def skills_list(
     target: Target,
-    task: Annotated[Optional[str], typer.Option(help="Only this task's.")] = None,  # noqa: UP045
-    limit: Annotated[int, typer.Option(min=1, help="The most lines.")] = 50,
+    task: Annotated[Optional[str], typer.Option(help="List only this task's skills.")] = None,  # noqa: UP045
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of skills to list.")] = 50,
 ) -> None:
-    """A line per skill, those that taught the best rewards first."""
+    """List the skills, highest mean credit first."""
     from skillsd.report.tables import short, table
 
     with _bank(target) as bank:
@@ -57,15 +57,17 @@ def skills_list(
         ]
         for s in stored[:limit]
     ]
-    columns = ["id", "task", "written from", "its reward", "picked", "mean credit", "says"]
+    columns = ["id", "task", "source outcome", "source reward", "picks", "mean credit", "text"]
     more = f"{len(stored) - limit} more: --limit" if len(stored) > limit else ""
-    words = ("task", "written from", "says")
+    words = ("task", "source outcome", "text")
     console.print(table(f"{len(stored)} skills", columns, rows, more, words))
 
 
 @app.command("show")
-def skills_show(target: Target, skill: Annotated[int, typer.Argument(help="Its id in `skills list`.")]) -> None:
-    """One skill in full, with where it came from and how it did."""
+def skills_show(
+    target: Target, skill: Annotated[int, typer.Argument(metavar="ID", help="Id of the skill (`skillsd skills list`).")]
+) -> None:
+    """Show a skill in full, with its source and statistics."""
     with _bank(target) as bank:
         found = next((s for s in bank.skills() if s.id == skill), None)
         known = [str(s.id) for s in bank.skills()]
@@ -78,9 +80,12 @@ def skills_show(target: Target, skill: Annotated[int, typer.Argument(help="Its i
 @app.command("export")
 def skills_export(
     target: Target,
-    to: Annotated[Optional[Path], typer.Argument(help="A .jsonl file; standard output if not given.")] = None,  # noqa: UP045
+    to: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(metavar="FILE", help="Output file (.jsonl).", show_default="standard output"),
+    ] = None,
 ) -> None:
-    """All skills as JSON lines."""
+    """Write all skills as JSON lines."""
     if to is not None:
         check_writable(to)
     with _bank(target) as bank:
@@ -94,27 +99,34 @@ def skills_export(
 
 At = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(metavar="ITERATION|base", help="Another checkpoint than the last, or the untrained model."),
+    typer.Option(
+        metavar="ITERATION|base", help="Checkpoint to use, or `base` for the untrained model.", show_default="the last"
+    ),
 ]
 
 
 @app.command("uplift")
 def skills_uplift(
     target: RunFolder,
-    episodes: Annotated[int, typer.Option(min=1, help="Episodes with each skill, and as many without.")] = 8,
+    episodes: Annotated[int, typer.Option(min=1, help="Episodes with each skill, and as many without it.")] = 8,
     at: At = None,
-    task: Annotated[Optional[str], typer.Option(help="Only this task's skills.")] = None,  # noqa: UP045
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Only so many skills, the newest.")] = None,  # noqa: UP045
-    never_picked: Annotated[bool, typer.Option("--all", help="Also the skills that were never picked.")] = False,
-    teacher: Annotated[bool, typer.Option("--teacher", help="The teacher's weights play, not the student's.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the episodes.")] = 0,
-    json_out: Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")] = None,  # noqa: UP045
+    task: Annotated[Optional[str], typer.Option(help="Measure only this task's skills.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Measure only this many skills, the newest.")] = None,  # noqa: UP045
+    never_picked: Annotated[bool, typer.Option("--all", help="Include skills that were never picked.")] = False,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Sample with the teacher's weights, not the student's.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the episodes.")] = 0,
+    json_out: JsonOut = None,
 ) -> None:
-    """What the skills are worth: success with one in the prompt minus success without, on its own training task."""
+    """Measure success with a skill in the prompt minus success without.
+
+    Each skill is measured on its own training task.
+    """
     from skillsd.cli.skill_value import show_uplift
 
     if json_out:
-        check_writable(json_out)  # now, not after minutes of playing
+        check_writable(json_out)
     show_uplift(
         console, target, episodes=episodes, seed=seed, at=at, task=task, limit=limit, never_picked=never_picked,
         weights="teacher" if teacher else "student", json_out=json_out,
@@ -124,14 +136,20 @@ def skills_uplift(
 @app.command("gap")
 def skills_gap(
     target: RunFolder,
-    tasks: Annotated[Optional[int], typer.Option(min=1, help="Only so many training tasks, at random.")] = None,  # noqa: UP045
-    episodes: Annotated[int, typer.Option(min=1, help="The student's episodes of each task.")] = 4,
+    tasks: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Use only this many training tasks, drawn at random."),
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="Student episodes per task.")] = 4,
     at: At = None,
-    teacher: Annotated[str, typer.Option(help="`run`: the run's teacher; `base`: the untrained model.")] = "run",
-    seed: Annotated[int, typer.Option(help="Of the episodes.")] = 0,
-    json_out: Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file.")] = None,  # noqa: UP045
+    teacher: Annotated[str, typer.Option(help="`run` for the run's teacher, `base` for the untrained model.")] = "run",
+    seed: Annotated[int, typer.Option(help="Seed of the episodes.")] = 0,
+    json_out: JsonOut = None,
 ) -> None:
-    """Where the teacher, told a skill, differs from the student: by turn, outcome and kind of skill."""
+    """Measure how far the teacher's distribution is from the student's.
+
+    The result is broken down by turn, outcome and kind of skill.
+    """
     from skillsd.cli.skill_value import show_gap
 
     if json_out:

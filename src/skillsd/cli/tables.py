@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from skillsd.cli.common import Overrides, Recipe, console, listed, numbers
+from skillsd.cli.common import Overrides, Recipe, console, listed, note_ineffective, numbers
 
 
 def add_to(app: typer.Typer) -> None:
@@ -18,10 +18,13 @@ def add_to(app: typer.Typer) -> None:
 
 def demo(
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
-    seeds: Annotated[int, typer.Option(min=1, help="Training seeds per method.")] = 1,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="Number of training seeds per method.")] = 1,
 ) -> None:
-    """Train the tiny agent on Sokoban with GRPO and with Skill-SD, and compare: minutes on two CPU cores."""
+    """Compare GRPO and Skill-SD with a tiny agent on Sokoban.
+
+    Trains both and evaluates them on held-out levels, within minutes on two CPU cores.
+    """
     from skillsd.cli.demo import run_demo
 
     run_demo(out, range(seeds), overrides or (), console)
@@ -32,36 +35,48 @@ def make_table(
     overrides: Overrides = None,
     methods: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Rows of `skillsd methods` and labels of the variants, separated by commas [grpo,skill-sd]."),
+        typer.Option(
+            help="Methods (`skillsd methods`) and labels of --variants, separated by commas.",
+            show_default="grpo,skill-sd",
+        ),
     ] = None,
     variants: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="A YAML file of labels with settings over the recipe, or one of the package by name."),
+        typer.Option(help="YAML file that maps labels to settings, or the name of a shipped one (skill-side)."),
     ] = None,
     models: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Names or folders of base models, separated by commas [the recipe's]."),
+        typer.Option(help="Names or folders of base models, separated by commas.", show_default="the recipe's"),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Training seeds of each method on each base model.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of training seeds per method and base model.")] = 1,
     episodes: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Training budgets in episodes, separated by commas, one table each [the recipe's length]."),
+        typer.Option(
+            help="Training budgets in episodes, separated by commas; one table per budget.",
+            show_default="the recipe's length",
+        ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Panel of the table.")] = "test",
+    split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "test",
     limit: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Count only this many of the panel's tasks, evenly spaced."),
+        typer.Option(min=1, help="Tabulate only this many of the split's tasks, evenly spaced."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Sampled episodes per task.")] = 1,
-    jobs: Annotated[Optional[int], typer.Option(min=1, help="Runs at once [cores / model.threads].")] = None,  # noqa: UP045
+    jobs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Number of parallel runs.", show_default="cores / model.threads"),
+    ] = None,
     against: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Method that the others are compared with [grpo]."),
+        typer.Option(help="Method that the others are compared with.", show_default="grpo"),
     ] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Where everything goes [runs/table-NAME].")] = None,  # noqa: UP045
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what is done and what would run.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Output folder.", show_default="runs/table-NAME")] = None,  # noqa: UP045
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what is done and what would be run.")] = False,
 ) -> None:
-    """Compare methods on the same budgets of episodes: train what is missing, evaluate, show a table."""
+    """Compare methods on equal budgets of training episodes.
+
+    Trains and evaluates what is missing, and prints a table. The same command resumes where it was stopped.
+    """
     from skillsd.sweeps.plan import plan
     from skillsd.sweeps.table import run_table, show_plan
 
@@ -79,6 +94,7 @@ def make_table(
         limit=limit,
         against=against,
     )
+    note_ineffective([cell.config for cell in sweep.cells if cell.trained], overrides)
     if dry_run:
         show_plan(sweep, console)
     elif not run_table(sweep, console, jobs=jobs):

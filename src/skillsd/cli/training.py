@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from skillsd import config as configs
-from skillsd.cli.common import Overrides, Recipe, console, note_ineffective
+from skillsd.cli.common import SETTING, Overrides, Recipe, RunFolder, console, note_ineffective
 
 
 def add_to(app: typer.Typer) -> None:
@@ -23,16 +23,19 @@ def add_to(app: typer.Typer) -> None:
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    out: Annotated[Optional[Path], typer.Option(help="The run's folder [runs/NAME-METHOD-seedN].")] = None,  # noqa: UP045
-    resume: Annotated[bool, typer.Option("--resume", help="Resume from the folder's last checkpoint.")] = False,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of the run.", show_default="runs/NAME-METHOD-seedN"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in the folder.")] = False,
 ) -> None:
-    """Train a policy."""
+    """Train a policy with a recipe."""
     from skillsd.report.progress import Bars, summaries_note, training_note
     from skillsd.report.tables import percent
     from skillsd.runs.lifecycle import default_folder, run_training
 
     config = configs.load(configs.RunConfig, recipe, overrides or ())
-    note_ineffective(config, overrides)
+    note_ineffective([config], overrides)
     folder = out or default_folder(config)
     console.print(f"{config.name}: {config.method}, seed {config.seed} -> {folder}/", highlight=False)
     bars = Bars(console)
@@ -66,11 +69,28 @@ def train(
 
 
 def sft(
-    recipe: Annotated[str, typer.Argument(help="A warm-start recipe: a name or the path of a YAML file.")],
-    overrides: Overrides = None,
-    out: Annotated[Optional[Path], typer.Option(help="The new model's folder [models/NAME].")] = None,  # noqa: UP045
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="Name of a warm-start recipe (`skillsd recipes`), or path of a YAML file."
+        ),
+    ],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(
+            metavar=SETTING,
+            help="Settings that override the recipe's, e.g. warm_start.batch=8 (`skillsd config --sft` lists them).",
+        ),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of the new model.", show_default="models/NAME"),
+    ] = None,
 ) -> None:
-    """Warm start: supervised training on an environment's demonstrations, with and without a skill in the prompt."""
+    """Warm-start a model on an environment's demonstrations.
+
+    Supervised training, with and without a skill in the prompt, and a check of how well the model follows skills.
+    """
     from skillsd.report.progress import Bars
     from skillsd.report.tables import percent, table
     from skillsd.warm_start.check import run_sft
@@ -88,17 +108,25 @@ def sft(
     rows = [[row["prompt"], percent(row["sampled"], row["interval"]), percent(row["greedy"])] for row in figures]
     title = f"{folder} on {config.environment.name}, split {config.check.split}"
     console.print(table(title, ["prompt", "sampled [95 %]", "greedy"], rows))
-    console.print("Worth training only if a good skill helps much and another task's does not.")
+    console.print("Worth training further only if a golden skill helps a lot and another task's skill does not.")
 
 
 def export(
-    run: Annotated[str, typer.Argument(help="A run's folder.")],
-    out: Annotated[Path, typer.Option(help="The new model folder.")],
-    at: Annotated[Optional[int], typer.Option(metavar="ITERATION", help="Another checkpoint than the last.")] = None,  # noqa: UP045
-    merge: Annotated[bool, typer.Option("--merge", help="Add the adapter of a LoRA run to its base model.")] = False,
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(help="Folder of the exported model.")],
+    at: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="ITERATION", help="Checkpoint to export.", show_default="the last"),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapter of a LoRA run into its base model.")
+    ] = False,
 ) -> None:
-    """Write a run's trained model (under LoRA its adapter) as a folder that `transformers` and `peft` load."""
+    """Export a run's trained model as a model folder.
+
+    `transformers` loads it; for a LoRA run it is an adapter, which `peft` loads.
+    """
     from skillsd.runs.export import export as write
 
-    write(run, out, iteration=at, merge=merge)
+    write(str(run), out, iteration=at, merge=merge)
     console.print(f"{out}/", highlight=False)

@@ -1,4 +1,4 @@
-"""A run is one readable YAML file: `schema` and `sft` are its keys, `load` reads it, `problems` says what is wrong."""
+"""Recipes: the keys (`schema`, `skills`, `sft`), loading (`load`), error messages (`problems`), docs (`describe`)."""
 
 from skillsd.config.load import RECIPES, build, dump, load, read, recipes
 from skillsd.config.schema import (

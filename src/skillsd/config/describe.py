@@ -1,11 +1,13 @@
-"""The documentation of all keys: for `skillsd config`, for ``docs/configuration.md``, and as a JSON schema."""
+"""The reference of all keys: for `skillsd config`, for ``docs/configuration.md``, and as a JSON schema for editors."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 
 from skillsd.config.keys import Key, keys, sections, summary
@@ -20,47 +22,53 @@ Section = tuple[str, str, list[Key]]
 
 
 def find(name: str | None = None, *, sft: bool = False, engine: str = "torch") -> list[Section]:
-    """The sections of a configuration; only one section, or one key of it, if `name` says so.
+    """All sections of a configuration, or those that match `name`.
 
     Args:
-        sft: of a warm-start recipe.
-        engine: whose options the section ``engine`` has.
+        name: a section (with its nested ones), a dotted key, or the last part of either.
+        sft: describe warm-start recipes instead of training recipes.
+        engine: the engine whose options are the section ``engine``.
 
     Raises:
-        UserError: if there is no such section or key.
+        UserError: if there is no such section or key, or no such engine.
     """
     registry.options_class(engine)
-    kind = SftConfig if sft else RunConfig
-    found = list(_sections(kind, engine))
+    found = list(_sections(SftConfig if sft else RunConfig, engine))
     if name is None:
         return found
-    chosen = [section for section in found if section[0] == name or section[0].startswith(f"{name}.")]
-    if chosen:
+    if chosen := [section for section in found if section[0] == name or section[0].startswith(f"{name}.")]:
         return chosen
-    exact = [(s, about, [key]) for s, about, those in found for key in those if key.path == name]
-    same_name = [(s, about, [key]) for s, about, those in found for key in those if key.path.split(".")[-1] == name]
-    if exact or same_name:
-        return exact or same_name
-    known = [s for s, _, _ in found if s] + [key.path for _, _, those in found for key in those]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-        name, [path.split(".")[-1] for path in known], n=1, cutoff=0.5
-    )
+    if exact := _only(found, lambda key: _plain(key) == name):
+        return exact
+    if last := _only(found, lambda key: _plain(key).split(".")[-1] == name):
+        return last
+    known = [s for s, _, _ in found if s] + [_plain(key) for _, _, those in found for key in those]
+    by_last_part = {path.split(".")[-1]: path for path in reversed(known)}
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
+        by_last_part[part] for part in difflib.get_close_matches(name, by_last_part, n=1, cutoff=0.5)
+    ]
     hint = f" Did you mean {near[0]!r}?" if near else ""
     listed = ", ".join(s for s, _, _ in found if s)
     raise UserError(f"there is no section or key {name!r}.{hint} Sections: {listed}")
 
 
+def _only(found: Sequence[Section], fits: Any) -> list[Section]:
+    return [(section, about, [key]) for section, about, those in found for key in those if fits(key)]
+
+
+def _plain(key: Key) -> str:
+    return key.path.replace("[]", "")
+
+
 def _sections(kind: type[BaseModel], engine: str) -> Iterator[Section]:
-    inner = sections(kind, engine)
     every = list(keys(kind, engine=engine))
-    yield "", f"Keys of `{COMMANDS[kind]}`.", [key for key in every if "." not in key.path]
-    for name, section in inner.items():
-        own = [key for key in every if key.path.rpartition(".")[0] == name]
-        yield name, summary(section), own
+    yield "", f"Keys of a recipe for `{COMMANDS[kind]}`.", [key for key in every if "." not in key.path]
+    for name, section in sections(kind, engine).items():
+        yield name, summary(section), [key for key in every if _plain(key).rpartition(".")[0] == name]
 
 
 def lines(found: Sequence[Section]) -> Iterator[str]:
-    """For a terminal."""
+    """The sections as text for a terminal."""
     for name, about, those in found:
         yield f"{name or 'top level'}: {about}"
         for key in those:
@@ -69,7 +77,7 @@ def lines(found: Sequence[Section]) -> Iterator[str]:
 
 
 def markdown(kind: type[BaseModel]) -> str:
-    """Tables of all keys, a section each."""
+    """A table of keys per section, and one per engine for the section ``engine``."""
     parts = []
     for name, about, those in _sections(kind, "torch"):
         if name == "engine":
@@ -88,17 +96,7 @@ def _engine_keys(kind: type[BaseModel], engine: str) -> list[Key]:
 
 def _table(title: str, about: str, those: Sequence[Key]) -> str:
     rows = [f"| `{key.path}` | `{default(key)}` | {_cell(key.kind)} | {_cell(key.meaning)} |" for key in those]
-    return "\n".join(
-        [
-            f"### {title}",
-            "",
-            about.replace("``", "`"),
-            "",
-            "| key | default | type | meaning |",
-            "|---|---|---|---|",
-            *rows,
-        ]
-    )
+    return "\n".join([f"### {title}", "", about, "", "| key | default | type | meaning |", "|---|---|---|---|", *rows])
 
 
 def _cell(text: str) -> str:
@@ -106,22 +104,22 @@ def _cell(text: str) -> str:
 
 
 def default(key: Key) -> str:
-    """A key's default as YAML writes it."""
+    """A key's default as YAML."""
     if key.required:
         return "(required)"
-    value = key.default
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value)
+    if isinstance(key.default, float):
+        return f"{key.default:g}"
+    if isinstance(key.default, str):
+        return key.default
+    text = yaml.safe_dump(key.default, default_flow_style=True, sort_keys=False, width=math.inf)
+    return text.removesuffix("...\n").strip()
 
 
 def json_schema(*, sft: bool = False) -> dict[str, Any]:
     """A JSON schema of recipes, for editors with YAML support."""
     schema = (SftConfig if sft else RunConfig).model_json_schema()
     if not sft:
-        schema["properties"]["engine"] = engine_schema()
+        engine, definitions = engine_schema()
+        schema["properties"]["engine"] = engine
+        schema["$defs"] |= definitions
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

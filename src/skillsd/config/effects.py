@@ -1,29 +1,39 @@
-"""Keys that have no effect in a given configuration: a user who sets one by hand wants to know."""
+"""Keys that have no effect in a given configuration. The command line notes them when a user sets one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from skillsd.config.schema import RunConfig
 from skillsd.methods import METHODS, Method
 
 Rule = tuple[tuple[str, ...], Callable[[RunConfig, Method], str | None]]
-"""Keys (or whole sections), and why they have no effect; None if they have."""
+"""Keys (or whole sections), and a function that returns why they have no effect, or None if they have one."""
 
 
 def without_effect(config: RunConfig, keys: Iterable[str]) -> list[str]:
-    """A note for each of the given keys that changes nothing in this configuration, with the reason."""
-    row = METHODS[config.method]
+    """A note, with the reason, for each of the given keys that has no effect in `config`."""
+    return without_effect_in_any([config], keys)
+
+
+def without_effect_in_any(configs: Sequence[RunConfig], keys: Iterable[str]) -> list[str]:
+    """A note for each of the given keys that has no effect in any of several configurations, with each reason once."""
     notes = []
     for key in dict.fromkeys(keys):
-        reasons = [
-            reason
-            for names, why in _RULES
-            if any(key == name or key.startswith(f"{name}.") for name in names) and (reason := why(config, row))
-        ]
-        if reasons:
-            notes.append(f"{key} has no effect here: {reasons[0]}")
+        reasons = [_reason(config, key) for config in configs]
+        if reasons and all(reasons):
+            notes.append(f"{key} has no effect here: {'; '.join(dict.fromkeys(map(str, reasons)))}")
     return notes
+
+
+def _reason(config: RunConfig, key: str) -> str | None:
+    """The first rule's reason why `key` has no effect, or None."""
+    row = METHODS[config.method]
+    for names, why in RULES:
+        applies = any(key == name or key.startswith(f"{name}.") for name in names)
+        if applies and (reason := why(config, row)):
+            return reason
+    return None
 
 
 def _unless(condition: bool, reason: str) -> str | None:
@@ -44,7 +54,7 @@ def _no_skills(config: RunConfig, row: Method) -> str | None:
 
 def _fixed_lambda(config: RunConfig, row: Method) -> str | None:
     fixed = row.reward_weight == 0 and row.teacher != "none"
-    return _unless(not fixed, f"method {row.name!r} is distillation alone: its weight is 1")
+    return _unless(not fixed, f"method {row.name!r} is distillation only, with weight 1")
 
 
 def _no_imitation(config: RunConfig, row: Method) -> str | None:
@@ -67,14 +77,14 @@ def _no_endpoint(config: RunConfig, row: Method) -> str | None:
 
 def _no_language_model(config: RunConfig, row: Method) -> str | None:
     chosen = config.skills.summariser
-    return _unless(chosen != "rules", "skills.summariser is 'rules', which asks no language model")
+    return _unless(chosen != "rules", "skills.summariser is 'rules', which uses no language model")
 
 
 def _not_easy_first(config: RunConfig, row: Method) -> str | None:
     return _unless(config.curriculum.easy_first, "curriculum.easy_first is false")
 
 
-_RULES: tuple[Rule, ...] = (
+RULES: tuple[Rule, ...] = (
     (("teacher", "objective.estimator", "objective.top_k", "objective.distil_clamp"), _no_teacher),
     (("objective.lambda_sdl", "objective.lambda_schedule"), _no_teacher),
     (("objective.lambda_sdl",), _fixed_lambda),

@@ -1,4 +1,4 @@
-"""From a recipe's YAML and ``key=value`` overrides to a typed configuration, and back."""
+"""Turn a recipe's YAML and ``key=value`` overrides into a typed configuration, and back."""
 
 from __future__ import annotations
 
@@ -20,31 +20,34 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 C = TypeVar("C", bound=BaseModel)
 
 COMMANDS: dict[type[BaseModel], str] = {RunConfig: "skillsd train", SftConfig: "skillsd sft"}
-"""The command that takes each kind of recipe."""
+"""The command for each kind of recipe."""
 
 
 def recipes() -> list[str]:
-    """Names of the recipes that ship with the package."""
+    """Names of the shipped recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load(kind: type[C], recipe: str, overrides: Iterable[str] = ()) -> C:
-    """The configuration of a recipe (a name of the package's, or a path) with ``key=value`` overrides.
+    """Load a recipe with ``key=value`` overrides.
+
+    Args:
+        recipe: name of a shipped recipe, or path of a YAML file.
 
     Raises:
-        UserError: for an unknown recipe, unreadable YAML, or any key or value that does not fit.
+        UserError: for an unknown recipe, unreadable YAML, or an invalid key or value.
     """
     data = read(recipe)
     other = SftConfig if kind is RunConfig else RunConfig
     if any(key in other.model_fields and key not in kind.model_fields for key in data):
-        raise UserError(f"recipe {recipe!r} is one for `{COMMANDS[other]}`, not for `{COMMANDS[kind]}`")
+        raise UserError(f"recipe {recipe!r} is for `{COMMANDS[other]}`, not for `{COMMANDS[kind]}`")
     for override in overrides:
-        _override(data, override)
+        apply_override(data, override)
     return build(kind, data, where=f"recipe {recipe!r}")
 
 
 def read(recipe: str) -> dict[str, Any]:
-    """A recipe's keys and values as its YAML has them.
+    """A recipe's keys and values, as in its YAML.
 
     Raises:
         UserError: for an unknown recipe or unreadable YAML.
@@ -53,10 +56,10 @@ def read(recipe: str) -> dict[str, Any]:
     if not path.is_file():
         path = Path(recipe).expanduser()
     if path.is_dir():
-        raise UserError(f"{recipe!r} is a folder; a recipe is a YAML file, or one of: {', '.join(recipes())}")
+        raise UserError(f"{recipe!r} is a folder: give a YAML file, or one of: {', '.join(recipes())}")
     if not path.is_file():
         if "/" in recipe or path.suffix:
-            raise UserError(f"there is no recipe file {recipe!r}; recipes of the package: {', '.join(recipes())}")
+            raise UserError(f"there is no recipe file {recipe!r}. Shipped recipes: {', '.join(recipes())}")
         raise unknown_name("recipe", recipe, recipes())
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -65,13 +68,17 @@ def read(recipe: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"the recipe {str(path)!r} can't be read: {error.strerror}") from error
     if not isinstance(data, dict):
-        found = "nothing" if data is None else type(data).__name__
-        raise UserError(f"the recipe {str(path)!r} holds {found}, expected keys and values")
+        found = "is empty" if data is None else f"contains a {type(data).__name__}"
+        raise UserError(f"the recipe {str(path)!r} {found}, expected keys and values")
     return data
 
 
 def build(kind: type[C], data: Mapping[str, Any], *, where: str) -> C:
-    """Validate; every problem in one message, one line each."""
+    """Validate keys and values.
+
+    Raises:
+        UserError: with a line for every problem.
+    """
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -79,7 +86,7 @@ def build(kind: type[C], data: Mapping[str, Any], *, where: str) -> C:
 
 
 def dump(config: BaseModel) -> str:
-    """The resolved configuration as YAML; `load` reads it back to the same."""
+    """The complete configuration as YAML. `load` restores it exactly."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
 
 
@@ -89,10 +96,15 @@ def key_of(override: str) -> str:
 
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-"""A number that YAML 1.1 takes for a string: 1e-4."""
+"""A number that YAML 1.1 reads as a string, such as 1e-4."""
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set the value of a ``key=value`` override in a recipe's data, creating missing sections.
+
+    Raises:
+        UserError: if it is not ``key=value`` with a value in YAML, or the key is below a plain value.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r} is not an override: write key=value, e.g. training.learning_rate=1e-4")

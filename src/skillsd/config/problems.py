@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words: the key, what was given, what is allowed, the nearest right name."""
+"""Validation errors as one line each: the key, what was given, what is allowed, and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from skillsd.config.keys import keys, section_class
 from skillsd.engines import registry
 
 _MAY_HOLD_A_SECRET = ("api_key_env", "base_url")
-"""A user may put a key here by mistake: what was given is not repeated in the error."""
+"""Users may put an API key here by mistake, so error messages never repeat the value."""
 
 
 def explain(kind: type[BaseModel], data: Mapping[str, Any], error: ValidationError) -> list[str]:
     """One line per problem."""
     engine = _engine_of(data)
-    # A value that fits none of several types is one problem, however many types there are.
-    problems = {tuple(_location(kind, problem["loc"], engine)): dict(problem) for problem in reversed(error.errors())}
+    # For a union pydantic reports one error per member type; keep the first.
+    problems = {}
+    for problem in reversed(error.errors()):
+        path = problem["loc"][:-1] if problem["type"] == "invalid_key" else problem["loc"]
+        problems[tuple(_location(kind, path, engine))] = dict(problem)
     return [_line(kind, list(location), problem, engine) for location, problem in reversed(problems.items())]
 
 
 def _engine_of(data: Mapping[str, Any]) -> str:
-    """The engine whose options the section ``engine`` has; the embedded one if that can't be told."""
+    """The engine whose options are the section ``engine``; the embedded engine if the name is not valid."""
     section = data.get("engine")
     name = section.get("name") if isinstance(section, Mapping) else None
     try:
         registry.options_class(name or "torch")
-    except Exception:  # an error of its own says so
+    except Exception:  # an invalid name is reported as a problem of its own
         return "torch"
     return name or "torch"
 
@@ -45,6 +48,8 @@ def _line(kind: type[BaseModel], location: list[str], problem: dict[str, Any], e
     if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key} is {problem['input']!r}, expected keys and values of its own"
     message = problem["msg"].removeprefix("Value error, ")
+    if key == "engine" and isinstance(problem["input"], Mapping):
+        return message  # it names the key and the value
     given = "not usable" if key.split(".")[-1] in _MAY_HOLD_A_SECRET else repr(problem["input"])
     return f"{key} is {given}: {message[0].lower()}{message[1:]}"
 
@@ -62,7 +67,7 @@ def _unknown(kind: type[BaseModel], location: list[str], engine: str) -> str:
     everywhere = [key.path for key in keys(kind, engine=engine)]
     exact = [path for path in everywhere if path.split(".")[-1] == name]  # the right name in the wrong section
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    # The same or a similar key of another section, for a name that is far from all of this one's.
+    # The same or a similar key of another section, for a name unlike any of this section's.
     leaves = {path.split(".")[-1]: path for path in reversed(everywhere)}
     elsewhere = [leaves[leaf] for leaf in difflib.get_close_matches(name, leaves, n=1, cutoff=0.75)]
     suggestion = exact or [".".join(filter(None, [prefix, name])) for name in near] or elsewhere
@@ -77,8 +82,9 @@ def _likeness(a: str, b: str) -> float:
 
 
 def _names(kind: type[BaseModel], location: list[str], engine: str) -> list[str]:
+    """The keys of the section at `location`."""
     for part in location:
-        section = section_class(kind, part, engine)
+        section = section_class(kind, part.partition("[")[0], engine)
         if section is None:
             return []
         kind = section
@@ -86,14 +92,20 @@ def _names(kind: type[BaseModel], location: list[str], engine: str) -> list[str]
 
 
 def _location(kind: type[BaseModel], path: tuple[int | str, ...], engine: str) -> list[str]:
-    """Names of the sections and the key, without what pydantic adds below (a place in a list, one type of several)."""
+    """Names of the sections and the key: ``["objective", "terms[0]", "fn"]``.
+
+    Drops what pydantic adds below a plain value (an index into a list, one type of a union).
+    """
     names: list[str] = []
+    inside = True  # a section, not a plain value
     for part in path:
-        if isinstance(part, int):
+        if not inside:
             break
+        if isinstance(part, int):
+            names[-1] += f"[{part}]"
+            continue
         names.append(part)
         section = section_class(kind, part, engine)
-        if section is None:
-            break
-        kind = section
+        inside = section is not None
+        kind = section or kind
     return names

@@ -11,7 +11,7 @@ from skillsd.options import Options
 
 
 class ArchitectureSection(Options):
-    """A new Llama-type decoder."""
+    """A new Llama-style decoder."""
 
     hidden_size: int = Field(96, ge=8)
     """Width of the residual stream."""
@@ -22,13 +22,13 @@ class ArchitectureSection(Options):
     intermediate_size: int = Field(256, ge=8)
     """Width of the MLP."""
     max_length: int = Field(512, ge=16)
-    """The most tokens of a sequence."""
+    """Maximum sequence length in tokens."""
     vocabulary: int = Field(1024, ge=300)
-    """The most tokens of the new tokenizer, a byte-level BPE learnt on demonstrations."""
+    """Maximum vocabulary size of the new tokenizer, a byte-level BPE trained on demonstrations."""
 
 
 class WarmStartSection(Options):
-    """The supervised training."""
+    """Supervised training on demonstrations."""
 
     steps: int = Field(1000, ge=1)
     """Optimiser steps."""
@@ -37,48 +37,48 @@ class WarmStartSection(Options):
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     warmup_steps: int = Field(50, ge=0)
-    """Steps over which the learning rate rises; after that it falls along a cosine to a tenth."""
+    """Steps of linear warm-up; after that the learning rate decays along a cosine to a tenth of its peak."""
     beta2: float = Field(0.98, ge=0, lt=1)
-    """AdamW's decay of the second moment."""
+    """AdamW's beta2."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """The gradient is clipped to this norm."""
+    """Maximum gradient norm."""
     observation_weight: float = Field(0.2, ge=0)
-    """Weight of the environment's tokens; action tokens weigh 1, the prompt 0."""
+    """Loss weight of the environment's tokens. Action tokens have weight 1, the prompt 0."""
     micro_batch_tokens: int = Field(16384, ge=1)
-    """Tokens in one forward pass. Changes memory and speed, not the gradient."""
+    """Maximum tokens per forward pass. Affects memory and speed, not the gradient."""
     demonstrations: dict[str, Any] = Field(default_factory=dict)
-    """Options of the environment's demonstrations."""
+    """Keyword arguments for the environment's demonstrations."""
     template: str = "teacher"
-    """How a demonstration's skill is worded in its prompt; must be the later run's ``skills.template``."""
+    """Prompt template for a demonstration's skill. Use the same as ``skills.template`` of the later run."""
 
 
 class CheckSection(Options):
-    """What is played after a warm start: is the model worth reinforcement learning? docs/models.md."""
+    """The evaluation after a warm start: does the model follow skills well enough to train? See docs/models.md."""
 
     split: str = "tune"
-    """Never the training split; keep ``test`` for the end."""
+    """Split to evaluate on; keep ``test`` for the end."""
     limit: int | None = Field(None, ge=1)
-    """Only this many tasks, evenly spaced from easy to hard."""
+    """Evaluate on only this many tasks, evenly spaced by difficulty. Default: all."""
     samples: int = Field(2, ge=1)
-    """Sampled episodes per task and prompt; one more is played greedily."""
+    """Sampled episodes per task and prompt, in addition to a greedy one."""
     turn_tokens: int = Field(64, ge=1)
-    """The most tokens of a turn."""
+    """Maximum sampled tokens per turn."""
     concurrency: int = Field(256, ge=1)
-    """The most episodes under way at once."""
+    """Maximum number of concurrent episodes."""
 
 
 class SftConfig(Options):
     """One warm start: supervised training on an environment's demonstrations."""
 
     name: str
-    """Name of the new model; its default folder is ``models/NAME``."""
+    """Name of the new model; the default folder is ``models/NAME``."""
     seed: int = Field(0, ge=0)
-    """Of everything random in it."""
+    """Seed of everything random in the warm start."""
     model: ModelSection = ModelSection()
     new: ArchitectureSection | None = None
-    """Make a new model and tokenizer instead of loading ``model.name``."""
+    """Create a new model and tokenizer instead of loading ``model.name``."""
     environment: EnvironmentSection = EnvironmentSection()
     warm_start: WarmStartSection = WarmStartSection()
     check: CheckSection = CheckSection()

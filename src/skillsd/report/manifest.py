@@ -1,4 +1,4 @@
-"""What one must know to repeat a run or to compare it: versions, commit, seeds, panels, machine."""
+"""The manifest of a run, for reproducing and comparing it: versions, commit, seed, task fingerprints, machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("skillsd", "torch", "transformers", "tokenizers", "numpy", "peft")
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide results."""
+    """Versions of Python and of the packages that affect results."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -31,7 +31,7 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """Commit of the checkout that this package runs from, with ``+changes``; None for an installed package."""
+    """Commit of the checkout that this package runs from, with ``+changes`` if it is modified; None if installed."""
     folder = Path(__file__).parent
     try:
         head = subprocess.run(
@@ -58,12 +58,12 @@ def processor() -> str:
 
 
 def model(name: str) -> dict[str, str | None]:
-    """A base model's name, and the fingerprint of its weights: one name may stand for others tomorrow."""
+    """A base model's name and the fingerprint of its weights, as the content behind a name may change."""
     return {"name": name, "weights": weights_fingerprint(name)}
 
 
 def weights_fingerprint(name: str) -> str | None:
-    """`fingerprint` of a model's folder; of a hub's model, of that in the local cache."""
+    """`fingerprint` of a model's folder, or of a hub model in the local cache. None if there are no weights."""
     from skillsd.engines.torch.models import resolve
 
     folder = Path(resolve(name)).expanduser()
@@ -76,8 +76,8 @@ def weights_fingerprint(name: str) -> str | None:
 
 
 def fingerprint(folder: Path) -> str | None:
-    """The first 16 hex digits of the SHA-256 of a folder's weight files (``*.safetensors``, else ``*.bin``), in order
-    of their names. None if there are none.
+    """The first 16 hex digits of the SHA-256 of a folder's weight files (``*.safetensors``, else ``*.bin``), ordered by
+    name. None if there are none.
     """
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
@@ -91,12 +91,12 @@ def fingerprint(folder: Path) -> str | None:
 
 
 def _cached(name: str) -> Path | None:
-    """The folder of a hub's model that was loaded before."""
+    """The folder of a hub model in the local cache."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         config = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no name of a hub
+    except ValueError:  # not a valid hub name
         return None
     return Path(config).parent if isinstance(config, str) else None
 

@@ -1,4 +1,4 @@
-"""Learning curves as a picture."""
+"""Plot learning curves."""
 
 from __future__ import annotations
 
@@ -7,27 +7,26 @@ from pathlib import Path
 from typing import Any
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")
-
-
 LINES = ("-", "--", ":", "-.")
 
 Records = Sequence[Mapping[str, Any]]
 
 
 def learning_curves(runs: Mapping[str, Sequence[Records]], path: Path, *, title: str, split: str) -> None:
-    """Accuracy on the `split` panel against episodes: a line per method, its mean over seeds, and each seed thinly.
+    """Plot accuracy on `split` against episodes: a line per method for the mean over seeds, and thin lines per seed.
 
     Args:
         runs: method -> the evaluation records of each of its runs.
+        path: the PNG file.
     """
     _picture(runs, path, {"episodes": "training episodes"}, title=title, split=split, of="seeds")
 
 
 def cost_curves(runs: Mapping[str, Sequence[Records]], path: Path, *, title: str, split: str, of: str = "runs") -> None:
-    """The same against episodes and, beside it, against the wall-clock of the training.
+    """Like `learning_curves`, against episodes and, in a second panel, against the wall-clock time of the training.
 
     Args:
-        of: what the mean is taken over, in words.
+        of: what the mean is over, in words.
     """
     costs = {"episodes": "training episodes", "seconds": "seconds of training (wall-clock)"}
     _picture(runs, path, costs, title=title, split=split, of=of)
@@ -70,7 +69,7 @@ def _picture(
 
 
 def _points(records: Records, cost: str) -> dict[float, tuple[float, float]]:
-    """Iteration -> (cost, accuracy in %). Without a single whole episode there is no accuracy."""
+    """Iteration -> (cost, accuracy in %). Evaluations without a finished episode have no accuracy and are skipped."""
     return {
         record.get("iteration", record["episodes"]): (float(record[cost]), 100 * float(record["eval/accuracy"]))
         for record in records
@@ -79,7 +78,7 @@ def _points(records: Records, cost: str) -> dict[float, tuple[float, float]]:
 
 
 def _mean_curve(curves: Sequence[Mapping[float, tuple[float, float]]]) -> tuple[list[float], list[float]]:
-    """Mean cost and accuracy after each iteration that all runs were evaluated after."""
+    """Mean cost and accuracy at the iterations at which all runs were evaluated."""
     common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     points = [[curve[iteration] for curve in curves] for iteration in common]
     return (

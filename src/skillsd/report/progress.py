@@ -1,4 +1,4 @@
-"""What a person sees while something long runs: a bar with the time left in a terminal, plain lines in a log."""
+"""Progress of long jobs: bars with the remaining time in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LOG_SECONDS = 10.0
-"""Without a terminal, a line at most this often."""
+"""Minimum seconds between lines without a terminal."""
 
 
 class Bars:
-    """Bars of several jobs. `update` may be called as often as one likes."""
+    """Progress bars of several jobs. Calling `update` often is cheap."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -33,10 +33,10 @@ class Bars:
         )
         self._tasks: dict[str, object] = {}
         self._begun: dict[str, tuple[float, float]] = {}  # name -> (time, amount) of the first update
-        self._said: dict[str, float] = {}
+        self._printed: dict[str, float] = {}  # name -> time of its last line; inf after its end
 
     def update(self, name: str, done: float, total: float, note: str = "") -> None:
-        """`name` is at `done` of `total`; `note` says how it goes."""
+        """Set the progress of `name` to `done` of `total`; `note` is shown next to it."""
         now = time.monotonic()
         begun, start = self._begun.setdefault(name, (now, done))
         if self._console.is_terminal:
@@ -44,16 +44,16 @@ class Bars:
                 self._tasks[name] = self._progress.add_task(name, total=total, note=note)
             self._progress.update(self._tasks[name], completed=done, total=total, note=note)  # type: ignore[arg-type]
             return
-        said = self._said.get(name, -LOG_SECONDS)
-        if said == math.inf or (done < total and now - said < LOG_SECONDS):
+        printed = self._printed.get(name, -LOG_SECONDS)
+        if printed == math.inf or (done < total and now - printed < LOG_SECONDS):
             return
-        self._said[name] = now if done < total else math.inf  # the end is told once
+        self._printed[name] = now if done < total else math.inf
         rate = (done - start) / (now - begun) if now > begun else 0.0
         left = f", {duration((total - done) / rate)} left" if rate and done < total else ""
         self._console.print(f"{name}: {int(done)}/{int(total)} {note}{left}", highlight=False)
 
     def drop(self, name: str) -> None:
-        """`name` is over: it needs no bar any more."""
+        """Remove the bar of `name`."""
         if name in self._tasks:
             self._progress.remove_task(self._tasks.pop(name))  # type: ignore[arg-type]
 
@@ -67,7 +67,7 @@ class Bars:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Seconds in words: ``59 min 59 s``."""
     seconds = max(0, round(seconds))
     if seconds < 60:
         return f"{seconds} s"
@@ -77,7 +77,7 @@ def duration(seconds: float) -> str:
 
 
 def training_note(record: Mapping[str, object]) -> str:
-    """One line on an iteration's record."""
+    """An iteration's record in a few words."""
     accuracy, seconds = record.get("rollout/accuracy"), record.get("time/iteration")
     parts = []
     if isinstance(accuracy, float):
@@ -88,7 +88,7 @@ def training_note(record: Mapping[str, object]) -> str:
 
 
 def summaries_note(record: Mapping[str, Any]) -> str | None:
-    """One line on what a language model's summaries took, from an iteration's record; None if there were none."""
+    """Calls, tokens and cost of summaries by a language model, from an iteration's record; None if there were none."""
     calls = record.get("summaries/calls")
     if calls is None:
         return None

@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Tables and numbers for the console."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def percent(value: float, interval: Sequence[float] | None = None) -> str:
 
 
 def short(text: str, width: int = 48) -> str:
-    """The beginning of a text, on one line."""
+    """The start of a text, on one line of at most `width` characters."""
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 3] + "..."
 
@@ -22,7 +22,7 @@ def short(text: str, width: int = 48) -> str:
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", words: Sequence[str] = ()
 ) -> Table:
-    """A plain table. The first column and those named in `words` hold text, the others figures."""
+    """A table. The first column and those named in `words` are left-aligned text, the others right-aligned numbers."""
     made = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left")
     for place, column in enumerate(columns):
         made.add_column(column, justify="left" if place == 0 or column in words else "right")

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it runs: metrics.jsonl, evaluations.jsonl, trajectories, TensorBoard, W&B."""
+"""What a run writes: metrics.jsonl, evaluations.jsonl, trajectories, TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ EVALUATIONS = "evaluations.jsonl"
 
 
 class RunWriter:
-    """Writes a run's records into its folder; `on_record` and `on_note` let a progress display listen.
+    """Writes a run's records into its folder.
 
     Args:
-        resumed_at: finished iterations of the checkpoint that the run goes on from; records of later ones are dropped,
-            as they are about to be made again. None for a new run.
+        resumed_at: iteration of the checkpoint that the run resumes from. Later records are dropped, as those
+            iterations are repeated. None for a new run.
+        on_record, on_note: called for each record and note, e.g. by a progress display.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class RunWriter:
         self._on_record, self._on_note = on_record, on_note
         for file in (METRICS, EVALUATIONS):
             keep_until(folder / file, -1 if resumed_at is None else resumed_at)
-        # W&B first: if it is not installed, nothing is left behind.
+        # W&B first: if it is not installed, nothing else has been created.
         self._wandb = _wandb(folder, options.wandb, name) if options.wandb else None
         self._tensorboard = _tensorboard(folder, resumed_at) if options.tensorboard else None
 
@@ -53,7 +54,7 @@ class RunWriter:
         self._on_record("evaluation", record)
 
     def trajectories(self, iteration: int, groups: Sequence[Group]) -> None:
-        """One JSON object a line, one file an iteration."""
+        """Write an iteration's trajectories: a file per iteration, a JSON object per line."""
         every = self._options.trajectories_every
         if not every or (iteration - 1) % every:
             return
@@ -87,7 +88,7 @@ class RunWriter:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file; a last line that a crash cut short is left out."""
+    """The records of a .jsonl file, without a last line that was cut short by a crash."""
     if not path.exists():
         return []
     records = []
@@ -100,7 +101,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all; what is no file (a device) is just written to."""
+    """Write a file atomically. Non-regular files (e.g. /dev/stdout) are written directly."""
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return
@@ -110,7 +111,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def keep_until(path: Path, iteration: int) -> None:
-    """Drop a file's records of iterations after `iteration`."""
+    """Drop the records of later iterations from a file."""
     records = read(path)
     kept = [record for record in records if record["iteration"] <= iteration]
     if path.exists():
@@ -120,14 +121,14 @@ def keep_until(path: Path, iteration: int) -> None:
 
 
 def _jsonable(record: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no nan: None says that there was nothing to measure."""
+    """Replace nan and infinities by None, as JSON has none."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def _tensorboard(folder: Path, resumed_at: int | None) -> Any:
     from tensorboardX import SummaryWriter
 
-    # What TensorBoard was told of later iterations is about to be told again.
+    # Later iterations are repeated: hide their old values.
     purge = None if resumed_at is None else resumed_at + 1
     return SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
@@ -137,7 +138,7 @@ def _wandb(folder: Path, project: str, name: str) -> Any:
         import wandb
     except ImportError as error:
         raise UserError("log.wandb needs the package wandb: pip install 'skillsd[wandb]'") from error
-    # The folder remembers its W&B run, so that a resumed run goes on there as well.
+    # Keep the id of the W&B run in the folder, so that a resumed run continues it.
     kept = folder / "wandb-id"
     if not kept.exists():
         kept.write_text(uuid.uuid4().hex[:16], encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Studies: the same recipe trained by several methods, on several seeds and base models, side by side in one table."""
+"""Sweeps: one recipe trained by several methods, on several seeds and base models, compared in a table."""

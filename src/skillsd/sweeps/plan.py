@@ -1,5 +1,5 @@
-"""Which runs a sweep is made of: base model x method x seed, each with its whole configuration, checked before any of
-them starts."""
+"""The runs of a sweep: base model x method x seed, each with its complete configuration. All are checked before any
+starts."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from skillsd.runs.checks import check_config
 from skillsd.training import checkpoint
 
 BASE = "base"
-"""The untrained model, a row of every table."""
+"""Label of the untrained model, a row of every table."""
 
 DEFAULT_METHODS = ("grpo", "skill-sd")
 
 VARIANTS = configs.RECIPES / "variants"
 
 _BUDGETS = "budgets.json"
-"""In a sweep's folder: every budget that was ever asked of it, whose checkpoints stay."""
+"""File in a sweep's folder: all budgets requested so far, whose checkpoints are kept."""
 
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 _OWN = {
-    "seed": "the seeds are given with --seeds",
-    "model.name": "the base models are given with --models",
-    "training.iterations": "the length is given with --episodes",
+    "seed": "give the seeds with --seeds",
+    "model.name": "give the base models with --models",
+    "training.iterations": "give the length with --episodes",
 }
-"""Keys that the sweep sets itself."""
+"""Keys that the sweep sets itself, and what to use instead."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Cell:
     """One run of the sweep, or one evaluation of an untrained base model.
 
     Attributes:
-        model, method, seed: its labels; the method may be a variant's, or `BASE`.
-        folder: the run's; its log and its evaluations lie beside it.
-        config: the run's whole configuration; an untrained model is played by the recipe's.
-        overrides: what makes it from the recipe.
+        model, method, seed: the cell's labels. The method may be a variant's label, or `BASE`.
+        folder: the run's folder. Its log and evaluations are next to it.
+        config: the run's complete configuration; for `BASE` the recipe's, used for the evaluation.
+        overrides: settings that turn the recipe into `config`.
         iterations: of each budget, in the order of the sweep's budgets; empty for `BASE`.
     """
 
@@ -75,21 +75,25 @@ class Cell:
         return self.folder.with_name(f"{self.folder.name}.log")
 
     def evaluation(self, split: str) -> Path:
-        """The file with its figures on a split."""
+        """The file with the cell's evaluations on a split."""
         return self.folder.with_name(f"{self.folder.name}.{split}.json")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is compared with what, and on which panel.
+    """The cells to compare, and how they are evaluated.
 
     Attributes:
+        out: the sweep's folder.
         models: label -> name or path of a base model.
         methods: labels in the order of the table, `BASE` first.
-        budgets: training episodes, ascending; each is a table of its own.
+        budgets: training episodes, ascending; one table per budget.
+        split: the split to evaluate on.
+        samples: sampled episodes per task.
+        limit: tabulate only this many of the split's tasks, evenly spaced.
         against: the method that the others are compared with.
-        panels: split -> fingerprint, of every split of the environment as it is now.
-        tasks: size of the test panel; `limit` keeps so many of them, evenly spread.
+        panels: split -> fingerprint of its tasks, for every split of the environment.
+        tasks: number of tasks in `split`.
     """
 
     recipe: str
@@ -124,20 +128,22 @@ def plan(
     limit: int | None = None,
     against: str | None = None,
 ) -> Sweep:
-    """Lay out the sweep and check every run of it.
+    """Lay out a sweep and check each of its runs.
 
     Args:
-        methods: rows of `METHODS` and labels of the variants; ``grpo`` and ``skill-sd`` if not given.
-        variants: a YAML file that maps labels to settings over the recipe, or the name of one of the package.
-        models: names or paths of base models; the recipe's own if not given.
-        episodes: budgets; the recipe's own length if not given.
-        against: ``grpo`` if it is among the methods, else the first of them.
+        overrides: settings for all cells.
+        out: the sweep's folder.
+        methods: names in `METHODS` and labels of the variants. Default: ``grpo`` and ``skill-sd``.
+        variants: a YAML file that maps labels to settings, or the name of a shipped one.
+        models: names or paths of base models. Default: the recipe's.
+        episodes: budgets. Default: the recipe's length.
+        against: the method to compare with. Default: ``grpo`` if it is among the methods, else the first one.
 
     Raises:
-        UserError: for anything that would fail later or could not be compared, one line for each.
+        UserError: for anything that would fail later or could not be compared, one line each.
     """
     if taken := [override for override in overrides if override.partition("=")[0] == "method"]:
-        raise UserError(f"{taken[0]!r}: the methods are given with --methods")
+        raise UserError(f"{taken[0]!r}: give the methods with --methods")
     for override in overrides:
         key = override.partition("=")[0]
         alone = (key == "model.name" and not models) or (key == "training.iterations" and not episodes)
@@ -149,11 +155,11 @@ def plan(
     named = _label_models(models or [base.model.name])
     budgets = tuple(sorted(set(episodes or [base.training.iterations * base.episodes_per_iteration])))
     if min(budgets) < 1:
-        raise UserError(f"--episodes: {min(budgets)} is no budget to train on")
+        raise UserError(f"--episodes is {min(budgets)}: expected a budget of at least one iteration")
     task_set = registry.load(base.environment.name, base.environment.options)
     tasks = len(task_set.tasks(split))
     if limit and limit > tasks:
-        raise UserError(f"--limit is {limit}, but the panel {split!r} has {tasks} tasks")
+        raise UserError(f"--limit is {limit}, but the split {split!r} has {tasks} tasks")
 
     before = asked(out)
     cells: list[Cell] = []
@@ -191,7 +197,7 @@ def plan(
 
 
 def asked(out: Path) -> tuple[int, ...]:
-    """The budgets that were asked of the sweep in a folder before."""
+    """The budgets requested so far of the sweep in a folder."""
     try:
         found = json.loads((out / _BUDGETS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -200,35 +206,35 @@ def asked(out: Path) -> tuple[int, ...]:
 
 
 def remember(sweep: Sweep) -> None:
-    """Have later calls for other budgets keep the checkpoints of these."""
+    """Record the sweep's budgets, so that later calls with other budgets keep their checkpoints."""
     before = asked(sweep.out)
     if set(sweep.budgets) - set(before):
         write_whole(sweep.out / _BUDGETS, json.dumps(sorted({*before, *sweep.budgets})))
 
 
-def plays_probes(config: RunConfig) -> bool:
-    """Whether a run may play fewer episodes than its budget: some wait for a skill to measure."""
+def may_use_fewer_episodes(config: RunConfig) -> bool:
+    """Whether a run may use fewer episodes than its budget: uplift episodes need a skill to measure."""
     return config.episodes_per_iteration > config.rollout.tasks_per_iteration * config.rollout.group_size
 
 
 def scheduled_on_length(config: RunConfig) -> str | None:
-    """The setting by which a run's first part is not what a shorter run would be, if there is one."""
+    """The setting, if any, that makes a run depend on its length, so that its first part differs from a shorter run."""
     options = config.objective
     if options.lambda_schedule != "constant" and METHODS[config.method].teacher != "none":
         return f"objective.lambda_schedule is {options.lambda_schedule!r}"
     if config.curriculum.easy_first:
-        return "curriculum.easy_first is on"
+        return "curriculum.easy_first is true"
     return None
 
 
 def load_variants(name: str) -> dict[str, list[tuple[str, Any]]]:
-    """Labels and the settings of each, as (dotted key, value).
+    """Label -> its settings as (dotted key, value).
 
     Args:
-        name: a YAML file, or the name of one in the package's ``recipes/variants``.
+        name: a YAML file, or the name of a shipped one (``recipes/variants``).
 
     Raises:
-        UserError: if there is no such file, or what it holds is not labels with settings.
+        UserError: if there is no such file, or it does not map labels to settings.
     """
     path = VARIANTS / f"{name}.yaml"
     if not path.is_file():
@@ -236,20 +242,20 @@ def load_variants(name: str) -> dict[str, list[tuple[str, Any]]]:
         if not path.is_file():
             known = sorted(file.stem for file in VARIANTS.glob("*.yaml"))
             if "/" in name or path.suffix:
-                raise UserError(f"there is no variants file {name!r}; the package's: {', '.join(known) or '(none)'}")
+                raise UserError(f"there is no variants file {name!r}. Shipped: {', '.join(known) or '(none)'}")
             raise unknown_name("variants file", name, known)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"the variants {str(path)!r} are not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict) or not data:
-        raise UserError(f"the variants {str(path)!r} hold {type(data).__name__}, expected labels with settings")
+        raise UserError(f"the variants {str(path)!r} are a {type(data).__name__}, expected labels with settings")
     found = {}
     for label, settings in data.items():
         if not isinstance(label, str) or not _LABEL.fullmatch(label):
-            raise UserError(f"the variant {label!r} of {str(path)!r} is not usable as a folder's name")
+            raise UserError(f"the variant {label!r} of {str(path)!r} is not usable as a folder name")
         if label in METHODS or label == BASE:
-            raise UserError(f"the variant {label!r} of {str(path)!r} has the name of a method: give it another one")
+            raise UserError(f"the variant {label!r} of {str(path)!r} has the name of a method: rename it")
         if not isinstance(settings, dict):
             raise UserError(f"the variant {label!r} of {str(path)!r} is {settings!r}, expected settings")
         found[label] = list(_flat(settings, f"the variant {label!r} of {str(path)!r}"))
@@ -260,7 +266,7 @@ def load_variants(name: str) -> dict[str, list[tuple[str, Any]]]:
 
 
 def assignment(key: str, value: Any) -> str:
-    """``key=value`` as the command line takes it: the value in YAML, on one line."""
+    """``key=value`` for the command line, the value as YAML on one line."""
     text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
     return f"{key}={text.removesuffix('...' + chr(10)).strip()}"
 
@@ -268,7 +274,7 @@ def assignment(key: str, value: Any) -> str:
 def _flat(settings: Mapping[Any, Any], where: str, prefix: str = "") -> Any:
     for key, value in settings.items():
         if not isinstance(key, str) or not key:
-            raise UserError(f"{where}: {key!r} is no key")
+            raise UserError(f"{where}: {key!r} is not a key")
         if isinstance(value, dict) and value:
             yield from _flat(value, where, f"{prefix}{key}.")
         else:
@@ -290,12 +296,12 @@ def _label_models(models: Sequence[str]) -> dict[str, str]:
     for model in dict.fromkeys(models):
         path = Path(model).expanduser()
         if model not in SHIPPED:
-            local_folder(model)  # one that is not there is told now
+            local_folder(model)  # report a missing folder now
         label = path.name or path.resolve().name
         if not _LABEL.fullmatch(label):
-            raise UserError(f"the model {model!r}: {label!r} is not usable as a folder's name")
+            raise UserError(f"the model {model!r}: {label!r} is not usable as a folder name")
         if label in named:
-            raise UserError(f"the models {named[label]!r} and {model!r} are both called {label!r}: rename a folder")
+            raise UserError(f"the models {named[label]!r} and {model!r} have the same label {label!r}: rename a folder")
         named[label] = model
     return named
 
@@ -333,22 +339,22 @@ def _cell(
         raise UserError("\n".join(f"variant {method!r}: {line}" for line in str(error).splitlines())) from error
     if method == BASE:
         return Cell(label, method, seed, folder, config, (*overrides, *own), ())
-    if _played(config) != _played(base):
+    if _evaluation_settings(config) != _evaluation_settings(base):
         raise UserError(
-            f"{method!r} is evaluated otherwise than the recipe (environment, temperature or token budgets differ), so "
-            "its figures could not stand in one table with the others'"
+            f"{method!r} is evaluated differently from the recipe (environment, temperature or token budgets differ), "
+            "so its results can't be compared with the others'"
         )
     if len(budgets) > 1 and (reason := scheduled_on_length(config)):
         raise UserError(
-            f"{method!r}: {reason}, which depends on the run's length: a smaller budget read off a longer run would "
-            "not be what a shorter run gives. Give one budget a table"
+            f"{method!r}: {reason}, which depends on the run's length, so a checkpoint of a longer run is not the "
+            "result of a shorter one. Give a single budget"
         )
     per_iteration = config.episodes_per_iteration
     for budget in budgets:
         if budget % per_iteration:
             raise UserError(
-                f"--episodes: {budget} are no whole number of iterations of {method!r}, which plays {per_iteration} "
-                "an iteration"
+                f"--episodes is {budget}: not a whole number of iterations of {method!r}, which uses {per_iteration} "
+                "episodes per iteration"
             )
     iterations = tuple(budget // per_iteration for budget in budgets)
     own.append(f"training.iterations={iterations[-1]}")
@@ -358,20 +364,20 @@ def _cell(
     return Cell(label, method, seed, folder, config, (*overrides, *own), iterations)
 
 
-def _played(config: RunConfig) -> tuple[Any, ...]:
-    """What an evaluation of the run depends on beside its weights."""
+def _evaluation_settings(config: RunConfig) -> tuple[Any, ...]:
+    """What an evaluation depends on, apart from the weights."""
     options = config.rollout
     return (config.environment, options.temperature, options.turn_tokens, options.trajectory_tokens)
 
 
 def _checkpoints(config: RunConfig, iterations: Sequence[int], folder: Path) -> list[str]:
-    """Checkpoints at each budget that stay to the end; about as often as the recipe says."""
+    """Settings that write a checkpoint at each budget and keep it, about as often as the recipe does."""
     if len(iterations) == 1:
         return []
     common = math.gcd(*iterations)
     wanted = config.checkpoint.every or common
     every = max(n for n in range(1, common + 1) if common % n == 0 and n <= max(1, wanted))
     kept = set(range(iterations[0], iterations[-1] + 1, every))
-    # What is there beside, of a stop or of another interval, would else push out the first budget's.
+    # Existing checkpoints at other iterations (after an interruption) must not displace a budget's.
     kept |= {iteration for iteration in checkpoint.iterations(folder) if iteration >= iterations[0]}
     return [f"checkpoint.every={every}", f"checkpoint.keep={max(len(kept), config.checkpoint.keep)}"]

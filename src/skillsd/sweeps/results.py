@@ -1,8 +1,10 @@
-"""What came of a sweep: figures read off its files, refused where they are not comparable, and how sure one can be.
+"""The results of a sweep: read from its files, checked for comparability, with means and intervals.
 
-What varies from one repetition to the next is the unit of inference. Several base models: the base, each averaged over
-its seeds, as seeds on one base say nothing about the next base. One base: the training seed. One run, or seeds that
-all gave one and the same play: the panel's tasks.
+The unit of inference is what varies between repetitions:
+
+- Several base models: the base model, averaged over its seeds (seeds do not show how much base models differ).
+- One base model: the training seed.
+- One run, or seeds with identical episodes: the tasks.
 """
 
 from __future__ import annotations
@@ -17,24 +19,24 @@ from skillsd.errors import UserError
 from skillsd.evaluation.evaluate import mean_interval, student
 from skillsd.report import manifest
 from skillsd.report.writer import METRICS
-from skillsd.sweeps.plan import Cell, Sweep, plays_probes
+from skillsd.sweeps.plan import Cell, Sweep, may_use_fewer_episodes
 from skillsd.sweeps.state import curve, evaluated, read_manifest, state
 
 Unit = Literal["models", "seeds", "tasks"]
 Interval = tuple[float, float]
 Tasks = tuple[float | None, ...]
-"""A figure of each task of the panel, in its order; None where the infrastructure broke it."""
+"""A result per task, in the order of the split; None after an infrastructure failure."""
 
 FIGURES = ("accuracy", "completion", "greedy_accuracy")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One cell at one budget.
+    """The results of one cell at one budget.
 
     Attributes:
-        accuracy, completion, greedy_accuracy: of each task.
-        seconds: wall-clock of the training up to there.
+        accuracy, completion, greedy_accuracy: per task.
+        episodes, seconds: training episodes and wall-clock time up to that budget.
     """
 
     model: str
@@ -49,7 +51,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over the sweep's unit of inference, its 95 % interval if there is one, and of how many cells."""
+    """A mean over the unit of inference, its 95 % interval if it has one, and the number of cells."""
 
     mean: float
     interval: Interval | None
@@ -63,47 +65,47 @@ class Estimate:
 
 
 def unit_of(models: int, seeds: int) -> Unit:
-    """What the intervals of a sweep with so many of each are over."""
+    """The unit of inference for these numbers of base models and seeds."""
     return "models" if models > 1 else "seeds" if seeds > 1 else "tasks"
 
 
 def estimate(cells: Iterable[Measured], figure: str, unit: Unit) -> Estimate | None:
-    """A method's figure; None without a cell."""
+    """A method's mean `figure` with its interval; None without cells."""
     cells = list(cells)
-    if cells and _is_one_play([_known(getattr(cell, figure)) for cell in cells], unit):
+    if cells and _is_one_result([_known(getattr(cell, figure)) for cell in cells], unit):
         values = _known(getattr(cells[0], figure))
         return Estimate(_mean(values), mean_interval(values), len(cells)) if values else None
     return _over({(c.model, c.seed): _mean(_known(getattr(c, figure))) for c in cells}, unit, (0.0, 1.0))
 
 
 def difference(ours: Iterable[Measured], theirs: Iterable[Measured], figure: str, unit: Unit) -> Estimate | None:
-    """`ours` - `theirs`, paired by base model and seed; None where no pair is whole."""
+    """`ours` - `theirs`, paired by base model and seed; None without a complete pair."""
     other = {(cell.model, cell.seed): cell for cell in theirs}
     pairs = [(cell, other[cell.model, cell.seed]) for cell in ours if (cell.model, cell.seed) in other]
-    # Only tasks that both have: a task that the infrastructure broke for one of them is no difference.
+    # Only tasks that both have: an infrastructure failure on one side is not a difference.
     values = [_task_differences(a, b, figure) for a, b in pairs]
-    if values and _is_one_play(values, unit):
+    if values and _is_one_result(values, unit):
         found = _wide(student(values[0], (-1.0, 1.0)))
         return Estimate(_mean(values[0]), found, len(pairs)) if values[0] else None
     means = {(a.model, a.seed): _mean(value) for (a, _), value in zip(pairs, values, strict=True)}
     return _over(means, unit, (-1.0, 1.0))
 
 
-def _is_one_play(values: Sequence[Sequence[float]], unit: Unit) -> bool:
-    """Whether cells, of which these are the tasks' figures, say no more than one of them does: there is but one, or
-    all are the same, as an untrained model's greedy play is on every seed."""
+def _is_one_result(values: Sequence[Sequence[float]], unit: Unit) -> bool:
+    """Whether the cells (their results per task) amount to a single one: there is only one, or all are identical, as an
+    untrained model's greedy episodes are for every seed."""
     if unit == "tasks":
         return len(values) == 1
     return unit == "seeds" and len(values) > 1 and all(value == values[0] for value in values)
 
 
 def _wide(interval: Interval | None) -> Interval | None:
-    """None for an interval without any width: what did not vary here does not tell how much it varies."""
+    """None for an interval of zero width: identical values do not show how much the value varies."""
     return interval if interval and interval[1] - interval[0] > 1e-9 else None
 
 
 def _over(values: Mapping[tuple[str, int], float], unit: Unit, bounds: Interval) -> Estimate | None:
-    """Mean over the unit: seeds of all models alike, or models, each averaged over its seeds first."""
+    """Mean over the unit: over all seeds, or over models, each averaged over its seeds first."""
     known = {key: value for key, value in values.items() if not math.isnan(value)}
     if not known:
         return None
@@ -131,10 +133,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def measured(sweep: Sweep, budget: int, leave_out: Collection[str] = ()) -> dict[str, list[Measured]]:
-    """method -> its finished cells at a budget; methods without any have an empty list.
+    """Method -> its finished cells at a budget, possibly none.
 
     Args:
-        leave_out: names of cells.
+        leave_out: names of cells to skip.
     """
     place = sweep.budgets.index(budget)
     found: dict[str, list[Measured]] = {method: [] for method in sweep.methods}
@@ -160,7 +162,7 @@ def measured(sweep: Sweep, budget: int, leave_out: Collection[str] = ()) -> dict
 
 
 def summarise(sweep: Sweep) -> dict[str, Any]:
-    """Everything that the table says, as JSON has it: budget -> method -> figures."""
+    """The content of the table, JSON-serialisable."""
     unit = unit_of(len(sweep.models), len(sweep.seeds))
     odd = left_out(sweep)
     budgets = {}
@@ -181,15 +183,15 @@ def summarise(sweep: Sweep) -> dict[str, Any]:
 
 
 def _made_with(sweep: Sweep, leave_out: Collection[str]) -> dict[str, Any]:
-    """Commits, and versions of each package, of the runs in the table."""
+    """The commits and package versions of the runs in the table."""
     used = [cell for cell in sweep.cells if cell.trained and cell.name not in leave_out and evaluated(sweep, cell)]
     manifests = [read_manifest(cell) for cell in used]
     versions: dict[str, set[str]] = {}
-    for said in manifests:
-        for package, version in said.get("versions", {}).items():
+    for manifest_ in manifests:
+        for package, version in manifest_.get("versions", {}).items():
             versions.setdefault(package, set()).add(version or "none")
     return {
-        "commits": sorted({said.get("commit") or "unknown" for said in manifests}),
+        "commits": sorted({manifest_.get("commit") or "unknown" for manifest_ in manifests}),
         "versions": {package: sorted(found) for package, found in sorted(versions.items())},
     }
 
@@ -235,11 +237,11 @@ def _differences(ours: Sequence[Measured], theirs: Sequence[Measured], unit: Uni
     return {figure: value.as_dict() if value else None for figure, value in made.items()}
 
 
-# -- refusals -------------------------------------------------------------------------------------------------------
+# -- checks ---------------------------------------------------------------------------------------------------------
 
 
 def left_out(sweep: Sweep) -> dict[str, str]:
-    """The cells that can't be in the table, each with the reason: the others can do without them."""
+    """Name -> reason, for the cells that can't be in the table. The others are unaffected."""
     reasons = {}
     for cell in sweep.cells:
         try:
@@ -247,69 +249,70 @@ def left_out(sweep: Sweep) -> dict[str, str]:
         except UserError as error:
             reasons[cell.name] = str(error)
         else:
-            if told := _episodes(sweep, cell):
-                reasons[cell.name] = told
+            if reason := _wrong_episodes(sweep, cell):
+                reasons[cell.name] = reason
     return reasons
 
 
 def check(sweep: Sweep) -> None:
-    """Whether what is there may stand side by side: same tasks, same weights of a base, another base under each label,
-    same way of playing. What `left_out` names does not matter here.
+    """Check that the existing results are comparable: same tasks, same weights of each base model, different weights
+    for different labels, same evaluation settings. Cells in `left_out` are ignored.
 
     Raises:
-        UserError: with the cells and what differs, a line for each reason; or if no run at all is left.
+        UserError: with the cells and what differs, a line per problem; or if no usable run is left.
     """
     odd = left_out(sweep)
     trained = [cell.name for cell in sweep.cells if cell.trained]
     if trained and set(trained) <= odd.keys():
-        raise UserError("there is no run for a table:\n  " + "\n  ".join(f"{name}: {odd[name]}" for name in trained))
+        raise UserError("no usable run for a table:\n  " + "\n  ".join(f"{name}: {odd[name]}" for name in trained))
     panels: dict[str, tuple[str, str]] = {
-        split: ("the environment as it is now", fingerprint) for split, fingerprint in sweep.panels.items()
+        split: ("the current environment", fingerprint) for split, fingerprint in sweep.panels.items()
     }
     weights: dict[str, tuple[str, str]] = {}
-    playing: tuple[str, dict[str, Any]] | None = None
+    expected_settings: tuple[str, dict[str, Any]] | None = None
     problems: list[str] = []
     for cell in sweep.cells:
         if cell.name in odd:
             continue
-        said = read_manifest(cell) if cell.trained else {}
-        for split, fingerprint in said.get("panels", {}).items():
+        made = read_manifest(cell) if cell.trained else {}
+        for split, fingerprint in made.get("panels", {}).items():
             first, expected = panels.setdefault(split, (cell.name, fingerprint))
             if fingerprint != expected:
                 problems.append(
-                    f"the tasks of {split!r} are others in {cell.name} ({fingerprint}) than in {first} ({expected})"
+                    f"the tasks of {split!r} differ between {cell.name} ({fingerprint}) and {first} ({expected})"
                 )
         figures = evaluated(sweep, cell) or {}
         records = [record for pair in figures.values() for record in pair]
-        for model in (said.get("model", {}), *(record.get("model", {}) for record in records)):
+        for model in (made.get("model", {}), *(record.get("model", {}) for record in records)):
             if not (found := model.get("weights")):
                 continue
             first, expected = weights.setdefault(cell.model, (cell.name, found))
             if found != expected:
                 problems.append(
-                    f"the base model {cell.model!r} has other weights in {cell.name} ({found}) than in {first} "
+                    f"the weights of the base model {cell.model!r} differ between {cell.name} ({found}) and {first} "
                     f"({expected})"
                 )
         for pair in figures.values():
-            way = _way(pair)
-            playing = playing or (cell.name, way)
-            if differing := [key for key in way if way[key] != playing[1].get(key)]:
-                told = "; ".join(f"{key} {way[key]} there, {playing[1].get(key)} here" for key in differing)
-                problems.append(f"{cell.name} was evaluated otherwise than {playing[0]}: {told}")
+            settings = _settings(pair)
+            expected_settings = expected_settings or (cell.name, settings)
+            first, theirs = expected_settings
+            if differing := [key for key in settings if settings[key] != theirs.get(key)]:
+                both = "; ".join(f"{key} {settings[key]} and {theirs.get(key)}" for key in differing)
+                problems.append(f"{cell.name} and {first} were evaluated with different settings: {both}")
     problems += _same_bases(sweep, {label: found for label, (_, found) in weights.items()})
     if problems:
         raise UserError(
-            "not comparable, so there is no table:\n  "
+            "the results are not comparable:\n  "
             + "\n  ".join(dict.fromkeys(problems))
-            + f"\nRemove what is not wanted from {str(sweep.out)!r}, or give another folder with --out"
+            + f"\nRemove the unwanted ones from {str(sweep.out)!r}, or give another folder with --out"
         )
 
 
 def _same_bases(sweep: Sweep, known: Mapping[str, str]) -> list[str]:
-    """Two labels of one base would count as two bases, and their intervals would be over models that are one.
+    """Labels with the same weights, which would count as different base models in the intervals.
 
     Args:
-        known: label -> fingerprint of the weights, of those that a run or an evaluation has told.
+        known: label -> fingerprint of the weights, as far as runs and evaluations give it.
     """
     if len(sweep.models) < 2:
         return []
@@ -318,25 +321,25 @@ def _same_bases(sweep: Sweep, known: Mapping[str, str]) -> list[str]:
         if weights := known.get(label) or manifest.weights_fingerprint(name):
             labels.setdefault(weights, []).append(label)
     return [
-        f"{' and '.join(map(repr, same))} are one base model: their weights are the same ({weights})"
+        f"{' and '.join(map(repr, same))} are the same base model: equal weights ({weights})"
         for weights, same in labels.items()
         if len(same) > 1
     ]
 
 
-def _way(pair: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
-    """How an evaluation was played."""
+def _settings(pair: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+    """The settings of an evaluation."""
     sampled, greedy = pair
     return {"temperature": sampled["temperature"], "samples": sampled["samples"], "budget": sampled.get("budget"),
             "greedy budget": greedy.get("budget")}  # fmt: skip
 
 
-def _episodes(sweep: Sweep, cell: Cell) -> str:
-    """How the cell's episodes are others than the budgets, if they are."""
+def _wrong_episodes(sweep: Sweep, cell: Cell) -> str:
+    """How the cell's episode counts differ from the budgets; empty if they don't."""
     at = {record["iteration"]: int(record["episodes"]) for record in curve(cell, METRICS)}
-    told = []
+    wrong = []
     for budget, iteration in zip(sweep.budgets if cell.trained else (), cell.iterations, strict=True):
-        played = at.get(iteration, budget)
-        if played > budget or (played < budget and not plays_probes(cell.config)):
-            told.append(f"{played} episodes up to iteration {iteration}, not {budget}")
-    return f"it played {', and '.join(told)}" if told else ""
+        used = at.get(iteration, budget)
+        if used > budget or (used < budget and not may_use_fewer_episodes(cell.config)):
+            wrong.append(f"{used} episodes up to iteration {iteration}, not {budget}")
+    return f"it used {', and '.join(wrong)}" if wrong else ""

@@ -1,4 +1,4 @@
-"""Work that is done in processes of its own, as many at once as there are cores: started, watched, stopped together."""
+"""Run commands in parallel processes: start, watch and stop them together."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ POLL_SECONDS = 0.3
 TAIL_LINES = 12
 
 Progress = tuple[float, float, str]
-"""Done, of how much, and a note."""
+"""Done, total, and a note."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Commands to run one after the other, with what they say in one log.
+    """Commands to run one after the other, with a common log.
 
     Attributes:
-        progress: asked while the job runs, with the number of its commands that are done.
+        log: file that their output is appended to.
+        progress: number of finished commands -> progress; called while the job runs.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that did not get to its end."""
+    """A job with a failed command."""
 
     name: str
     code: int
@@ -55,13 +56,13 @@ class Failure:
 
     @property
     def tail(self) -> str:
-        """The last lines of what its last command said."""
+        """The last lines of its last command's output."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
         begin = max((i + 1 for i, line in enumerate(lines) if line.startswith("$ ")), default=0)
         return "\n".join(lines[begin:][-TAIL_LINES:])
 
     def __str__(self) -> str:
-        return f"{self.name} failed (exit code {self.code}); the end of {self.log}:\n{self.tail}"
+        return f"{self.name} failed (exit code {self.code}). End of {self.log}:\n{self.tail}"
 
 
 class _Running:
@@ -75,14 +76,14 @@ class _Running:
         with open(self.job.log, "ab") as log:
             log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
-            # A process that outlives this one keeps the folder's lock.
+            # The child inherits the lock, so that the folder stays locked if the child outlives this process.
             kept = (self._lock.fileno(),) if self._lock else ()
             return subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, pass_fds=kept
             )
 
     def ended(self) -> int | None:
-        """The exit code once all commands are done or one has failed; the next command is started here."""
+        """Start the next command if the current one is done. Returns the exit code at the end, or after a failure."""
         code = self.process.poll()
         if code != 0:
             return code
@@ -102,22 +103,26 @@ def run_jobs(
     finished: int = 0,
     lock: IO[str] | None = None,
 ) -> list[Failure]:
-    """Run all of them; one that fails does not stop the others.
+    """Run all jobs; a failed job does not stop the others.
 
-    Ctrl-C, or SIGTERM, is passed on to the processes, which save what they have, and waits for them.
+    On Ctrl-C or SIGTERM the processes are stopped, which lets them save their state, and waited for.
 
     Args:
-        what: the name of the bar over all of them.
-        finished: how many others were done before.
-        lock: a locked file that the processes keep open.
+        at_once: maximum number of parallel jobs.
+        what: name of the overall progress bar.
+        finished: number of jobs that were done before, for that bar.
+        lock: a locked file for the processes to inherit.
 
     Returns:
-        Those that failed, in the order of `jobs`.
+        The failures, in the order of `jobs`.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
     waiting, running, failures = list(jobs), list[_Running](), dict[str, Failure]()
     bars, total = Bars(console), finished + len(jobs)
     done = finished
-    with _terminated_like_interrupted(), bars.shown():
+    with _sigterm_interrupts(), bars.shown():
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
@@ -136,11 +141,11 @@ def run_jobs(
                     done += 1
                     if code:
                         failures[one.job.name] = Failure(one.job.name, code, one.job.log)
-                        bars.print(f"  {one.job.name} failed; the others go on")
+                        bars.print(f"  {one.job.name} failed; the others continue")
                 bars.update(what, done + part, total, f"{len(failures)} failed" if failures else "")
         except KeyboardInterrupt:
-            # A terminal's Ctrl-C reached the processes as well; SIGTERM tells those that it did not. They save and end.
-            bars.print("stopping; everything so far is kept: the same command goes on from there")
+            # Ctrl-C in a terminal also reaches the children. `_stop` sends SIGTERM for the cases where it does not.
+            bars.print("stopping. Everything so far is kept: the same command resumes from there")
             _stop(running)
             raise
         finally:
@@ -151,14 +156,14 @@ def run_jobs(
 def run_cells(
     sweep: Sweep, console: Console, *, jobs: int | None = None, leave_out: Collection[str] = ()
 ) -> list[Failure]:
-    """Train and evaluate what is missing of a sweep.
+    """Train and evaluate the missing cells of a sweep.
 
     Args:
-        jobs: processes at once; as many as the cores give threads to, if not said.
-        leave_out: names of cells to leave as they are.
+        jobs: maximum number of parallel processes. Default: `jobs_at_once`.
+        leave_out: names of cells to skip.
 
     Raises:
-        UserError: if another process works in the sweep's folder, or a cell's folder holds another run.
+        UserError: if another process uses the sweep's folder, or a cell's folder contains a different run.
     """
     with locked(sweep.out) as lock:
         remember(sweep)
@@ -176,35 +181,35 @@ def run_cells(
 
 
 def jobs_at_once(config: RunConfig) -> int:
-    """How many runs fit on the cores side by side."""
+    """Number of runs that the cores have threads for."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // (config.model.threads or cores))
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[IO[str] | None]:
-    """Nobody else works in `folder` meanwhile.
+    """Hold an exclusive lock on `folder`.
 
     Raises:
-        UserError: if somebody does.
+        UserError: if another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
             import fcntl
-        except ImportError:  # not on this system
+        except ImportError:  # not available on Windows
             yield None
             return
         lock = stack.enter_context(open(folder / ".lock", "w"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"another process works in {str(folder)!r}: wait for it, or stop it") from error
+            raise UserError(f"another process is using {str(folder)!r}: wait for it, or stop it") from error
         yield lock
 
 
 def last_record(path: Path) -> Mapping[str, Any] | None:
-    """The last whole record of a .jsonl file, without reading all of it."""
+    """The last complete record of a .jsonl file, without reading the whole file."""
     try:
         with open(path, "rb") as file:
             file.seek(0, os.SEEK_END)
@@ -245,8 +250,8 @@ def _stop(running: Sequence[_Running]) -> None:
 
 
 @contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, as when a machine is pre-empted, ends us as Ctrl-C does; else our processes would be left alone."""
+def _sigterm_interrupts() -> Iterator[None]:
+    """Treat SIGTERM (e.g. on pre-emption) like Ctrl-C, so that the child processes are stopped as well."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt

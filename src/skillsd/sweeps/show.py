@@ -1,4 +1,4 @@
-"""A sweep's table for people: on the console, in Markdown, as a picture."""
+"""A sweep's table on the console, in Markdown, and its learning curves as a picture."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Texts = tuple[str, list[str], list[list[str]], str]
 
 _OVER = {
     "models": "Intervals: Student's t over {models} independently trained base models, each the mean of its seeds.",
-    "seeds": "Intervals: Student's t over {seeds} training seeds on one base model (of the base: over {seeds} draws of "
-    "its answers); they say nothing about other bases. Where all seeds gave the same, as the base's greedy play does: "
-    "over the panel's {tasks} tasks.",
-    "tasks": "Intervals over the panel's {tasks} tasks: one seed, so they leave out how much training runs differ.",
+    "seeds": "Intervals: Student's t over {seeds} training seeds on one base model (for the base: {seeds} sampling "
+    "seeds); they do not cover other base models. Where all seeds gave identical results, as the base's greedy "
+    "episodes do: over the {tasks} tasks.",
+    "tasks": "Intervals over the {tasks} tasks: with one seed, they do not cover the variance between training runs.",
 }
 
 
 def texts(sweep: Sweep, summary: Mapping[str, Any]) -> list[Texts]:
-    """The tables of a sweep: one a budget, then its differences, then those on each base model if there are several."""
+    """The tables of a sweep. For each budget: results, differences, and differences on each base model if several."""
     tasks = sweep.limit or sweep.tasks
     panel = f"{tasks} {f'of the {sweep.tasks} ' if sweep.limit else ''}tasks of {sweep.split!r}"
     if sweep.limit:
-        panel += ", evenly spread"
+        panel += ", evenly spaced"
     over = _OVER[summary["unit"]].format(models=len(sweep.models), seeds=len(sweep.seeds), tasks=tasks)
     made: list[Texts] = []
     for budget in sweep.budgets:
@@ -59,7 +59,7 @@ def texts(sweep: Sweep, summary: Mapping[str, Any]) -> list[Texts]:
             )
         )
         if len(sweep.models) > 1:
-            within = "seeds (where all gave the same: the tasks)" if len(sweep.seeds) > 1 else "tasks"
+            within = "seeds (the tasks, where all seeds gave identical results)" if len(sweep.seeds) > 1 else "tasks"
             made.append(
                 (
                     f"Difference to {names[sweep.against]} on each base model, {after}, points",
@@ -76,12 +76,12 @@ def texts(sweep: Sweep, summary: Mapping[str, Any]) -> list[Texts]:
 
 
 def tables(sweep: Sweep, summary: Mapping[str, Any]) -> list[Table]:
-    """For the console."""
+    """The tables for the console."""
     return [table(*text, words=("base model",)) for text in texts(sweep, summary)]
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:
-    """What a reader of the tables must know beside, a line each."""
+    """Caveats below the tables, a line each."""
     lines = [f"Left out: {name}: {reason}" for name, reason in summary["left_out"].items()]
     made = {"commit": summary["made_with"]["commits"], **summary["made_with"]["versions"]}
     if mixed := [f"{what} {', '.join(found)}" for what, found in made.items() if len(found) > 1]:
@@ -90,7 +90,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(sweep: Sweep, summary: Mapping[str, Any], command: str) -> str:
-    """For documents."""
+    """The tables and notes as Markdown."""
     parts = []
     for title, columns, rows, caption in texts(sweep, summary):
         lines = [f"**{title}**", "", *map(_line, (columns, ["---"] * len(columns), *rows)), "", caption]
@@ -99,7 +99,7 @@ def markdown(sweep: Sweep, summary: Mapping[str, Any], command: str) -> str:
 
 
 def curves(sweep: Sweep, path: Path) -> None:
-    """The learning curves of what was trained, against episodes and against wall-clock."""
+    """Plot the learning curves of the trained cells, against episodes and against wall-clock time."""
     runs: dict[str, Any] = {}
     for cell in sweep.cells:
         if cell.trained and (records := curve(cell)):
@@ -107,11 +107,11 @@ def curves(sweep: Sweep, path: Path) -> None:
     cost_curves(runs, path, title=sweep.config.name, split=sweep.config.evaluation.split)
 
 
-_FEWER = 'A row with "N of M" episodes was trained on fewer episodes than its budget.'
+_FEWER = 'A row with "N of M" episodes used fewer episodes than its budget.'
 
 
 def _fewer(row: Mapping[str, Any], budget: int) -> str:
-    """``1,152 of 1,536`` where a trained row has fewer episodes than the budget, else nothing."""
+    """``1,152 of 1,536`` for a trained row with fewer episodes than the budget, else empty."""
     return f"{row['episodes']:,} of {budget:,}" if 0 < (row["episodes"] or 0) < budget else ""
 
 

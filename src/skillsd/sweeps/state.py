@@ -1,4 +1,4 @@
-"""How far each cell of a sweep is, read off the files that its processes leave; so a sweep goes on from anywhere."""
+"""The state of each cell of a sweep, derived from files alone, so that a sweep can be resumed at any point."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from skillsd.runs.subjects import read_records, started
 from skillsd.sweeps.plan import Cell, Sweep, scheduled_on_length
 from skillsd.training import checkpoint
 
-DONE, EVALUATE, GO_ON, MISSING = "done", "to evaluate", "to go on", "missing"
+DONE, EVALUATE, RESUME, MISSING = "done", "to evaluate", "to resume", "missing"
 
 Evaluations = dict[int | None, tuple[dict[str, Any], dict[str, Any]]]
-"""Iteration (None: untrained) -> its sampled and its greedy record."""
+"""Iteration (None: untrained) -> its sampled and its greedy evaluation record."""
 
 
 def state(sweep: Sweep, cell: Cell) -> str:
-    """One of `DONE`, `EVALUATE`, `GO_ON`, `MISSING`.
+    """One of `DONE`, `EVALUATE`, `RESUME`, `MISSING`.
 
     Raises:
-        UserError: if the cell's folder holds another run than the sweep asks for.
+        UserError: if the cell's folder contains a different run than the sweep's, or a checkpoint of a budget is gone.
     """
     if cell.trained:
         if not (cell.folder / CONFIG).is_file():
             return MISSING
         check_settings(cell.config, cell.folder)
         _check_length(cell)
-    missing = _unplayed(sweep, cell)
+    missing = _not_evaluated(sweep, cell)
     if not missing:
         return DONE
     if not cell.trained:
@@ -41,14 +41,14 @@ def state(sweep: Sweep, cell: Cell) -> str:
     there = checkpoint.iterations(cell.folder)
     if lost := [i for i in missing if i is not None and there and i <= there[-1] and i not in there]:
         raise UserError(
-            f"{str(cell.folder)!r} kept no checkpoint of iteration {', '.join(map(str, lost))}, as it was trained for "
-            "other budgets: remove that folder to train it again, or give another one with --out"
+            f"{str(cell.folder)!r} has no checkpoint of iteration {', '.join(map(str, lost))}, as it was trained for "
+            "other budgets: remove that folder to train again, or give another one with --out"
         )
-    return EVALUATE if there and there[-1] >= cell.iterations[-1] else GO_ON
+    return EVALUATE if there and there[-1] >= cell.iterations[-1] else RESUME
 
 
 def steps(sweep: Sweep, cell: Cell) -> list[list[str]]:
-    """The commands that are left to do for the cell, in order."""
+    """The remaining commands for the cell, in order."""
     now = state(sweep, cell)
     if now == DONE:
         return []
@@ -59,14 +59,14 @@ def steps(sweep: Sweep, cell: Cell) -> list[list[str]]:
         settings = list(cell.overrides)
         return [[*python, "eval", "--model", sweep.models[cell.model], *settings, "--recipe", sweep.recipe, *how]]
     train = [*python, "train", sweep.recipe, *cell.overrides, "--out", str(cell.folder), "--resume"]
-    points = [word for iteration in _unplayed(sweep, cell) for word in ("--at", str(iteration))]
+    points = [word for iteration in _not_evaluated(sweep, cell) for word in ("--at", str(iteration))]
     evaluate = [*python, "eval", str(cell.folder), *how, *points]
     return [evaluate] if now == EVALUATE else [train, evaluate]
 
 
 def evaluated(sweep: Sweep, cell: Cell) -> Evaluations | None:
-    """The cell's figures on the test panel at every budget; None unless all are there."""
-    found = _played(sweep, cell)
+    """The cell's evaluations at every budget; None unless all are there."""
+    found = _evaluations(sweep, cell)
     return found if len(found) == len(_points(cell)) else None
 
 
@@ -74,13 +74,13 @@ def _points(cell: Cell) -> tuple[int | None, ...]:
     return cell.iterations or (None,)
 
 
-def _unplayed(sweep: Sweep, cell: Cell) -> list[int | None]:
-    found = _played(sweep, cell)
+def _not_evaluated(sweep: Sweep, cell: Cell) -> list[int | None]:
+    found = _evaluations(sweep, cell)
     return [iteration for iteration in _points(cell) if iteration not in found]
 
 
-def _played(sweep: Sweep, cell: Cell) -> Evaluations:
-    """What is there of this run, panel and number of samples."""
+def _evaluations(sweep: Sweep, cell: Cell) -> Evaluations:
+    """The existing evaluations of this run, with the sweep's split, tasks and number of samples."""
     records = read_records(cell.evaluation(sweep.split))
     trained = {record["iteration"] for record in curve(cell, METRICS)}
     begun = started(cell.folder) if cell.trained else None
@@ -105,7 +105,7 @@ def _played(sweep: Sweep, cell: Cell) -> Evaluations:
 
 
 def read_manifest(cell: Cell) -> Mapping[str, Any]:
-    """What the cell's run says of itself; nothing if it has not begun."""
+    """The manifest of the cell's run; empty if it has not started."""
     try:
         manifest: Mapping[str, Any] = json.loads((cell.folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -114,19 +114,19 @@ def read_manifest(cell: Cell) -> Mapping[str, Any]:
 
 
 def curve(cell: Cell, file: str = EVALUATIONS) -> list[dict[str, Any]]:
-    """The records of the cell's run up to its last budget."""
+    """The records of the cell's run, up to its last budget."""
     records = read(cell.folder / file) if cell.trained else []
     return [record for record in records if record["iteration"] <= cell.iterations[-1]]
 
 
 def _check_length(cell: Cell) -> None:
-    """Whatever is scheduled on a run's length makes a longer run another one from its first iteration on."""
+    """With a setting that depends on the run's length, a longer run differs from its first iteration on."""
     reason = scheduled_on_length(cell.config)
     if reason is None:
         return
     length = configs.load(RunConfig, str(cell.folder / CONFIG)).training.iterations
     if length != cell.config.training.iterations:
         raise UserError(
-            f"{str(cell.folder)!r} holds a run of {length} iterations, and {reason}, which depends on the run's "
-            f"length: it can't become one of {cell.config.training.iterations}. Give another folder with --out"
+            f"{str(cell.folder)!r} contains a run of {length} iterations, and {reason}, which depends on the run's "
+            f"length: it can't be extended to {cell.config.training.iterations}. Give another folder with --out"
         )

@@ -1,4 +1,4 @@
-"""`skillsd table`: train what is missing, evaluate it, refuse what is not comparable, show the rest."""
+"""`skillsd table`: train and evaluate the missing cells of a sweep, check that all are comparable, show a table."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from skillsd.sweeps.plan import Sweep
 from skillsd.sweeps.results import check, left_out, summarise
 from skillsd.sweeps.runner import jobs_at_once, run_cells
 from skillsd.sweeps.show import curves, markdown, notes, tables
-from skillsd.sweeps.state import DONE, GO_ON, curve, evaluated, read_manifest, state, steps
+from skillsd.sweeps.state import DONE, RESUME, curve, evaluated, read_manifest, state, steps
 
 
 def run_table(sweep: Sweep, console: Console, *, jobs: int | None = None) -> bool:
-    """Do all of it; what comes of it lies in the sweep's folder as table.json, table.md and curves.png.
+    """Run a sweep, and write table.json, table.md and curves.png into its folder.
 
     Returns:
-        Whether all cells are in the table; those that failed, or had to be left out, are not.
+        Whether the table contains all cells, i.e. none failed or was left out.
 
     Raises:
-        UserError: if what is there may not stand side by side; nothing is trained then.
+        UserError: if existing results are not comparable. Nothing is trained then.
     """
     check(sweep)
     odd = left_out(sweep)
@@ -34,7 +34,7 @@ def run_table(sweep: Sweep, console: Console, *, jobs: int | None = None) -> boo
     console.print(
         f"{sweep.config.name}: {len(sweep.models)} base model(s) x {len(sweep.methods)} methods x {len(sweep.seeds)} "
         f"seed(s) = {len(states)} cells, {states.count(DONE)} of them done; {jobs or jobs_at_once(sweep.config)} at a "
-        f"time. Everything goes into {sweep.out}/",
+        f"time, in {sweep.out}/",
         highlight=False,
     )
     for name, reason in odd.items():
@@ -45,12 +45,12 @@ def run_table(sweep: Sweep, console: Console, *, jobs: int | None = None) -> boo
     for failure in failures:
         console.print(f"\n{failure}", highlight=False, soft_wrap=True)
     if failures:
-        console.print(f"\n{len(failures)} of {len(states)} cells failed; the same command tries them again")
+        console.print(f"\n{len(failures)} of {len(states)} cells failed. The same command tries them again")
     return not failures and not summary["left_out"]
 
 
 def write(sweep: Sweep, console: Console) -> dict[str, Any]:
-    """Write and print the table of what is there."""
+    """Write and print the table of the existing results."""
     command = shlex.join(["skillsd", *sys.argv[1:]])
     summary = {
         "recipe": sweep.recipe,
@@ -80,7 +80,7 @@ def write(sweep: Sweep, console: Console) -> dict[str, Any]:
 
 
 def show_plan(sweep: Sweep, console: Console) -> None:
-    """What is there and what would run; nothing is started."""
+    """Print the state of each cell and the commands that would be run. Nothing is started."""
     check(sweep)
     odd = left_out(sweep)
     rows, commands = [], []
@@ -90,7 +90,7 @@ def show_plan(sweep: Sweep, console: Console) -> None:
             continue
         now = state(sweep, cell)
         reached = curve(cell, "metrics.jsonl")
-        far = f" from {reached[-1]['iteration']} of {cell.iterations[-1]}" if now == GO_ON and reached else ""
+        far = f" from {reached[-1]['iteration']} of {cell.iterations[-1]}" if now == RESUME and reached else ""
         rows.append([cell.name, now + far, ", ".join(map(str, cell.iterations)) or "-"])
         commands += [shlex.join(["skillsd", *command[3:]]) for command in steps(sweep, cell)]
     caption = f"{sum(row[1] == DONE for row in rows)} of {len(rows)} done"
@@ -102,12 +102,12 @@ def show_plan(sweep: Sweep, console: Console) -> None:
 
 
 def _weights(sweep: Sweep, label: str) -> str | None:
-    """The fingerprint of a base model's weights, as its runs and evaluations say (`check` saw that they agree)."""
+    """The fingerprint of a base model's weights, from its runs and evaluations (`check` ensures that they agree)."""
     for cell in sweep.cells:
         if cell.model != label:
             continue
-        played = [record for pair in (evaluated(sweep, cell) or {}).values() for record in pair]
-        for record in (read_manifest(cell), *played):
+        records = [record for pair in (evaluated(sweep, cell) or {}).values() for record in pair]
+        for record in (read_manifest(cell), *records):
             if weights := record.get("model", {}).get("weights"):
                 return str(weights)
     return None

@@ -1,1 +1,1 @@
-"""Warm start: a model that plays weakly and follows skills, made by supervised training on demonstrations."""
+"""Warm start: train a model on demonstrations until it plays weakly on its own and follows skills."""

@@ -1,4 +1,4 @@
-"""`skillsd sft`: the warm start, and a check whether the new model is worth reinforcement learning."""
+"""`skillsd sft`: the warm start, and a check of whether the new model follows skills."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ def run_sft(
     on_step: Callable[[sft.SftProgress], None],
     on_check: Callable[[int, int], None] = lambda done, episodes: None,
 ) -> list[dict[str, Any]]:
-    """Train into `folder`, measure on the split of ``check``; recipe and figures go beside the weights."""
+    """Train into `folder`, and evaluate on the split of the section ``check``.
+
+    The recipe and the results (`skill_following`) are written next to the weights.
+
+    Raises:
+        UserError: if the folder is not empty, or the training fails.
+    """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{str(folder)!r} is not empty: give another folder with --out")
     task_set = registry.load(config.environment.name, config.environment.options)
@@ -85,11 +91,14 @@ def skill_following(
 ) -> list[dict[str, Any]]:
     """Success under the plain prompt, with a golden skill, and with another task's golden skill.
 
-    What a skill-conditioned teacher can teach is the gap between the first two; the third tells reading from luck.
-    Returns a row for each prompt, or only the plain one where a task has no `TaskSet.golden_skill`.
+    The gap between the first two is what a skill-conditioned teacher can teach. The third shows whether the model reads
+    the skill, rather than profiting from having any.
 
     Args:
-        on_check: told after each episode how many of how many are played.
+        on_check: called with (finished episodes, all episodes) after each episode.
+
+    Returns:
+        A row per prompt; only the plain one if a task has no `TaskSet.golden_skill`.
     """
     tasks = list(evenly_spaced(task_set.tasks(check.split), check.limit))
     words = load_template(template)

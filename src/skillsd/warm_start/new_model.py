@@ -1,4 +1,4 @@
-"""A new tiny model with a tokenizer of its own, for an environment whose every word can be known beforehand."""
+"""A new tiny model with its own tokenizer, for an environment with a small, fixed vocabulary."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from skillsd.errors import UserError
 PAD = "<|pad|>"
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ ' ' + message['content'] | trim }}{% endfor %}"
-"""Messages one after the other, a blank before each. Who speaks is told by the words: only the agent says a move."""
+"""Concatenates the messages, with a space before each. No role markers: only the agent's messages are moves."""
 
 
 def make_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A lossless byte-level BPE in which every word that occurs twice in `texts` becomes one token."""
+    """A lossless byte-level BPE. Words that occur at least twice in `texts` become single tokens."""
     tokenizer = Tokenizer(models.BPE())
-    # A word takes the blank before it along, as in GPT-2, so that a turn of three words is three tokens.
+    # As in GPT-2, a word includes the space before it, so that a turn of three words is three tokens.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r" ?\S+|\s"), "isolated"),
@@ -49,9 +49,12 @@ def make_model(
     """Write an untrained model and its tokenizer into `folder`.
 
     Args:
-        texts: what the tokenizer learns its words from.
-        replies: all that the agent ever says, each a single word; such a word ends the turn by itself, so a turn costs
-            one sampled token and no end-of-turn token.
+        texts: training texts of the tokenizer.
+        replies: all possible replies of the agent, each a single word. These words are stop tokens, so that a turn is
+            one sampled token, without an end-of-turn token.
+
+    Raises:
+        UserError: if a reply is not a single token.
     """
     hf_logging.disable_progress_bar()
     tokenizer = make_tokenizer(texts, architecture.vocabulary)

@@ -1,7 +1,7 @@
 """Warm start: supervised training on an environment's demonstrations, with and without a skill in the prompt.
 
-The goal is a policy that (1) plays weakly under the plain prompt and (2) plays much better with a good skill in its
-prompt. Without (2) a skill-conditioned teacher has nothing to teach.
+The goal is a policy that (1) plays weakly under the plain prompt and (2) much better with a good skill in its prompt.
+Without (2) a skill-conditioned teacher has nothing to teach.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from skillsd.types import TRAIN_SPLIT, Demonstration, Message
 from skillsd.warm_start.new_model import make_model
 
 VOCABULARY_SAMPLE = 4000
-"""Demonstrations that a new tokenizer learns its words from."""
+"""Number of demonstrations that a new tokenizer is trained on."""
 
 
 @dataclass(frozen=True)
 class SftProgress:
-    """How far the warm start is: after `step` steps, the batch's mean loss per action token (nats)."""
+    """Progress of the warm start: after `step` steps, the batch's mean loss per action token (nats)."""
 
     step: int
     steps: int
@@ -42,7 +42,7 @@ class SftProgress:
 
 
 def prompt_of(demonstration: Demonstration, template: str) -> tuple[Message, ...]:
-    """The prompt as the actor saw it, with its skill if it had one."""
+    """The prompt of a demonstration, including its skill if it has one."""
     if demonstration.skill is None:
         return demonstration.prompt
     return with_context(demonstration.prompt, render_skill(demonstration.skill, template))
@@ -51,15 +51,15 @@ def prompt_of(demonstration: Demonstration, template: str) -> tuple[Message, ...
 def make_item(
     demonstration: Demonstration, renderer: ChatRenderer, template: str, observation_weight: float
 ) -> TrainItem:
-    """A demonstration as one sequence; ``weight`` is 1 for the actor's tokens, `observation_weight` for the
-    environment's, and 0 (unmarked) for the prompt and for noise."""
+    """A demonstration as one sequence. The signal ``weight`` is 1 for action tokens and `observation_weight` for the
+    environment's; the prompt and noisy actions have weight 0 and are masked out."""
     tokens = list(renderer.prompt(prompt_of(demonstration, template)))
     weights = [0.0] * len(tokens)
     for number, turn in enumerate(demonstration.turns):
         reply = renderer.reply(turn.action)
         tokens += reply
         weights += [1.0 if turn.learn else 0.0] * len(reply)
-        if number < len(demonstration.turns) - 1:  # no one reads the last answer
+        if number < len(demonstration.turns) - 1:  # the last observation is not followed by an action
             answer = renderer.observation(turn.observation, reply[-1])
             tokens += answer
             weights += [observation_weight] * len(answer)
@@ -69,7 +69,7 @@ def make_item(
 
 @dataclass(frozen=True)
 class WeightedNll:
-    """Weighted negative log-likelihood; its sum is divided by `normaliser`, the weight of the whole batch."""
+    """Weighted negative log-likelihood: the sum over tokens, divided by `normaliser`, the weight of the whole batch."""
 
     normaliser: float
 
@@ -82,7 +82,7 @@ class WeightedNll:
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a tenth of the peak."""
+    """Linear warm-up, then cosine decay to a tenth of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     share = (step - warmup) / max(1, steps - warmup)
@@ -95,11 +95,11 @@ async def train(
     """Run the warm start and write the model into `folder`.
 
     Raises:
-        UserError: if the environment brings no demonstrations, or the loss stops being finite.
+        UserError: if the environment has no demonstrations, or a gradient is not finite.
     """
     options = config.warm_start
     if config.model.lora:
-        raise UserError("the warm start trains all weights: leave out model.lora")
+        raise UserError("model.lora is set, but the warm start trains all weights: leave it out")
     template = load_template(options.template)
     model = config.model.name
     if config.new is not None:
@@ -143,11 +143,11 @@ def _demonstrations(config: SftConfig, task_set: TaskSet, purpose: str) -> Itera
     try:
         return task_set.demonstrations(TRAIN_SPLIT, seed=seed, **config.warm_start.demonstrations)
     except (NotImplementedError, TypeError) as error:
-        raise UserError(f"no demonstrations for the warm start: {error}") from error
+        raise UserError(f"the environment {config.environment.name!r} gives no demonstrations: {error}") from error
 
 
 def _words(demonstrations: Iterator[Demonstration], template: str) -> tuple[list[str], list[str]]:
-    """Everything that is said, as the chat template will space it, and every distinct reply."""
+    """All texts, spaced as by the chat template, and all distinct replies."""
     texts: list[str] = []
     replies: dict[str, None] = {}
     for demonstration in demonstrations:

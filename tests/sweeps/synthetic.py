@@ -1,4 +1,4 @@
-"""Studies whose files are written here instead of trained: figures of which one knows what must come out."""
+"""Sweeps whose files are written instead of trained, with known results."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from skillsd import config as configs
+from skillsd.runs.subjects import replace_records
 from skillsd.sweeps.plan import Cell, Sweep
-from skillsd.runs.subjects import beside
 
 Outcomes = Callable[[Cell, int | None], tuple[Sequence[float | None], Sequence[float | None]]]
-"""(cell, iteration) -> each task's sampled and greedy success."""
+"""(cell, iteration) -> sampled and greedy success per task."""
 
 STARTED = "2026-01-01T00:00:00Z"
 
 
 def fill(sweep: Sweep, outcomes: Outcomes, *, weights: Callable[[Cell], str] = lambda cell: f"w-{cell.model}") -> None:
-    """Write what finished cells leave, beside evaluations that are there."""
+    """Write the files of finished cells, keeping existing evaluations."""
     for cell in sweep.cells:
         if cell.trained:
             _run(sweep, cell, weights(cell))
@@ -29,7 +29,7 @@ def fill(sweep: Sweep, outcomes: Outcomes, *, weights: Callable[[Cell], str] = l
                     {
                         "temperature": temperature,
                         "successes": successes,
-                        "scores": successes,
+                        "rewards": successes,
                         "split": sweep.split,
                         "fingerprint": sweep.panels[sweep.split],
                         "samples": sweep.samples if temperature else 1,
@@ -42,11 +42,11 @@ def fill(sweep: Sweep, outcomes: Outcomes, *, weights: Callable[[Cell], str] = l
                 )
         path = cell.evaluation(sweep.split)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(beside(records, path)))
+        path.write_text(json.dumps(replace_records(records, path)))
 
 
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
-    """Change what a JSON file holds."""
+    """Apply `change` to the content of a JSON file."""
     data = json.loads(path.read_text())
     path.write_text(json.dumps(change(data) or data))
 
