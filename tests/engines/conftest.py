@@ -11,6 +11,16 @@ from engines import tiny
 Folder = Callable[[str], Path]
 
 
+VLLM_SIZES = {**tiny.GROUPED, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+"""vLLM's CPU kernels take heads of 32 and some multiples."""
+
+
+@pytest.fixture(scope="session")
+def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with tied embeddings: vLLM's CPU build does not update a tied head."""
+    return tiny.write(tmp_path_factory.mktemp("tied"), "Llama", {**VLLM_SIZES, "tie_word_embeddings": True})
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     """Name of an architecture -> folder with a tiny random model of it."""

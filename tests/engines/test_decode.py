@@ -348,7 +348,7 @@ def test_weights_may_change_once_pending_requests_are_cancelled(engine_of: Engin
         waiting = asyncio.ensure_future(engine.sample(SampleRequest(_ids(9, 0), 300, seed=0, session="a")))
         for _ in range(4):
             await asyncio.sleep(0)
-        with pytest.raises(RuntimeError, match="while something was being sampled"):
+        with pytest.raises(RuntimeError, match="while a request was being sampled"):
             engine.decoders["student"].clear()
         waiting.cancel()
         engine.decoders["student"].clear()

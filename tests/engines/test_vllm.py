@@ -1,4 +1,4 @@
-"""Rollouts by vLLM, with any learner: first without vLLM, then (slow) with it, where `make vllm-env` has put it."""
+"""vLLM as a sampler, with a script in place of its worker: errors, sessions, weights, and any learner."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import importlib.util
 import json
 import os
 import queue
-import resource
 import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,20 +19,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from engines import tiny
 from engines.tiny import (
     DATA,
     chosen,
-    conforms,
-    distribution,
     embedded,
     marked_all,
     sample_all,
-    torch_engine,
     train,
-    view,
 )
 from skillsd.engines import registry
 from skillsd.engines.base import (
@@ -50,10 +42,7 @@ from skillsd.engines.base import (
     Weights,
     WeightsHandle,
 )
-from skillsd.engines.conformance import CHECKS, Check, Subject, run_check, sampling
-from skillsd.engines.conformance.kit import gap
-from skillsd.engines.options import Capabilities, EngineOptions, EngineSpec, LoraOptions
-from skillsd.engines.torch.export import write_merged
+from skillsd.engines.options import Capabilities, EngineOptions, EngineSpec
 from skillsd.engines.torch.options import TorchOptions
 from skillsd.engines.vllm import sampler as module
 from skillsd.engines.vllm.client import WorkerClient
@@ -63,23 +52,6 @@ from skillsd.engines.vllm.worker import Worker
 from skillsd.errors import EngineFailedError, UserError
 from skillsd.metrics import Metrics
 from skillsd.objective import CHOSEN, TokenLogprobs, Want
-
-PYTHON = Path(__file__).parents[2] / "build" / "vllm" / "bin" / "python"
-"""Where `make vllm-env` puts it."""
-
-needs_vllm = pytest.mark.skipif(not PYTHON.is_file(), reason=f"no vLLM in {PYTHON.parents[1]}: make vllm-env")
-
-SIZES = {**tiny.GROUPED, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-"""vLLM's CPU kernels take heads of 32 and some multiples."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with tied embeddings: vLLM's CPU build does not update a tied head."""
-    return tiny.write(tmp_path_factory.mktemp("tied"), "Llama", {**SIZES, "tie_word_embeddings": True})
-
-
-# -- without vLLM ---------------------------------------------------------------------------------------------------
 
 ECHO = """
 import json, sys
@@ -109,9 +81,9 @@ def echo_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def echo(request: pytest.FixtureRequest, folder: Path, echo_worker: None) -> Iterator[Engine]:
+def echo(request: pytest.FixtureRequest, tied_folder: Path, echo_worker: None) -> Iterator[Engine]:
     """The embedded engine as learner; its weights are published."""
-    learner = embedded(folder).learner
+    learner = embedded(tied_folder).learner
     options = VllmOptions(timeout_seconds=20, max_model_len=getattr(request, "param", None))
     sampler = VllmSampler(learner, options, max_length=options.max_model_len, at_once=8)
     engine = Engine(learner, sampler, "vllm", options.provides())
@@ -140,16 +112,6 @@ def asked(engine: Engine) -> list[str]:
     return ["weights" if "weights" in line else "tokens" for line in worker_of(engine).log_tail(99).splitlines()]
 
 
-def assert_is_written(engine: Engine, folder: Path) -> None:
-    """`folder` holds the student, as a model whose head is not tied to its embeddings."""
-    plain = tiny.Plain(folder)
-    model: Any = plain.model
-    assert not model.config.tie_word_embeddings
-    model.lm_head.weight.data.copy_(load_file(folder / "head.safetensors")["lm_head.weight"])
-    sequence = marked_all(DATA.ids(20, 0))
-    assert gap(distribution(engine, sequence), plain.logprobs(sequence.tokens)[:-1]) < 5e-5
-
-
 def test_published_weights_are_loaded_once(echo: Engine, tmp_path: Path) -> None:
     assert sample(echo, 40, 41) == Sample((7,), (-0.5,), "length", version=0)
     assert asked(echo) == ["tokens"]  # the first weights were loaded at the start
@@ -165,7 +127,7 @@ def test_published_weights_are_loaded_once(echo: Engine, tmp_path: Path) -> None
     assert asked(echo)[3:] == ["weights", "weights", "tokens"]
     inbox = echo.sampler.inbox
     assert inbox is not None
-    assert_is_written(echo, inbox)
+    tiny.assert_is_written(echo, inbox)
 
 
 def test_refused_update_publishes_nothing_new(echo: Engine) -> None:
@@ -179,9 +141,9 @@ def test_refused_update_publishes_nothing_new(echo: Engine) -> None:
     assert asked(echo) == ["tokens"]
 
 
-def test_request_before_the_first_weights_is_an_error(folder: Path) -> None:
-    sampler = VllmSampler(embedded(folder).learner, VllmOptions(), at_once=1)
-    with pytest.raises(RuntimeError, match="published"):
+def test_request_before_the_first_weights_is_an_error(tied_folder: Path) -> None:
+    sampler = VllmSampler(embedded(tied_folder).learner, VllmOptions(), at_once=1)
+    with pytest.raises(RuntimeError, match="publish"):
         asyncio.run(sampler.sample(SampleRequest((40,), 4, seed=1)))
     sampler.close()
     assert sampler.inbox is not None
@@ -254,12 +216,12 @@ def test_timeout_is_an_error(echo: Engine) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="this interpreter has vLLM")
 def test_interpreter_that_is_missing_or_has_no_vllm(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tied_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(os, "access", lambda *args: False)  # no /dev/shm
     for python, words in (("/nowhere/python", r"engine\.python.*vllm-env"), (sys.executable, "has no vLLM")):
-        engine = VllmOptions(python=python).build(EngineSpec(str(folder), seed=0, device="cpu"))
+        engine = VllmOptions(python=python).build(EngineSpec(str(tied_folder), seed=0, device="cpu"))
         with pytest.raises(UserError, match=words):
             asyncio.run(engine.publish())
         engine.close()
@@ -285,59 +247,6 @@ def test_any_other_finish_reason_is_an_error() -> None:
     assert answers[0] == {"id": 0, "tokens": [7], "logprobs": [-0.5], "stop": "stop"}
     assert "'error'" in answers[1]["error"]
     assert "'repetition'" in answers[2]["error"]
-
-
-def test_full_disk_is_named(folder: Path, tmp_path: Path) -> None:
-    engine = embedded(folder)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        with pytest.raises(UserError, match=rf"can't write the weights.*GiB\) into '{tmp_path}'.*TMPDIR"):
-            asyncio.run(engine.learner.publish(tmp_path))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_merged_weights_keep_their_dtype(folder: Path, tmp_path: Path) -> None:
-    """Although adapters, and sums with them, are float32."""
-    engine = embedded(folder, dtype="bfloat16", lora=LoraOptions(rank=4, alpha=8))
-    train(engine, 2)
-    asyncio.run(engine.learner.publish(tmp_path))
-    for file in ("model.safetensors", "head.safetensors"):
-        assert {weight.dtype for weight in load_file(tmp_path / file).values()} == {torch.bfloat16}
-    written = sum((tmp_path / file).stat().st_size for file in ("model.safetensors", "head.safetensors"))
-    assert written < engine.learner.published_bytes
-
-
-def test_adapters_of_experts_are_merged(tmp_path: Path) -> None:
-    kind, sizes = tiny.ARCHITECTURES["qwen3-moe"]
-    model = tiny.write(tmp_path / "moe", kind, {**sizes, "tie_word_embeddings": False})
-    engine = embedded(model, lora=LoraOptions(rank=2, alpha=8))
-    train(engine, 3)
-    write_merged(torch_engine(engine).model, tmp_path / "out", untie=True)
-    sequence = marked_all(DATA.ids(20, 0))
-    trained = distribution(engine, sequence)
-    assert gap(trained, tiny.Plain(model).logprobs(sequence.tokens)[:-1]) > 1e-3
-    assert gap(trained, tiny.Plain(tmp_path / "out").logprobs(sequence.tokens)[:-1]) < 1e-4
-
-
-HEAD = LoraOptions(rank=4, alpha=8, target_modules=["q_proj", "lm_head"])
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"lora": LoraOptions(rank=4, alpha=8)}, {"lora": HEAD}], ids=["full", "lora", "lora of the head"]
-)
-def test_published_weights_are_the_model_with_an_untied_head(
-    options: dict[str, Any], folder: Path, tmp_path: Path
-) -> None:
-    torch.manual_seed(1)
-    engine = embedded(folder, **options)
-    train(engine, 3)
-    before = view(engine)
-    handle = asyncio.run(engine.learner.publish(tmp_path))
-    assert handle == WeightsHandle(3, str(tmp_path))
-    assert torch.equal(view(engine), before)
-    assert_is_written(engine, tmp_path)
 
 
 # -- with another learner -------------------------------------------------------------------------------------------
@@ -471,118 +380,3 @@ def test_learner_is_closed_if_the_sampler_can_not_be_made(monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="no room"):
         with_learner("engines.test_vllm:FolderOptions").build(SPEC)
     assert len(closed) == 1
-
-
-# -- vLLM itself ----------------------------------------------------------------------------------------------------
-
-
-class SharedWorker:
-    """One vLLM process for many engines, one after the other: starting it takes half a minute."""
-
-    def __init__(self) -> None:
-        self.client: WorkerClient | None = None
-
-    def __call__(self, python: str, options: dict[str, Any], environment: dict[str, str]) -> SharedWorker:
-        if self.client is None:
-            self.client = WorkerClient(python, options, environment)
-        else:  # as if it had been started with these weights
-            _, answer = self.client.ask({"weights": options["model"]})
-            answer.result(120)
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.client, name)
-
-    def close(self) -> None:
-        """The engines don't end it."""
-
-
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def subject(request: pytest.FixtureRequest, folder: Path) -> Iterator[Subject]:
-    worker, dtype = SharedWorker(), request.param
-    options = VllmOptions(python=str(PYTHON))
-
-    def make(*, snapshot_teacher: bool = False, micro_batch_tokens: int = 8192, **more: Any) -> Engine:
-        teacher: Any = "snapshot" if snapshot_teacher else "student"
-        spec = EngineSpec(str(folder), 0, dtype, "cpu", teacher=teacher, micro_batch_tokens=micro_batch_tokens)
-        return options.build(replace(spec, **more))
-
-    exactness: dict[str, Any] = {"tolerance": 3e-5, "relative": 1e-4}
-    if dtype == "bfloat16":
-        exactness = {"tolerance": 0.3, "relative": 0.03, "batch_invariant": False}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # on shared cores, threads that wait for each other are slow
-        patch.setattr(module, "WorkerClient", worker)
-        yield Subject(make, tiny.Plain(folder, dtype).logprobs, **exactness)
-    if worker.client is not None:
-        worker.client.close()
-
-
-@needs_vllm
-@pytest.mark.slow
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_engine_conforms(check: Check, subject: Subject) -> None:
-    conforms(check, subject)
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_no_layer_stays_old_after_an_update(subject: Subject) -> None:
-    """Every weight changes by a tenth: a layer with old weights would be off by far more than rounding."""
-    engine = subject.make()
-    asyncio.run(engine.publish())
-    prompts = [DATA.ids(20, n) for n in range(8)]
-
-    def largest_gap() -> float:
-        requests = [SampleRequest(prompt, 12, seed=n) for n, prompt in enumerate(prompts)]
-        samples = sample_all(engine, requests)
-        sequences = [
-            TokenSequence((*p, *s.tokens), (*[False] * len(p), *[True] * len(s.tokens)))
-            for p, s in zip(prompts, samples, strict=True)
-        ]
-        return gap(torch.cat(chosen(engine, sequences)), torch.tensor([x for s in samples for x in s.logprobs]))
-
-    assert largest_gap() <= subject.tolerance
-    old = view(engine)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in torch_engine(engine).model.parameters():
-            weight.mul_(1 + 0.1 * torch.randn(weight.shape, generator=generator))
-    engine.learner.version += 1
-    asyncio.run(engine.publish())
-    assert gap(view(engine), old) > 0.5
-    assert largest_gap() <= subject.tolerance
-    engine.close()
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_adapters_are_sampled_with(subject: Subject) -> None:
-    with_adapters: Any = functools.partial(subject.make, lora=LoraOptions(rank=4, alpha=8))
-    run_check(sampling.sampling_follows_the_published_weights, replace(subject, make=with_adapters))
-
-
-PARENT = """
-import asyncio, sys, time
-from skillsd.engines.options import EngineSpec
-from skillsd.engines.vllm.options import VllmOptions
-engine = VllmOptions(python=sys.argv[2]).build(EngineSpec(sys.argv[1], seed=0, device="cpu"))
-asyncio.run(engine.publish())
-print(engine.sampler._worker._process.pid, engine.sampler.inbox, flush=True)
-time.sleep(600)
-"""
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_a_killed_parent_leaves_nothing_behind(folder: Path) -> None:
-    command = [sys.executable, "-c", PARENT, str(folder), str(PYTHON)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        pid, weights = parent.stdout.readline().split()
-        parent.kill()
-    deadline = time.monotonic() + 20
-    while Path("/proc", pid).exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not Path("/proc", pid).exists()
-    assert not Path(weights).exists()

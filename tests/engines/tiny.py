@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -182,3 +183,13 @@ def sample_all(engine: Engine, requests: Sequence[SampleRequest]) -> list[Sample
 def marked_all(tokens: Sequence[int]) -> TokenSequence:
     """Every token marked but the first."""
     return TokenSequence(tuple(tokens), (False, *[True] * (len(tokens) - 1)))
+
+
+def assert_is_written(engine: Engine, folder: Path) -> None:
+    """`folder` holds the student, as a model whose head is not tied to its embeddings."""
+    plain = Plain(folder)
+    model: Any = plain.model
+    assert not model.config.tie_word_embeddings
+    model.lm_head.weight.data.copy_(load_file(folder / "head.safetensors")["lm_head.weight"])
+    sequence = marked_all(DATA.ids(20, 0))
+    assert kit.gap(distribution(engine, sequence), plain.logprobs(sequence.tokens)[:-1]) < 5e-5

@@ -1,1 +1,1 @@
-"""Engines: where the model lives. `base` says what one does, `torch` is the embedded one."""
+"""Engines hold the model: `base` is the interface, `torch` the embedded engine, `vllm` a sampler for any learner."""

@@ -114,7 +114,7 @@ class TrainItem:
 
     Attributes:
         sequence: marked where the loss applies.
-        signals: what the loss needs beside the student's log-probs, a tensor ``[marked]`` or ``[marked, ...]`` each,
+        signals: the loss's inputs other than the student's log-probs, a tensor ``[marked]`` or ``[marked, ...]`` each,
             of the same names in every item of a batch. The engine itself reads one of them, ``candidates``: see
             `Learner.forward_backward`.
     """
@@ -345,10 +345,10 @@ class Engine:
         return self.learner.max_length
 
     def sampler_of(self, weights: Weights) -> Sampler:
-        """Who samples with these weights: the sampler, or for a teacher that it does not hold, the learner itself.
+        """The sampler of these weights: the engine's, or the learner itself if only that can sample from the teacher.
 
         Raises:
-            UserError: if nobody can sample from the teacher.
+            UserError: if neither can sample from the teacher.
         """
         if weights == "student" or self.sampler.samples_teacher:
             return self.sampler

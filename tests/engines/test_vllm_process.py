@@ -1,0 +1,138 @@
+"""vLLM itself, where `make vllm-env` has installed it."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engines import tiny
+from engines.tiny import DATA, chosen, conforms, sample_all, torch_engine, view
+from skillsd.engines.base import Engine, SampleRequest, TokenSequence
+from skillsd.engines.conformance import CHECKS, Check, Subject, run_check, sampling
+from skillsd.engines.conformance.kit import gap
+from skillsd.engines.options import EngineSpec, LoraOptions
+from skillsd.engines.vllm import sampler as module
+from skillsd.engines.vllm.client import WorkerClient
+from skillsd.engines.vllm.options import VllmOptions
+
+PYTHON = Path(__file__).parents[2] / "build" / "vllm" / "bin" / "python"
+"""Where `make vllm-env` puts it."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON.is_file(), reason=f"no vLLM in {PYTHON.parents[1]}: make vllm-env"),
+]
+
+
+class SharedWorker:
+    """One vLLM process for many engines, one after the other: starting it takes half a minute."""
+
+    def __init__(self) -> None:
+        self.client: WorkerClient | None = None
+
+    def __call__(self, python: str, options: dict[str, Any], environment: dict[str, str]) -> SharedWorker:
+        if self.client is None:
+            self.client = WorkerClient(python, options, environment)
+        else:  # as if it had been started with these weights
+            _, answer = self.client.ask({"weights": options["model"]})
+            answer.result(120)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
+    def close(self) -> None:
+        """The engines don't end it."""
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def subject(request: pytest.FixtureRequest, tied_folder: Path) -> Iterator[Subject]:
+    worker, dtype = SharedWorker(), request.param
+    options = VllmOptions(python=str(PYTHON))
+
+    def make(*, snapshot_teacher: bool = False, micro_batch_tokens: int = 8192, **more: Any) -> Engine:
+        teacher: Any = "snapshot" if snapshot_teacher else "student"
+        spec = EngineSpec(str(tied_folder), 0, dtype, "cpu", teacher=teacher, micro_batch_tokens=micro_batch_tokens)
+        return options.build(replace(spec, **more))
+
+    exactness: dict[str, Any] = {"tolerance": 3e-5, "relative": 1e-4}
+    if dtype == "bfloat16":
+        exactness = {"tolerance": 0.3, "relative": 0.03, "batch_invariant": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # on shared cores, threads that wait for each other are slow
+        patch.setattr(module, "WorkerClient", worker)
+        yield Subject(make, tiny.Plain(tied_folder, dtype).logprobs, **exactness)
+    if worker.client is not None:
+        worker.client.close()
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_engine_conforms(check: Check, subject: Subject) -> None:
+    conforms(check, subject)
+
+
+def test_no_layer_stays_old_after_an_update(subject: Subject) -> None:
+    """Every weight changes by a tenth: a layer with old weights would be off by far more than rounding."""
+    engine = subject.make()
+    asyncio.run(engine.publish())
+    prompts = [DATA.ids(20, n) for n in range(8)]
+
+    def largest_gap() -> float:
+        requests = [SampleRequest(prompt, 12, seed=n) for n, prompt in enumerate(prompts)]
+        samples = sample_all(engine, requests)
+        sequences = [
+            TokenSequence((*p, *s.tokens), (*[False] * len(p), *[True] * len(s.tokens)))
+            for p, s in zip(prompts, samples, strict=True)
+        ]
+        return gap(torch.cat(chosen(engine, sequences)), torch.tensor([x for s in samples for x in s.logprobs]))
+
+    assert largest_gap() <= subject.tolerance
+    old = view(engine)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in torch_engine(engine).model.parameters():
+            weight.mul_(1 + 0.1 * torch.randn(weight.shape, generator=generator))
+    engine.learner.version += 1
+    asyncio.run(engine.publish())
+    assert gap(view(engine), old) > 0.5
+    assert largest_gap() <= subject.tolerance
+    engine.close()
+
+
+def test_adapters_are_sampled_with(subject: Subject) -> None:
+    with_adapters: Any = functools.partial(subject.make, lora=LoraOptions(rank=4, alpha=8))
+    run_check(sampling.sampling_follows_the_published_weights, replace(subject, make=with_adapters))
+
+
+PARENT = """
+import asyncio, sys, time
+from skillsd.engines.options import EngineSpec
+from skillsd.engines.vllm.options import VllmOptions
+engine = VllmOptions(python=sys.argv[2]).build(EngineSpec(sys.argv[1], seed=0, device="cpu"))
+asyncio.run(engine.publish())
+print(engine.sampler._worker._process.pid, engine.sampler.inbox, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_parent_leaves_nothing_behind(tied_folder: Path) -> None:
+    command = [sys.executable, "-c", PARENT, str(tied_folder), str(PYTHON)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid, weights = parent.stdout.readline().split()
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while Path("/proc", pid).exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not Path("/proc", pid).exists()
+    assert not Path(weights).exists()
