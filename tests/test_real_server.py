@@ -53,9 +53,9 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "OMP_NUM_THREADS": "1",
     }
     log = tmp_path_factory.mktemp("server") / "log"
-    with open(log, "wb") as said, pytest.MonkeyPatch.context() as patch:
+    with open(log, "wb") as log_file, pytest.MonkeyPatch.context() as patch:
         patch.setenv("NO_PROXY", "127.0.0.1")
-        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
+        process = subprocess.Popen(command, stdout=log_file, stderr=log_file, env=environment)
         try:
             deadline = time.monotonic() + START_SECONDS
             while not _healthy(port):

@@ -137,8 +137,8 @@ def test_a_bug_keeps_its_traceback(skillsd: Command, monkeypatch: pytest.MonkeyP
 
 
 def test_a_model_is_exported_into_the_current_folder(skillsd: Command, run: Path, tmp_path: Path) -> None:
-    said = skillsd("export", run / "run", "--out", ".")
-    assert said.code == 0, said
+    result = skillsd("export", run / "run", "--out", ".")
+    assert result.code == 0, result
     assert Path("config.json").is_file()  # still the same folder
     assert (tmp_path / "model.safetensors").is_file()
     assert not list(tmp_path.parent.glob(".*.partial"))
@@ -159,9 +159,9 @@ def test_an_existing_run(skillsd: Command, run: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["skills"], ["envs"]])
 def test_no_command_prints_help(skillsd: Command, arguments: list[str]) -> None:
-    said = skillsd(*arguments)
-    assert said.code == 2
-    assert "Usage: skillsd" in said.out + said.err
+    result = skillsd(*arguments)
+    assert result.code == 2
+    assert "Usage: skillsd" in result.out + result.err
 
 
 # -- what works -----------------------------------------------------------------------------------------------------
@@ -169,12 +169,12 @@ def test_no_command_prints_help(skillsd: Command, arguments: list[str]) -> None:
 
 def test_training_shows_progress(skillsd: Command, run: Path, tmp_path: Path) -> None:
     # A folder whose name looks like rich markup.
-    said = skillsd("train", run / "toy.yaml", "training.iterations=1", "--out", "[bold]run[/]")
-    assert said.code == 0, said
-    assert said.err == ""
-    assert "training: 1/1" in said.out
-    assert "after 28 episodes: accuracy" in said.out
-    assert "done: [bold]run[/]/" in said.out
+    result = skillsd("train", run / "toy.yaml", "training.iterations=1", "--out", "[bold]run[/]")
+    assert result.code == 0, result
+    assert result.err == ""
+    assert "training: 1/1" in result.out
+    assert "after 28 episodes: accuracy" in result.out
+    assert "done: [bold]run[/]/" in result.out
     assert (tmp_path / "[bold]run[/]" / "checkpoints" / "step-1").is_dir()
 
 
@@ -184,17 +184,17 @@ def test_a_run_of_zero_iterations(skillsd: Command, run: Path) -> None:
 
 def test_a_run_and_a_model_are_evaluated(skillsd: Command, run: Path, tmp_path: Path, tiny_model: Path) -> None:
     rows = (run / "run" / "skills.sqlite").read_bytes()
-    said = skillsd("eval", run / "run", "--split", "tune", "--samples", 2, "--json", "figures.json")
-    assert said.code == 0, said
+    result = skillsd("eval", run / "run", "--split", "tune", "--samples", 2, "--json", "figures.json")
+    assert result.code == 0, result
     sampled, greedy = json.loads((tmp_path / "figures.json").read_text())
     assert (sampled["temperature"], sampled["episodes"], greedy["temperature"], greedy["episodes"]) == (1.0, 8, 0.0, 4)
     assert sampled["split"] == greedy["split"] == "tune"
     # No number is truncated.
-    assert f"{100 * sampled['accuracy']:.1f} %" in said.out
-    assert "…" not in said.out
+    assert f"{100 * sampled['accuracy']:.1f} %" in result.out
+    assert "…" not in result.out
     assert (run / "run" / "skills.sqlite").read_bytes() == rows
-    said = skillsd("eval", "--model", tiny_model, "--recipe", run / "toy.yaml", "--limit", 1)
-    assert said.code == 0, said
+    result = skillsd("eval", "--model", tiny_model, "--recipe", run / "toy.yaml", "--limit", 1)
+    assert result.code == 0, result
     assert len(sampled["successes"]) == 4
     assert sum(sampled["successes"]) / 4 == pytest.approx(sampled["accuracy"])
     assert sum(greedy["rewards"]) / 4 == pytest.approx(greedy["completion"])
@@ -204,8 +204,8 @@ def test_a_run_and_a_model_are_evaluated(skillsd: Command, run: Path, tmp_path: 
 
 
 def test_several_checkpoints_of_a_run_are_evaluated(skillsd: Command, run: Path, tmp_path: Path) -> None:
-    said = skillsd("eval", run / "run", "--split", "tune", "--at", 4, "--at", 2, "--json", "figures.json")
-    assert said.code == 0, said
+    result = skillsd("eval", run / "run", "--split", "tune", "--at", 4, "--at", 2, "--json", "figures.json")
+    assert result.code == 0, result
     records = json.loads((tmp_path / "figures.json").read_text())
     assert [(r["iteration"], r["temperature"]) for r in records] == [(4, 1.0), (4, 0.0), (2, 1.0), (2, 0.0)]
     manifest = json.loads((run / "run" / "manifest.json").read_text())
@@ -225,10 +225,10 @@ def test_skills_are_listed_shown_and_exported(skillsd: Command, run: Path, tmp_p
     with Bank(run / "run" / "skills.sqlite") as bank:
         stored = bank.skills()
     assert stored
-    said = skillsd("skills", "list", run / "run", "--limit", 9999)
-    assert said.code == 0, said
-    assert f"{len(stored)} skills" in said.out
-    assert said.out.count("train-") == len(stored)
+    result = skillsd("skills", "list", run / "run", "--limit", 9999)
+    assert result.code == 0, result
+    assert f"{len(stored)} skills" in result.out
+    assert result.out.count("train-") == len(stored)
     odd = stored[-1]
     shown = skillsd("skills", "show", run / "run", odd.id)
     assert json.loads(shown.out)["skill"]["mistake_analysis"] == odd.skill.mistake_analysis  # verbatim
@@ -255,15 +255,15 @@ def test_listings(skillsd: Command) -> None:
 
 
 def test_the_doctor_estimates_a_recipe(skillsd: Command, run: Path) -> None:
-    said = skillsd("doctor", run / "toy.yaml")
-    assert said.code == 0, said
-    assert "fits" in said.out
-    said = skillsd("doctor", run / "toy.yaml", "model.name=/no/model")
-    assert said.code == 2
+    result = skillsd("doctor", run / "toy.yaml")
+    assert result.code == 0, result
+    assert "fits" in result.out
+    result = skillsd("doctor", run / "toy.yaml", "model.name=/no/model")
+    assert result.code == 2
     no_model = "expected a folder with config.json, weights and a tokenizer{}. Models by name: nano, smollm2-135m\n"
-    assert said.err == f"error: no model in '/no/model': {no_model.format('')}"
-    said = skillsd("doctor", run / "toy.yaml", "model.name=models/mine")  # without asking the hub
-    assert said.err == f"error: no model in 'models/mine': {no_model.format(', as `skillsd sft mine` makes it')}"
+    assert result.err == f"error: no model in '/no/model': {no_model.format('')}"
+    result = skillsd("doctor", run / "toy.yaml", "model.name=models/mine")  # without asking the hub
+    assert result.err == f"error: no model in 'models/mine': {no_model.format(', as `skillsd sft mine` makes it')}"
 
 
 def test_a_mistake_imports_nothing_heavy() -> None:
@@ -277,11 +277,11 @@ def test_a_mistake_imports_nothing_heavy() -> None:
 
 def test_models_with_a_short_name(skillsd: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SKILLSD_CACHE", str(tmp_path))
-    said = skillsd("models", "list")
-    assert (said.code, said.err) == (0, "")
-    nano, smollm2 = said.out.splitlines()
+    result = skillsd("models", "list")
+    assert (result.code, result.err) == (0, "")
+    nano, smollm2 = result.out.splitlines()
     assert nano.startswith("nano ")
     assert smollm2.startswith("smollm2-135m ")
     assert smollm2.endswith("not fetched yet")
-    said = skillsd("models", "fetch", "nano")
-    assert (Path(said.out.strip()) / "config.json").is_file()
+    result = skillsd("models", "fetch", "nano")
+    assert (Path(result.out.strip()) / "config.json").is_file()

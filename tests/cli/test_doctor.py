@@ -287,8 +287,8 @@ print(need, 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="a process's peak memory is read from /proc")
 def test_the_estimate_is_near_the_peak_of_a_run(tmp_path: Path) -> None:
     settings = ["training.iterations=2", "evaluation.limit=4", "log.tensorboard=false"]
-    said: Any = subprocess.run(
+    result: Any = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "run"), *settings], capture_output=True, text=True, check=True
     )
-    need, peak = map(int, said.stdout.split()[-2:])
+    need, peak = map(int, result.stdout.split()[-2:])
     assert peak / 1.3 < need < 1.5 * peak

@@ -77,8 +77,8 @@ Serve = Callable[..., FakeEndpoint]
 
 def test_requests_and_results(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
     server = serve(completion("Up"))
-    said = evaluate(server, "--price-in", 2, "--price-out", 10, "--json", "x.json", "--request", "{seed: 3}")
-    assert said.code == 0, said
+    result = evaluate(server, "--price-in", 2, "--price-out", 10, "--json", "x.json", "--request", "{seed: 3}")
+    assert result.code == 0, result
     [figures] = json.loads((tmp_path / "x.json").read_text())
     calls = len(server.requests)
     assert figures["spent"] == {
@@ -87,7 +87,7 @@ def test_requests_and_results(evaluate: Evaluate, serve: Serve, tmp_path: Path) 
     assert figures["model"] == {"name": "a/model", "endpoint": server.url, "request": {"seed": 3}}
     assert len(figures["fingerprint"]) == 16
     assert (figures["tasks"], figures["split"]) == (TASKS, "test")
-    assert f"{calls} calls, {100 * calls:,} tokens in, {20 * calls:,} out, cost {calls * 4e-4:.4f}" in said.out
+    assert f"{calls} calls, {100 * calls:,} tokens in, {20 * calls:,} out, cost {calls * 4e-4:.4f}" in result.out
     first = server.requests[0]
     assert first.headers["authorization"] == f"Bearer {KEY}"
     assert first.body["model"] == "a/model"
@@ -95,7 +95,7 @@ def test_requests_and_results(evaluate: Evaluate, serve: Serve, tmp_path: Path) 
     longest = max((request.body["messages"] for request in server.requests), key=len)
     assert [message["role"] for message in longest[:3]] == ["user", "assistant", "user"]
     assert longest[1]["content"] == "Up"
-    assert KEY not in said.out + said.err + "".join(p.read_text() for p in tmp_path.rglob("*.json*"))
+    assert KEY not in result.out + result.err + "".join(p.read_text() for p in tmp_path.rglob("*.json*"))
 
 
 def test_a_second_attempt_pays_for_nothing_twice(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
@@ -103,14 +103,14 @@ def test_a_second_attempt_pays_for_nothing_twice(evaluate: Evaluate, serve: Serv
     assert evaluate(server, "--json", "x.json").code == 0
     calls = len(server.requests)
     moved = serve(completion("Up"))  # the same model elsewhere
-    said = evaluate(moved, "--json", "y.json")
-    assert said.code == 0, said
+    result = evaluate(moved, "--json", "y.json")
+    assert result.code == 0, result
     assert not moved.requests
     one, two = (
         {**json.loads((tmp_path / name).read_text())[0], "seconds": 0, "model": 0} for name in ("x.json", "y.json")
     )
     assert one == two
-    assert f"{calls} calls" in said.out
+    assert f"{calls} calls" in result.out
     more = evaluate(moved, "--samples", 2, "--json", "y.json")  # and more episodes extend it
     assert more.code == 0
     assert json.loads((tmp_path / "y.json").read_text())[0]["episodes"] == 2 * TASKS
@@ -130,10 +130,10 @@ def test_episodes_of_other_settings_are_not_mixed(evaluate: Evaluate, serve: Ser
     server = serve(completion("Up"))
     assert evaluate(server).code == 0
     calls = len(server.requests)
-    said = evaluate(server, change)
-    assert said.code == 2
-    assert f"their {expected}" in said.err
-    assert "--episodes" in said.err
+    result = evaluate(server, change)
+    assert result.code == 2
+    assert f"their {expected}" in result.err
+    assert "--episodes" in result.err
     assert len(server.requests) == calls
 
 
@@ -146,8 +146,8 @@ def test_an_episode_whose_line_was_cut_by_a_crash_is_repeated(evaluate: Evaluate
     records = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
     assert len([r for r in records if "episode" in r]) == TASKS
     (tmp_path / "kept.jsonl").write_text("what?\n")
-    said = evaluate(server, "--episodes", "kept.jsonl")
-    assert (said.code, "not an episode log" in said.err) == (2, True)
+    result = evaluate(server, "--episodes", "kept.jsonl")
+    assert (result.code, "not an episode log" in result.err) == (2, True)
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}', '[{"format": 1}]', '{"format": 2}', "x", '{"format": 1}\n[1]\n'])
@@ -155,8 +155,8 @@ def test_another_file_is_left_alone(evaluate: Evaluate, serve: Serve, tmp_path: 
     """Also one without a line break, like minified JSON."""
     (tmp_path / "mine.json").write_text(text)
     server = serve(completion("Up"))
-    said = evaluate(server, "--episodes", "mine.json")
-    assert (said.code, "not an episode log" in said.err) == (2, True)
+    result = evaluate(server, "--episodes", "mine.json")
+    assert (result.code, "not an episode log" in result.err) == (2, True)
     assert (tmp_path / "mine.json").read_text() == text
     assert not server.requests
 
@@ -187,8 +187,8 @@ def test_results_and_episodes_need_separate_files(evaluate: Evaluate, serve: Ser
     (tmp_path / "runs").mkdir()
     episodes = [] if name.startswith("runs") else ["--episodes", "x.json"]
     server = serve(completion("Up"))
-    said = evaluate(server, "--json", name, *episodes)
-    assert (said.code, "give two files" in said.err) == (2, True), said
+    result = evaluate(server, "--json", name, *episodes)
+    assert (result.code, "give two files" in result.err) == (2, True), result
     assert not server.requests
 
 
@@ -198,10 +198,10 @@ def test_finished_passes_are_shown_and_written_when_a_later_one_fails(
     def answer(request: Request) -> Reply:
         return completion("Up") if request.body["temperature"] else refusal(401, "not at 0")
 
-    said = evaluate(serve(answer=answer), "--temperature", 1, "--temperature", 0, "--json", "x.json")
-    assert (said.code, "not at 0" in said.err) == (2, True)
-    assert "sampled at 1" in said.out
-    assert "greedy" not in said.out
+    result = evaluate(serve(answer=answer), "--temperature", 1, "--temperature", 0, "--json", "x.json")
+    assert (result.code, "not at 0" in result.err) == (2, True)
+    assert "sampled at 1" in result.out
+    assert "greedy" not in result.out
     [figures] = json.loads((tmp_path / "x.json").read_text())
     assert (figures["temperature"], figures["episodes"]) == (1, TASKS)
 
@@ -234,17 +234,17 @@ def test_retries_are_the_recipes(evaluate: Evaluate, serve: Serve, tmp_path: Pat
 
     for retries in (0, 3):  # one task ends after its first turn, the others fail in every attempt
         server = serve(answer=answer)
-        said = evaluate(server, f"rollout.retries={retries}", "--episodes", f"{retries}.jsonl")
-        assert f"{TASKS - 1} tasks are excluded" in said.out, said
+        result = evaluate(server, f"rollout.retries={retries}", "--episodes", f"{retries}.jsonl")
+        assert f"{TASKS - 1} tasks are excluded" in result.out, result
         assert len(server.requests) == 1 + 2 * (TASKS - 1) * (retries + 1)
 
 
 def test_a_request_that_is_not_json(evaluate: Evaluate, serve: Serve) -> None:
     server = serve(completion("Up"))
     for value in ("2024-01-01", ".nan", "{a: [2024-01-01]}"):
-        said = evaluate(server, "--request", f"{{x: {value}}}")
-        assert (said.code, said.err.count("\n")) == (2, 1)
-        assert "'x' can't be written as JSON" in said.err
+        result = evaluate(server, "--request", f"{{x: {value}}}")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert "'x' can't be written as JSON" in result.err
     assert not server.requests
 
 
@@ -262,19 +262,19 @@ def test_a_request_that_is_not_json(evaluate: Evaluate, serve: Serve) -> None:
 def test_an_endpoint_that_never_answers_is_one_error_line(
     evaluate: Evaluate, serve: Serve, reply: Reply, expected: str
 ) -> None:
-    said = evaluate(serve(reply))
-    assert said.code == 2
-    assert expected in said.err
-    assert "Traceback" not in said.err
-    assert said.err.count("error:") == 1
+    result = evaluate(serve(reply))
+    assert result.code == 2
+    assert expected in result.err
+    assert "Traceback" not in result.err
+    assert result.err.count("error:") == 1
 
 
 def test_an_endpoint_that_is_down(evaluate: Evaluate, serve: Serve) -> None:
     server = serve(completion("Up"))
     server.close()
-    said = evaluate(server)
-    assert (said.code, said.err.count("\n")) == (2, 1)
-    assert server.url in said.err
+    result = evaluate(server)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert server.url in result.err
 
 
 @pytest.mark.parametrize(
@@ -284,20 +284,20 @@ def test_a_dialogue_longer_than_the_context_ends_and_is_counted(
     evaluate: Evaluate, serve: Serve, tmp_path: Path, text: str
 ) -> None:
     server = serve(answer=lambda r: refusal(400, text) if len(r.body["messages"]) > 1 else completion("Sideways"))
-    said = evaluate(server, "--json", "x.json")
-    assert said.code == 0, said
+    result = evaluate(server, "--json", "x.json")
+    assert result.code == 0, result
     [figures] = json.loads((tmp_path / "x.json").read_text())
     outcomes = Counter(figures["outcomes"])
     assert outcomes["truncated_tokens"] == TASKS - outcomes["solved"] - outcomes["failed"]
     assert figures["episodes"] == TASKS
-    assert "ran out of tokens" in said.out
+    assert "ran out of tokens" in result.out
 
 
 def test_the_token_budget_ends_an_episode(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
     server = serve(completion("Up", usage=(495, 5)))
-    said = evaluate(server, "--json", "x.json")
+    result = evaluate(server, "--json", "x.json")
     [figures] = json.loads((tmp_path / "x.json").read_text())
-    assert said.code == 0
+    assert result.code == 0
     assert len(server.requests) == TASKS
     assert figures["mean_turns"] == 1
 
@@ -312,8 +312,8 @@ def test_temporary_server_errors_lose_no_episode(evaluate: Evaluate, serve: Serv
         stumbles = len(request.body["messages"]) > 1 and sum(seen.values()) < 14
         return refusal(503, "busy") if stumbles else completion("Up")
 
-    said = evaluate(serve(answer=answer), "--json", "x.json", "rollout.concurrency=1")
-    assert said.code == 0, said
+    result = evaluate(serve(answer=answer), "--json", "x.json", "rollout.concurrency=1")
+    assert result.code == 0, result
     [figures] = json.loads((tmp_path / "x.json").read_text())
     assert figures["episodes"] == TASKS
     assert set(figures["outcomes"]) <= {"solved", "failed", "truncated_turns"}
@@ -328,25 +328,25 @@ def test_resumption_after_the_server_died(evaluate: Evaluate, serve: Serve, tmp_
         return completion("Up") if served <= 4 or served > 60 else refusal(502, "gone")
 
     server = serve(answer=answer)
-    said = evaluate(server, "--samples", 4, "rollout.concurrency=1")
-    assert said.code == 2
-    assert "gone" in said.err
-    assert "episodes are in" in said.out
+    result = evaluate(server, "--samples", 4, "rollout.concurrency=1")
+    assert result.code == 2
+    assert "gone" in result.err
+    assert "episodes are in" in result.out
     [path] = (tmp_path / "runs").glob("eval-a-model-*.jsonl")
     kept = sum("episode" in json.loads(line) for line in path.read_text().splitlines())
     assert 0 < kept < 4 * TASKS
     served = 61
-    said = evaluate(server, "--samples", 4, "rollout.concurrency=1", "--json", "x.json")
-    assert said.code == 0, said
-    assert f"{kept} finished episodes" in said.out
+    result = evaluate(server, "--samples", 4, "rollout.concurrency=1", "--json", "x.json")
+    assert result.code == 0, result
+    assert f"{kept} finished episodes" in result.out
     assert json.loads((tmp_path / "x.json").read_text())[0]["episodes"] == 4 * TASKS
 
 
 def test_a_token_budget_holds_across_attempts(evaluate: Evaluate, serve: Serve) -> None:
     server = serve(completion("Up"))
-    said = evaluate(server, "--budget-tokens", 150, "rollout.concurrency=1")
-    assert said.code == 2
-    assert "--budget-tokens is 150, and" in said.err
+    result = evaluate(server, "--budget-tokens", 150, "rollout.concurrency=1")
+    assert result.code == 2
+    assert "--budget-tokens is 150, and" in result.err
     calls = len(server.requests)
     assert evaluate(server, "--budget-tokens", 150, "rollout.concurrency=1").code == 2
     assert len(server.requests) == calls

@@ -119,19 +119,19 @@ def test_a_stopped_sweep_is_resumed_and_repeats_nothing(
     while not read(run / METRICS) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    said, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, (said, errors)
-    assert "the same command resumes" in said
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, (output, errors)
+    assert "the same command resumes" in output
     assert "Traceback" not in errors
     reached = len(read(run / METRICS))
     assert 1 <= reached < 6
     assert "stopped and saved" in (model / "grpo" / "seed-0.log").read_text()
 
-    code, said, errors = skillsd(*both)
-    assert code == 1, (said, errors)
-    assert "1 of 3 cells failed" in said
-    assert "curriculum.tasks is 999" in said
-    assert str(model / "broken" / "seed-0.log") in said
+    code, output, errors = skillsd(*both)
+    assert code == 1, (output, errors)
+    assert "1 of 3 cells failed" in output
+    assert "curriculum.tasks is 999" in output
+    assert str(model / "broken" / "seed-0.log") in output
     assert [record["iteration"] for record in read(run / METRICS)] == [1, 2, 3, 4, 5, 6]
     table = json.loads((out / "table.json").read_text())
     for budget in ("36", "72"):
@@ -147,40 +147,40 @@ def test_a_stopped_sweep_is_resumed_and_repeats_nothing(
     sampled, greedy = (json.loads((model / "grpo" / "seed-0.test.json").read_text()))[2:]
     assert (sampled["iteration"], sampled["temperature"], greedy["temperature"]) == (6, 1.0, 0.0)
     assert sum(sampled["successes"]) / 3 == pytest.approx(sampled["accuracy"])
-    assert "0 of 1" in said
+    assert "0 of 1" in output
 
     # Again: nothing is repeated.
     def touched() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in model.rglob("*") if path.is_file()}
 
     before = touched()
-    code, said, errors = skillsd(*arguments, "--methods", "grpo")
-    assert code == 0, (said, errors)
-    assert "2 cells, 2 of them done" in said
+    code, output, errors = skillsd(*arguments, "--methods", "grpo")
+    assert code == 0, (output, errors)
+    assert "2 cells, 2 of them done" in output
     assert before == touched()
-    code, said, _ = skillsd(*both, "--dry-run")
+    code, output, _ = skillsd(*both, "--dry-run")
     assert code == 0
-    assert said.count("skillsd train") == 1
-    assert "2 of 3 done" in said
+    assert output.count("skillsd train") == 1
+    assert "2 of 3 done" in output
     assert before == touched()
 
     # Longer, and with more samples: existing results are neither lost nor repeated, and all checkpoints are kept.
     played = json.loads((model / "grpo" / "seed-0.test.json").read_text())
     checkpoints = set(os.listdir(run / "checkpoints"))
     longer = ["table", str(tmp_path / "toy.yaml"), "--episodes", "108", "--out", str(out), "--methods", "grpo"]
-    code, said, errors = skillsd(*longer)
-    assert code == 0, (said, errors)
+    code, output, errors = skillsd(*longer)
+    assert code == 0, (output, errors)
     assert json.loads((model / "grpo" / "seed-0.test.json").read_text())[: len(played)] == played
     assert set(os.listdir(run / "checkpoints")) == {*checkpoints, "step-9"} >= {"step-3", "step-6"}
-    code, said, errors = skillsd(*arguments[:-2], "--methods", "grpo", "--samples", "2")
-    assert code == 0, (said, errors)
+    code, output, errors = skillsd(*arguments[:-2], "--methods", "grpo", "--samples", "2")
+    assert code == 0, (output, errors)
     records = json.loads((model / "grpo" / "seed-0.test.json").read_text())
     asked = [(r["iteration"], r["samples"]) for r in records if r["temperature"]]
     assert sorted(asked) == [(3, 1), (3, 2), (6, 1), (6, 2), (9, 1)]
     before = touched()
     for episodes in ("36,72", "108", "36,72,108"):
         longer[3] = episodes
-        code, said, errors = skillsd(*longer)
-        assert code == 0, (said, errors)
-        assert "2 cells, 2 of them done" in said
+        code, output, errors = skillsd(*longer)
+        assert code == 0, (output, errors)
+        assert "2 cells, 2 of them done" in output
     assert before == touched()
