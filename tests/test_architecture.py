@@ -47,22 +47,10 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(name: str, path: Path, known: set[str], *, lazy: bool) -> set[str]:
-    """The modules of the package that a module imports when it is loaded; with `lazy`, inside functions as well.
-
-    What is imported for type annotations alone does not count.
-    """
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    skipped: set[ast.AST] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            skipped |= set(ast.walk(node))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not lazy:
-            skipped |= set(ast.walk(node))
+def imports(name: str, path: Path, known: set[str]) -> set[str]:
+    """The modules of the package that a module imports: at the top, inside functions, and for type annotations."""
     found: set[str] = set()
-    for node in ast.walk(tree):
-        if node in skipped:
-            continue
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -71,8 +59,7 @@ def imports(name: str, path: Path, known: set[str], *, lazy: bool) -> set[str]:
             targets = [member if member.removeprefix("skillsd.") in known else node.module for member in members]
         else:
             continue
-        inside = {target.removeprefix("skillsd.") for target in targets if target.startswith("skillsd.")}
-        found |= inside & known
+        found |= {target.removeprefix("skillsd.") for target in targets if target.startswith("skillsd.")} & known
     return found - {name}
 
 
@@ -86,13 +73,12 @@ def layer_of(name: str) -> int:
 
 @pytest.mark.parametrize("name", ALL)
 def test_imports_go_down(name: str) -> None:
-    """Those inside functions too."""
-    for target in sorted(imports(name, ALL[name], set(ALL), lazy=True)):
+    for target in sorted(imports(name, ALL[name], set(ALL))):
         assert layer_of(target) >= layer_of(name), f"{name} imports {target}, which is in a layer above it"
 
 
 def test_there_is_no_import_circle() -> None:
-    graph = {name: imports(name, path, set(ALL), lazy=False) for name, path in ALL.items()}
+    graph = {name: imports(name, path, set(ALL)) for name, path in ALL.items()}
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:

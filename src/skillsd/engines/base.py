@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from skillsd.engines.options import Capabilities
+from skillsd.engines.spec import Capabilities
 from skillsd.errors import UserError
 from skillsd.metrics import Metrics
 from skillsd.objective.logprobs import CHOSEN, TokenLogprobs, Want

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from skillsd.engines.options import EngineSpec
+from skillsd.engines.spec import EngineSpec
 
 SAMPLING, SCORING, UPDATE = "sampling", "the teacher's scores", "update"
 """Phases of an iteration."""

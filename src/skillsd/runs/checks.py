@@ -8,7 +8,6 @@ from skillsd.engines.estimate import Workload
 from skillsd.engines.options import EngineSpec, LoraOptions
 from skillsd.errors import UserError
 from skillsd.methods import method
-from skillsd.objective import ESTIMATORS, find_estimator
 from skillsd.prompting.templates import load_template
 from skillsd.seeds import derive_seed
 from skillsd.skills import ucb
@@ -143,7 +142,7 @@ def engine_spec(config: RunConfig) -> EngineSpec:
 def _needs(config: RunConfig, teacher: str) -> dict[str, str]:
     """Capability -> the setting that requires it."""
     row, by_method = method(config.method), f"method={config.method}"
-    exact = row.teacher != "none" and find_estimator(config.objective.estimator).needs_distribution
+    exact = objective_of(config, row).want.kind != "chosen"
     by_teacher = by_method
     if row.teacher == "synchronised":
         by_teacher = f"teacher.sync_every={config.teacher.sync_every}"
@@ -192,8 +191,6 @@ def workload(config: RunConfig, turns: int) -> Workload:
     Args:
         turns: maximum number of turns of an episode.
     """
-    exact = method(config.method).teacher != "none" and ESTIMATORS.get(config.objective.estimator)
-    want = "whole" if config.objective.top_k is None else "top_k"
     return Workload(
         episodes=config.episodes_per_iteration,
         turns=turns,
@@ -201,7 +198,7 @@ def workload(config: RunConfig, turns: int) -> Workload:
         trajectory_tokens=config.rollout.trajectory_tokens,
         minibatches=config.training.minibatches,
         epochs=config.training.epochs,
-        want=want if exact and exact.needs_distribution else "chosen",  # type: ignore[arg-type]
+        want=objective_of(config, method(config.method)).want.kind,
     )
 
 

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from skillsd.engines.torch.optimiser import MasterAdamW
 from skillsd.errors import UserError
-
-if TYPE_CHECKING:
-    from skillsd.engines.torch.engine import TorchEngine
 
 FILE = "engine.pt"
 
 
-def save(engine: TorchEngine, path: Path) -> None:
+class Trained(Protocol):
+    """What is saved of the embedded engine; see there."""
+
+    device: torch.device
+    trainable: dict[str, torch.nn.Parameter]
+    optimiser: MasterAdamW
+    teacher: dict[str, Tensor] | None
+    teacher_averages: dict[str, Tensor]
+    student_moved: bool
+    version: int
+
+
+def save(engine: Trained, path: Path) -> None:
     """Write the engine's state."""
     rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if engine.device.type == "cuda":
@@ -37,7 +47,7 @@ def save(engine: TorchEngine, path: Path) -> None:
     )
 
 
-def load(engine: TorchEngine, path: Path) -> None:
+def load(engine: Trained, path: Path) -> None:
     """Restore what `save` wrote. If it raises, the engine is unchanged.
 
     Raises:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from skillsd.engines.estimate import SAMPLING, Estimate, Estimator, Workload
-from skillsd.engines.options import EngineSpec
-from skillsd.engines.vllm.options import VllmOptions
+from skillsd.engines.spec import EngineSpec
+from skillsd.engines.vllm.settings import VllmSettings
 
 
 class VllmEstimator:
     """Wraps the learner's `skillsd.engines.estimate.Estimator`."""
 
-    def __init__(self, learner: Estimator, options: VllmOptions) -> None:
+    def __init__(self, learner: Estimator, options: VllmSettings) -> None:
         self._learner, self._options = learner, options
         self.device, self.free, self.total = learner.device, learner.free, learner.total
 

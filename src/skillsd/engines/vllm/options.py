@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import BeforeValidator, SerializeAsAny
 
 from skillsd.engines.options import Capabilities, EngineOptions, EngineSpec
 from skillsd.engines.torch.options import TorchOptions
+from skillsd.engines.vllm.settings import VllmSettings
 from skillsd.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def _learner(section: Any) -> Any:
     return registry.options(section) if isinstance(section, dict) else section
 
 
-class VllmOptions(EngineOptions):
+class VllmOptions(VllmSettings, EngineOptions):
     """vLLM samples the rollouts, in a process of its own; another engine scores and trains. docs/vllm.md."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(temperature=True)
@@ -29,18 +30,6 @@ class VllmOptions(EngineOptions):
     name: str = "vllm"
     learner: Annotated[SerializeAsAny[EngineOptions], BeforeValidator(_learner)] = TorchOptions()
     """The engine that scores and trains: any that can publish its weights into a folder."""
-    python: str | None = None
-    """Path of the interpreter that has vLLM (``build/vllm/bin/python`` after `make vllm-env`). None is this one."""
-    gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
-    """Share of the GPU's memory that vLLM reserves; training needs the rest."""
-    cpu_kv_cache_gib: int = Field(1, ge=1)
-    """Memory for keys and values when vLLM runs on a CPU."""
-    max_model_len: int | None = Field(None, ge=2)
-    """The most tokens of a sequence that is sampled. None is what the recipe's episodes may take. docs/vllm.md."""
-    timeout_seconds: float = Field(600.0, gt=0)
-    """The longest that vLLM may take to start, to load weights, or to answer one request."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """More keyword arguments of ``vllm.LLM``, e.g. ``{tensor_parallel_size: 2}``."""
 
     def provides(self) -> Capabilities:
         """The learner's capabilities, but not deterministic, as vLLM's decoding is not."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from skillsd.engines.base import Learner, Sample, Sampler, SampleRequest, WeightsHandle, check_request
 from skillsd.engines.vllm.client import WorkerClient
-from skillsd.engines.vllm.options import VllmOptions
+from skillsd.engines.vllm.settings import VllmSettings
 from skillsd.errors import EngineFailedError, UserError
 
 
@@ -39,7 +39,7 @@ class VllmSampler(Sampler):
         UserError: if the interpreter can't be run.
     """
 
-    def __init__(self, learner: Learner, options: VllmOptions, *, max_length: int | None = None, at_once: int) -> None:
+    def __init__(self, learner: Learner, options: VllmSettings, *, max_length: int | None = None, at_once: int) -> None:
         self.options = options
         self._stop_tokens = learner.stop_tokens
         self._model_length = learner.max_length
