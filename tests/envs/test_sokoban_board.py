@@ -77,6 +77,100 @@ def test_symmetric_levels_have_the_same_id_and_difficulty(level: Level) -> None:
         assert there.pushes.get(other.start) == table.pushes.get(level.start)
 
 
+@settings(max_examples=100, deadline=None)
+@given(levels(), st.data())
+def test_equal_puzzles_have_the_same_id(level: Level, data: st.DataObject) -> None:
+    """Blank margins, a shift, floor out of reach, a symmetry and the player's place in its area make no difference."""
+    margins = [data.draw(st.integers(0, 2), label=side) for side in ("above", "below", "left", "right")]
+    fill = data.draw(st.sampled_from("# "), label="margin")
+    area = sorted(level.reach(blocked=level.boxes))
+    moved = level.at((data.draw(st.sampled_from(area), label="player"), level.boxes))
+    turned = data.draw(st.sampled_from(list(symmetries(moved.rows()))), label="turned")
+    assert Level.from_rows(with_margins(turned, *margins, fill)).id == level.id
+
+
+def with_margins(rows: list[str], above: int, below: int, left: int, right: int, fill: str) -> list[str]:
+    """The rows with a wall around them (in open floor they would be another puzzle), and then with margins."""
+    width = len(rows[0]) + 2
+    walled = ["#" * width, *(f"#{row}#" for row in rows), "#" * width]
+    blank = fill * (width + left + right)
+    return [blank] * above + [fill * left + row + fill * right for row in walled] + [blank] * below
+
+
+@settings(max_examples=100, deadline=None)
+@given(levels(), st.data())
+def test_floor_out_of_reach_does_not_change_the_id(level: Level, data: st.DataObject) -> None:
+    used = level.reach() | {*level.boxes, *level.targets}
+    rows = [list(row) for row in level.rows()]
+    for cell in set(range(level.height * level.width)) - used:
+        row, column = divmod(cell, level.width)
+        if all(ahead not in used for ahead in around(cell, level)):
+            rows[row][column] = data.draw(st.sampled_from("# "), label=level.cell_name(cell))
+    assert Level.from_rows(["".join(row) for row in rows]).id == level.id
+
+
+def around(cell: int, level: Level) -> list[int]:
+    """The cells next to a cell, walls included."""
+    row, column = divmod(cell, level.width)
+    steps = ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1))
+    return [r * level.width + c for r, c in steps if 0 <= r < level.height and 0 <= c < level.width]
+
+
+@settings(max_examples=100, deadline=None)
+@given(levels(), levels())
+def test_different_puzzles_have_different_ids(one: Level, other: Level) -> None:
+    """Equal ids mean equal rooms: some symmetry maps the reachable floor, the boxes, the targets and the area."""
+    assert (one.id == other.id) == bool(placements(one) & placements(other))
+
+
+def placements(level: Level) -> set[tuple[frozenset[tuple[int, int]], ...]]:
+    """The floor, boxes, targets and the player's area as sets of coordinates, in each of the eight symmetries.
+
+    Written without `Level.canonical_form`, on coordinates instead of text.
+    """
+    reached, area = level.reach(), level.reach(blocked=level.boxes)
+    parts = [reached | {*level.boxes, *level.targets}, set(level.boxes), set(level.targets), area]
+    points = [[divmod(cell, level.width) for cell in part] for part in parts]
+    found = set()
+    for mirrored in (False, True):
+        for _ in range(4):
+            points = [[(column, -row) for row, column in part] for part in points]
+            shown = [[(row, -column) if mirrored else (row, column) for row, column in part] for part in points]
+            top, left = min(row for row, _ in shown[0]), min(column for _, column in shown[0])
+            found.add(tuple(frozenset((row - top, column - left) for row, column in part) for part in shown))
+    return found
+
+
+def test_what_makes_another_puzzle() -> None:
+    room = ["#######", "#@ $ .#", "#     #", "#######"]
+    others = {
+        "a box": ["#######", "#@$  .#", "#     #", "#######"],
+        "a target": ["#######", "#@ $. #", "#     #", "#######"],
+        "a wall": ["#######", "#@ $ .#", "#    ##", "#######"],
+        "floor": ["########", "#@ $ . #", "#     ##", "########"],
+        "a box more": ["#######", "#@ $ .#", "# *   #", "#######"],
+    }
+    ids = {name: Level.from_rows(rows).id for name, rows in others.items()}
+    assert len({*ids.values(), Level.from_rows(room).id}) == len(others) + 1
+
+
+def test_the_player_in_another_area_is_another_puzzle() -> None:
+    left, right = (Level.from_rows(["#######", row, "#######"]) for row in ("#@ $ .#", "#  $@.#"))
+    assert left.id != right.id
+    assert left.id == Level.from_rows(["#######", "# @$ .#", "#######"]).id
+    assert right.id == Level.from_rows(["#######", "#  $ +#", "#######"]).id
+
+
+@settings(max_examples=60, deadline=None)
+@given(levels())
+def test_cropping_keeps_the_puzzle(level: Level) -> None:
+    cropped = level.cropped()
+    assert cropped.cropped() == cropped
+    assert cropped.id == level.id
+    assert distance_table(cropped).moves.get(cropped.start) == distance_table(level).moves.get(level.start)
+    assert set(cropped.rows()[0] + cropped.rows()[-1]) == {"#"}
+
+
 @settings(max_examples=60, deadline=None)
 @given(levels())
 def test_ascii_round_trip(level: Level) -> None:

@@ -101,11 +101,14 @@ class TaskSet(ABC):
     def fingerprint(self, split: str) -> str:
         """Hash of a split's tasks and rules (16 hex digits). Results are comparable only if fingerprints match."""
         tasks = [[task.id, dict(task.payload)] for task in self.tasks(split)]
-        content = json.dumps([tasks, self.max_turns, dict(self.rules_in_words())], sort_keys=True)
+        content = json.dumps([self.name, tasks, self.max_turns, dict(self.rules_in_words())], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def rules_in_words(self) -> Mapping[str, Any]:
-        """Further settings that affect results (prompt style, actions per turn ...); JSON-serialisable."""
+        """Whatever else affects results (prompt style, actions per turn, wording of the texts ...); JSON-serialisable.
+
+        Part of the `fingerprint`. To cover the wording, add a hash of some texts, or a version that you raise.
+        """
         return {}
 
     def for_people(self) -> TaskSet:

@@ -7,7 +7,7 @@ equal positions are equal tuples. A move is an index into `MOVES`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -104,9 +104,46 @@ class Level:
 
     @cached_property
     def id(self) -> str:
-        """Hash of the content, 16 hex digits; the same for rotated and mirrored levels."""
-        smallest = min("\n".join(rows) for rows in symmetries(self.rows()))
-        return hashlib.sha256(smallest.encode()).hexdigest()[:16]
+        """Hash of `canonical_form`, 16 hex digits: levels that are the same puzzle have the same id."""
+        return hashlib.sha256(self.canonical_form().encode()).hexdigest()[:16]
+
+    def canonical_form(self) -> str:
+        """Rows of text that are equal for levels that are the same puzzle.
+
+        Four differences don't matter: the room's position in its frame, floor out of reach, rotations and reflections,
+        and where the player starts within the area that it can walk without a push. That area is written as ``a``, or
+        ``A`` on a target.
+        """
+        level = self.cropped()
+        walk = level.reach(blocked=level.boxes)
+        cells = list("".join(level.rows()))
+        for cell in walk:
+            cells[cell] = "A" if cell in level.targets else "a"
+        rows = ["".join(cells[i : i + level.width]) for i in range(0, len(cells), level.width)]
+        return min("\n".join(turned) for turned in symmetries(rows))
+
+    def cropped(self) -> Level:
+        """The same puzzle without floor out of reach and without margins: walls all around, one cell thick."""
+        room = self.reach() | {*self.boxes, *self.targets}
+        top, left = min(cell // self.width for cell in room) - 1, min(cell % self.width for cell in room) - 1
+        height = max(cell // self.width for cell in room) - top + 2
+        width = max(cell % self.width for cell in room) - left + 2
+
+        def moved(cells: Iterable[int]) -> tuple[int, ...]:
+            return tuple(sorted((cell // self.width - top) * width + cell % self.width - left for cell in cells))
+
+        walls = sorted(set(range(height * width)).difference(moved(room)))
+        return Level(height, width, tuple(walls), moved(self.targets), moved(self.boxes), moved((self.player,))[0])
+
+    def reach(self, blocked: Collection[int] = ()) -> set[int]:
+        """The cells that are connected to the player by floor, without passing the cells in `blocked`."""
+        reached, frontier = {self.player}, [self.player]
+        for cell in frontier:
+            for ahead in self.neighbours[cell]:
+                if ahead >= 0 and ahead not in blocked and ahead not in reached:
+                    reached.add(ahead)
+                    frontier.append(ahead)
+        return reached
 
     @cached_property
     def neighbours(self) -> tuple[tuple[int, int, int, int], ...]:

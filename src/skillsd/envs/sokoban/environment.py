@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from skillsd.envs.base import Environment, Step, TaskSet
 from skillsd.envs.sokoban import language
-from skillsd.envs.sokoban.game import NAME, Game, level_of, task_of
+from skillsd.envs.sokoban.game import NAME, Game, level_of, task_of, wording
 from skillsd.envs.sokoban.presets import PRESETS, STYLES, Preset
 from skillsd.envs.sokoban.solver import solve
 from skillsd.envs.sokoban.summarise import summariser
@@ -103,7 +103,11 @@ class Sokoban(TaskSet):
 
     def rules_in_words(self) -> Mapping[str, Any]:
         rules = self.rules
-        return {"style": rules.style, "max_actions_per_turn": rules.max_actions_per_turn}
+        return {
+            "style": rules.style,
+            "max_actions_per_turn": rules.max_actions_per_turn,
+            "wording": wording(rules),
+        }
 
     def for_people(self) -> Sokoban:
         """The same tasks with the room drawn as a grid."""

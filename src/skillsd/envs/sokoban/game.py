@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 
 from skillsd.envs.base import Step
@@ -81,6 +82,21 @@ class Game:
                 "deadlock": not solved and level.is_dead(self.state),
             },
         )
+
+
+def wording(rules: Preset) -> str:
+    """Hash of the texts of two short episodes (16 hex digits), which a change of any text or of the rules changes.
+
+    It is part of the panels' fingerprint, as models answer differently to other words.
+    """
+    level = Level.from_rows(["######", "# $. #", "#@*# #", "#    #", "######"])
+    texts = []
+    for actions in (["Up", "Right"], ["dance", "<action>Left, Down, Right, Left, Up, Left</action>"]):  # solved, not
+        game = Game(level, rules)
+        texts += [message.content for message in game.prompt()]
+        while not game.done:
+            texts += [game.step(action).observation for action in actions]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def level_of(task: Task) -> Level:

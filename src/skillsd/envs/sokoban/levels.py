@@ -107,17 +107,26 @@ def _largest_region(floor: list[int], width: int) -> list[int]:
     return sorted(best)
 
 
-def draw(name: str, split: str, count: int, taken: set[str]) -> list[Entry]:
-    """Draw `count` levels for a split, sorted from easy to hard. Skips ids in `taken` and adds the new ones to it."""
-    entries: list[Entry] = []
-    for seed in seeds(name, split):
-        if len(entries) == count:
-            break
-        entry, _ = generate(PRESETS[name], seed)
-        if entry.level.id not in taken:
-            taken.add(entry.level.id)
-            entries.append(entry)
-    return sorted(entries, key=lambda entry: (entry.moves, entry.pushes, entry.level.id))
+def draw(name: str, taken: set[str]) -> dict[str, list[Entry]]:
+    """Draw a preset's splits, each sorted from easy to hard. Skips ids in `taken`, and adds the new ones to it.
+
+    The splits are filled in step, each from its own stream of seeds. Small rooms allow few different puzzles, so a
+    split that is drawn last would get mostly rare ones: not the distribution of the others.
+    """
+    sizes = PRESETS[name].splits
+    streams = {split: seeds(name, split) for split in sizes}
+    drawn: dict[str, list[Entry]] = {split: [] for split in sizes}
+    while open_splits := [split for split in sizes if len(drawn[split]) < sizes[split]]:
+        split = min(open_splits, key=lambda split: len(drawn[split]) / sizes[split])
+        for seed in streams[split]:
+            entry, _ = generate(PRESETS[name], seed)
+            if entry.level.id not in taken:
+                break
+        taken.add(entry.level.id)
+        drawn[split].append(entry)
+    for entries in drawn.values():
+        entries.sort(key=lambda entry: (entry.moves, entry.pushes, entry.level.id))
+    return drawn
 
 
 def seeds(*parts: object) -> Iterator[int]:
@@ -129,10 +138,10 @@ def seeds(*parts: object) -> Iterator[int]:
 
 
 def build(name: str) -> dict[str, list[Entry]]:
-    """Draw all splits of a preset, without levels that are in the stored panels of earlier presets."""
+    """Draw the splits of a preset, without puzzles that are in the stored panels of earlier presets."""
     earlier = list(PRESETS)[: list(PRESETS).index(name)]
     taken = {entry.level.id for other in earlier for split in panel(other).values() for entry in split}
-    return {split: draw(name, split, count, taken) for split, count in PRESETS[name].splits.items()}
+    return draw(name, taken)
 
 
 def to_json(splits: dict[str, list[Entry]]) -> str:
