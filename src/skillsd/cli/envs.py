@@ -9,6 +9,7 @@ import typer
 
 from skillsd.cli.common import console
 from skillsd.errors import UserError, unknown_name
+from skillsd.types import TRAIN_SPLIT
 
 app = typer.Typer(help="List, play or set up environments.", no_args_is_help=True)
 
@@ -34,7 +35,14 @@ def envs_play(
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="OPTION=VALUE", help="Options of the environment, e.g. preset=paper."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of the task.")] = "train",
+    levels: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Level file to play, e.g. of Sokoban (XSB). Short for levels=FILE."),
+    ] = None,
+    split: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Split of the task.", show_default="train, or else the first"),
+    ] = None,
     task: Annotated[str, typer.Option(help="Index of the task in the split, or its id.")] = "0",
 ) -> None:
     """Play a task by hand."""
@@ -52,9 +60,16 @@ def envs_play(
             given[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UserError(f"the value of {option!r} is not readable as YAML") from error
+    if levels is not None:
+        if "levels" in given:
+            raise UserError(f"levels is given twice: as {given['levels']!r} and with --levels {str(levels)!r}")
+        given["levels"] = str(levels)
     if name not in registry.names() and ":" not in name:
         raise unknown_name("environment", name, registry.names())
-    play(registry.load(name, given).for_people(), split, int(task) if task.isdecimal() else task)
+    task_set = registry.load(name, given)
+    if split is None:
+        split = TRAIN_SPLIT if TRAIN_SPLIT in task_set.splits else task_set.splits[0]
+    play(task_set.for_people(), split, int(task) if task.isdecimal() else task)
 
 
 @app.command("setup")

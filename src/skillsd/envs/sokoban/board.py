@@ -19,7 +19,8 @@ STEPS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 
 State = tuple[int, tuple[int, ...]]
 
-_LEGAL = "#.$*@+ -_"
+SYMBOLS = "#.$*@+ -_"
+"""The symbols of an ASCII level (XSB); see `Level.from_rows`."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ class Level:
                 differ or are 0.
         """
         height, width = len(rows), max((len(row) for row in rows), default=0)
-        cells: dict[str, list[int]] = {symbol: [] for symbol in _LEGAL}
+        cells: dict[str, list[int]] = {symbol: [] for symbol in SYMBOLS}
         for row, text in enumerate(rows):
             for column, symbol in enumerate(text):
                 if symbol not in cells:
-                    raise UserError(f"level row {row} has {symbol!r}; expected one of {_LEGAL!r}: {text!r}")
+                    raise UserError(f"level row {row} has {symbol!r}; expected one of {SYMBOLS!r}: {text!r}")
                 cells[symbol].append(row * width + column)
         players = cells["@"] + cells["+"]
         boxes = tuple(sorted(cells["$"] + cells["*"]))

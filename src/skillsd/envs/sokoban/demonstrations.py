@@ -8,7 +8,7 @@ preset's distribution; none is in a panel.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 from skillsd.envs.sokoban import language
@@ -59,12 +59,15 @@ class Options:
                 raise UserError(f"demonstrations: {field.name} is {value!r}; expected a share from 0 to 1")
 
 
-def demonstrate(preset: str, rules: Preset, seed: int, **options: float) -> Iterator[Demonstration]:
+def demonstrate(
+    preset: str, rules: Preset, seed: int, *, excluded: Collection[str] = (), **options: float
+) -> Iterator[Demonstration]:
     """The infinite stream of demonstrations, deterministic given the arguments. See `Options`.
 
     Args:
         preset: name of the level distribution.
         rules: the episodes' rules and prompt style; may differ from the preset's.
+        excluded: ids of levels to leave out, besides those of the panels of all presets.
 
     Raises:
         UserError: for an unknown option or an invalid value.
@@ -73,14 +76,15 @@ def demonstrate(preset: str, rules: Preset, seed: int, **options: float) -> Iter
     for name in options:
         if name not in known:
             raise unknown_name("demonstrations option", name, known)
-    return _stream(preset, rules, seed, Options(**options))  # type: ignore[arg-type]
+    return _stream(preset, rules, seed, panel_ids().union(excluded), Options(**options))  # type: ignore[arg-type]
 
 
-def _stream(preset: str, rules: Preset, seed: int, options: Options) -> Iterator[Demonstration]:
-    panels = panel_ids()
+def _stream(
+    preset: str, rules: Preset, seed: int, excluded: Collection[str], options: Options
+) -> Iterator[Demonstration]:
     for level_seed in seeds("demonstrations", preset, seed):
         entry, table = generate(PRESETS[preset], level_seed)
-        if entry.level.id in panels:
+        if entry.level.id in excluded:
             continue
         rng = random.Random(stable_seed("actors", level_seed))  # part of the seed: renaming it changes the stream
         author = _Author(entry.level, entry.moves, table, rules, options, rng)

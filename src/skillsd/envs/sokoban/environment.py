@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 from skillsd.envs.base import Environment, Step, TaskSet
 from skillsd.envs.sokoban import language
+from skillsd.envs.sokoban.board import Level
 from skillsd.envs.sokoban.game import NAME, Game, level_of, task_of, wording
+from skillsd.envs.sokoban.level_files import FileLevel, read_levels
 from skillsd.envs.sokoban.presets import PRESETS, STYLES, Preset
 from skillsd.envs.sokoban.solver import solve
 from skillsd.envs.sokoban.summarise import summariser
 from skillsd.errors import UserError, unknown_name
 from skillsd.types import TRAIN_SPLIT, Demonstration, Message, Skill, Task, Trajectory
+
+TEST_SPLIT = "test"
+"""The split of a level file that is given without a split."""
+
+FILE_MAX_STEPS = 500
+"""Default of `max_steps` for level files: levels of published collections may need some hundred moves."""
+
+ORACLE_LIMIT = 200_000
+"""States that the solver visits for an oracle, some seconds' work. Levels of the presets need a few thousand."""
 
 
 class SokobanEnvironment(Environment):
@@ -47,11 +60,15 @@ class Sokoban(TaskSet):
     Args:
         preset: the levels and rules; see `skillsd.envs.sokoban.presets.PRESETS`.
         style: prompt style, ``terse``, ``objects`` or ``grid``; default: the preset's.
-        max_steps: maximum moves in an episode; default: the preset's.
+        max_steps: maximum moves in an episode; default: the preset's, or `FILE_MAX_STEPS` with `levels`.
         max_actions_per_turn: maximum moves in one turn; default: the preset's.
+        levels: level files (XSB) instead of the preset's levels, as a mapping of splits to files, e.g.
+            ``{train: mine.xsb, test: microban.xsb}``. A single file is the split ``test``. The order in a file counts
+            as the order of difficulty.
 
     Raises:
-        UserError: for an unknown preset or style, or a number below 1.
+        UserError: for an unknown preset or style, a number below 1, a level file that can't be read or has an invalid
+            level, or a level that is in two splits.
     """
 
     name: ClassVar[str] = NAME
@@ -65,6 +82,7 @@ class Sokoban(TaskSet):
         style: str | None = None,
         max_steps: int | None = None,
         max_actions_per_turn: int | None = None,
+        levels: str | Path | Mapping[str, str | Path] | None = None,
     ) -> None:
         if preset not in PRESETS:
             raise unknown_name("Sokoban preset", str(preset), PRESETS)
@@ -78,8 +96,13 @@ class Sokoban(TaskSet):
                 raise UserError(f"Sokoban option {option} is {value!r}; expected a whole number, at least 1")
             changes[option] = value
         self.preset = preset
-        self.rules: Preset = replace(PRESETS[preset], **changes)
+        self._levels = levels
         self._tasks: dict[str, tuple[Task, ...]] = {}
+        if levels is not None:
+            changes.setdefault("max_steps", FILE_MAX_STEPS)
+            self._tasks = _tasks_of_files(levels)
+            changes["splits"] = {split: len(tasks) for split, tasks in self._tasks.items()}
+        self.rules: Preset = replace(PRESETS[preset], **changes)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -92,7 +115,8 @@ class Sokoban(TaskSet):
     def tasks(self, split: str) -> Sequence[Task]:
         """The levels of a split, from easy to hard."""
         if split not in self.splits:
-            raise unknown_name(f"split of Sokoban {self.preset}", split, self.splits)
+            which = self.preset if self._levels is None else "with these level files (option levels)"
+            raise unknown_name(f"split of Sokoban {which}", split, self.splits)
         if split not in self._tasks:
             # Imported here: at the top, `python -m skillsd.envs.sokoban.levels` would import its own module twice.
             from skillsd.envs.sokoban.levels import panel
@@ -112,7 +136,7 @@ class Sokoban(TaskSet):
     def for_people(self) -> Sokoban:
         """The same tasks with the room drawn as a grid."""
         rules = self.rules
-        return Sokoban(self.preset, "grid", rules.max_steps, rules.max_actions_per_turn)
+        return Sokoban(self.preset, "grid", rules.max_steps, rules.max_actions_per_turn, self._levels)
 
     def make(self) -> Environment:
         return SokobanEnvironment(self.rules)
@@ -122,9 +146,12 @@ class Sokoban(TaskSet):
         return summariser(self.rules.style)
 
     def oracle(self, task: Task) -> str | None:
-        """An optimal plan in the format of a skill's golden workflow; None if the level is unsolvable."""
+        """An optimal plan in the format of a skill's golden workflow.
+
+        None if the level is unsolvable, or too large for the solver (see `ORACLE_LIMIT`).
+        """
         level = level_of(task)
-        moves = solve(level)
+        moves = _solution(level)
         return None if moves is None else language.plan(level, level.start, moves, self.rules.style)
 
     def demonstrations(self, split: str, *, seed: int, **options: Any) -> Iterator[Demonstration]:
@@ -139,4 +166,55 @@ class Sokoban(TaskSet):
 
         if split != TRAIN_SPLIT:
             raise UserError(f"demonstrations are for the split {TRAIN_SPLIT!r} only; got {split!r}")
-        return demonstrate(self.preset, self.rules, seed, **options)
+        own = (
+            {level_of(task).id for tasks in self._tasks.values() for task in tasks} if self._levels is not None else ()
+        )
+        return demonstrate(self.preset, self.rules, seed, excluded=own, **options)
+
+
+def _tasks_of_files(levels: Any) -> dict[str, tuple[Task, ...]]:
+    """The tasks of level files by split; see `Sokoban`.
+
+    Raises:
+        UserError: as `Sokoban`.
+    """
+    files = levels if isinstance(levels, Mapping) else {TEST_SPLIT: levels}
+    named = all(isinstance(split, str) and isinstance(file, (str, Path)) for split, file in files.items())
+    if not files or not named:
+        raise UserError(
+            f"Sokoban option levels is {levels!r}; expected a level file, or splits with their level files, e.g. "
+            "{train: mine.xsb, test: microban.xsb}"
+        )
+    read = {split: read_levels(Path(file).expanduser()) for split, file in files.items()}
+    _check_apart(read)
+    return {split: tuple(_tasks_of(found, split)) for split, found in read.items()}
+
+
+def _check_apart(read: Mapping[str, Sequence[FileLevel]]) -> None:
+    owner: dict[str, tuple[str, str]] = {}
+    for split, levels in read.items():
+        for found in levels:
+            other, place = owner.setdefault(found.level.id, (split, found.place))
+            if other != split:
+                raise UserError(
+                    f"{found.place}: this level of the split {split!r} is the same puzzle as {place} of {other!r} (at "
+                    "most shifted, turned, mirrored, or with another starting place): remove one of them"
+                )
+
+
+def _tasks_of(levels: Sequence[FileLevel], split: str) -> Iterator[Task]:
+    """The tasks of one split. A puzzle that occurs again in it gets a number after its id, since ids are unique."""
+    times: dict[str, int] = {}
+    for number, found in enumerate(levels, 1):
+        task = task_of(found.level, split, number)
+        times[task.id] = times.get(task.id, 0) + 1
+        yield task if times[task.id] == 1 else replace(task, id=f"{task.id}-{times[task.id]}")
+
+
+@lru_cache(maxsize=4096)
+def _solution(level: Level) -> tuple[int, ...] | None:
+    try:
+        moves = solve(level, limit=ORACLE_LIMIT)
+    except RuntimeError:  # too large
+        return None
+    return None if moves is None else tuple(moves)

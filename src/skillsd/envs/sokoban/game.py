@@ -114,6 +114,6 @@ def _level(rows: str) -> Level:
     return Level.from_rows(rows.split("\n"))
 
 
-def task_of(level: Level, split: str, moves: int) -> Task:
-    """The task for a level whose optimal solution has `moves` moves (the difficulty)."""
-    return Task(level.id, NAME, split, {"level": level.ascii()}, float(moves))
+def task_of(level: Level, split: str, difficulty: int) -> Task:
+    """The task for a level. Its difficulty is `difficulty`: for generated levels the moves of the optimal solution."""
+    return Task(level.id, NAME, split, {"level": level.ascii()}, float(difficulty))

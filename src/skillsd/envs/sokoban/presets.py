@@ -71,8 +71,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             min_pushes=2,
             min_walls=2,
             max_walls=5,
-            # Rooms of 6x6 with one box and 2 to 5 inner walls allow about 3,300 different puzzles with solutions of 6 to
-            # 16 moves. nano and nano-hard take 1,504 of them, and the warm start's demonstrations need the rest.
+            # Rooms of 6x6 with one box and 2 to 5 inner walls allow about 3,300 different puzzles whose solutions have
+            # 6 to 16 moves. nano and nano-hard take 1,504 of them; the warm start's demonstrations need the rest.
             splits={"train": 256, "tune": 128, "test": 256},
             style="terse",
             max_actions_per_turn=1,
