@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
+import sqlite3
 import string
 import time
 from collections.abc import Sequence
@@ -16,8 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skillsd.envs.appworld import demonstrations, paths, prompt
 from skillsd.envs.appworld.data import APPS, SolutionTurn, World, scenario_of
-from skillsd.envs.appworld.demonstrations import demonstrate
+from skillsd.envs.appworld.demonstrations import demonstrate, recording_path
 from skillsd.envs.appworld.prompt import STYLES, Code, Style, Unusable, code_of, first_prompt, observation, turn_text
 from skillsd.envs.appworld.summarise import MAX_SHORT_CHARS, summarise_turns, summariser
 from skillsd.envs.base import Step
@@ -112,6 +115,27 @@ class TestWorld:
         (moved / "data/tasks/aaa_1/ground_truth/answer.json").write_text("4")
         assert World(moved).fingerprint_source != before
 
+    @pytest.mark.parametrize("name", ["tasks/aaa_1/dbs/gmail.jsonl", "base_dbs/gmail.jsonl", "base_dbs/gmail.db"])
+    @pytest.mark.parametrize("ours", [False, True])
+    def test_the_fingerprint_depends_on_the_content_of_the_databases(self, root: Path, name: str, ours: bool) -> None:
+        """Not on their sizes alone: SQLite's are multiples of 4096 bytes."""
+        if ours:
+            (root / "data/skillsd.json").write_text("{}")
+        path = root / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = []
+        for row in ("one", "two", "one"):
+            path.unlink(missing_ok=True)
+            if name.endswith(".db"):
+                with contextlib.closing(sqlite3.connect(path)) as database, database:
+                    database.execute("CREATE TABLE mails (text)")
+                    database.execute("INSERT INTO mails VALUES (?)", [row])
+            else:
+                path.write_text(row)
+            found.append(World(root).fingerprint_source)
+        assert found[0] != found[1]
+        assert found[0] == found[2]
+
     def test_not_a_root_folder(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"not an AppWorld root: .*data/datasets.*skillsd envs setup appworld"):
             World(tmp_path)
@@ -176,6 +200,14 @@ class TestPrompt:
             texts.append(found.reason if isinstance(found, Unusable) else f"{found.text}|{found.note}")
         texts.append(observation("abc" * 50, 30))
         assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == TEXTS[style]
+
+    @pytest.mark.parametrize("style", STYLES)
+    def test_a_change_of_wording_changes_the_fingerprint(self, style: Style, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = prompt.wording(style, APPS)
+        assert prompt.wording(style, APPS) == before
+        text = {"react": "_TASK", "short": "_SHORT"}[style]
+        monkeypatch.setattr(prompt, text, getattr(prompt, text).replace("Task:", "Your task:"))
+        assert prompt.wording(style, APPS) != before
 
     def test_short_is_short(self, root: Path) -> None:
         (message,) = first_prompt(World(root).tasks("train")[0], "short", ["spotify"], 40)
@@ -465,6 +497,25 @@ class TestDemonstrations:
         assert engine.played == ["bbb_2"]
         self.stream(root, engine, 1, style="react")
         assert len(engine.played) == 7
+
+    def test_recordings_depend_on_all_that_decides_the_outputs(
+        self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SKILLSD_CACHE", str(tmp_path))
+        rules = {"a": 1, "world": World(root).fingerprint_source}
+        found = [recording_path(rules)]
+        found.append(recording_path({**rules, "a": 2}))
+        (root / "data/base_dbs").mkdir()
+        (root / "data/base_dbs/gmail.db").write_text("mails")
+        found.append(recording_path({**rules, "world": World(root).fingerprint_source}))
+        monkeypatch.setattr(demonstrations, "VERSION", "0.1.4")
+        found.append(recording_path(rules))
+        monkeypatch.undo()
+        monkeypatch.setenv("SKILLSD_CACHE", str(tmp_path))
+        paths.venv().mkdir(parents=True)
+        (paths.venv() / "pyvenv.cfg").write_text("home = /usr/bin\nversion = 3.12.1\n")
+        found.append(recording_path(rules))
+        assert len(set(found)) == len(found)
 
     def test_an_interrupted_recording_resumes(self, root: Path) -> None:
         class Breaks(Engine):

@@ -23,7 +23,7 @@ from filelock import FileLock
 from skillsd.cache import cache
 from skillsd.envs.appworld.client import WorldBrokenError
 from skillsd.envs.appworld.data import World, scenario_of
-from skillsd.envs.appworld.paths import VERSION
+from skillsd.envs.appworld.paths import VERSION, python_version
 from skillsd.envs.appworld.prompt import Style, turn_text
 from skillsd.envs.appworld.summarise import summarise_turns
 from skillsd.envs.base import Step
@@ -40,7 +40,7 @@ SAVE_EVERY = 10
 MAX_ATTEMPTS = 3
 """Attempts to play a reference solution successfully."""
 
-_OUTPUT_SOURCES = ("host/*.py", "environment.py", "prompt.py")
+_OUTPUT_SOURCES = ("host/*.py", "client.py", "environment.py", "prompt.py")
 """Sources that determine an episode's outputs. A change to them invalidates the recordings."""
 
 
@@ -142,7 +142,8 @@ def recording_path(rules: Mapping[str, Any]) -> Path:
     sources = [
         hashlib.sha256(file.read_bytes()).hexdigest() for glob in _OUTPUT_SOURCES for file in sorted(here.glob(glob))
     ]
-    name = hashlib.sha256(json.dumps([VERSION, sources, dict(rules)], sort_keys=True).encode()).hexdigest()[:16]
+    key = [VERSION, python_version(), sources, dict(rules)]
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return cache() / "appworld-recordings" / f"{name}.json"
 
 

@@ -183,7 +183,8 @@ class AppWorld(TaskSet):
 
     def rules_in_words(self) -> Mapping[str, Any]:
         rules = {"engine": paths.VERSION, "style": self.style, "max_observation_chars": self.max_observation_chars}
-        return rules | {"code_seconds": self.code_seconds, "world": self.data.fingerprint_source}
+        rules |= {"code_seconds": self.code_seconds, "wording": prompt.wording(self.style, data.APPS)}
+        return rules | {"world": self.data.fingerprint_source}
 
     def summariser(self) -> Callable[[Trajectory], Skill | None]:
         """The rule-based summariser: API names, errors and a workflow."""

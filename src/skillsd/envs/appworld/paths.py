@@ -48,6 +48,15 @@ def python() -> Path:
     return _interpreter()
 
 
+def python_version() -> str:
+    """The version of AppWorld's interpreter, whose outputs depend on it; empty if AppWorld is not installed."""
+    try:
+        lines = (venv() / "pyvenv.cfg").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition("=")[2].strip() for line in lines if line.startswith("version")), "")
+
+
 def builder_version() -> str:
     """Version of the task world that the current sources build: a hash of the sources."""
     try:

@@ -9,6 +9,7 @@ Results depend on the exact wording: changing a text invalidates comparisons wit
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -75,6 +76,20 @@ def first_prompt(task: Task, style: Style, apps: Sequence[str], max_turns: int) 
     rules = _RULES.format(apps=", ".join(apps), max_turns=max_turns)
     text = _TASK.format(**supervisor, datetime=moment.replace("T", " "), instruction=instruction)
     return Message("system", rules), Message("user", text)
+
+
+def wording(style: Style, apps: Sequence[str]) -> str:
+    """Hash of the texts of this module (16 hex digits).
+
+    It is part of the tasks' fingerprint, as models answer differently to other words.
+    """
+    supervisor = {"first_name": "F", "last_name": "L", "email": "E", "phone_number": "P"}
+    payload = {"supervisor": supervisor, "datetime": "2023-05-18T12:00:00", "instruction": "I"}
+    texts = [message.content for message in first_prompt(Task("T", "", "", payload), style, apps, 40)]
+    replies = ("", "No code.", "```python\n```", "```\na()\n```\n```\nb()\n```", "a('\0')", "```sh\nls\n```")
+    texts += [repr(code_of(reply, style)) for reply in replies]
+    texts.append(observation("ab" * 200, 100))
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
