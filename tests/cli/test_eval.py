@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from command import Result
 from fake_endpoint import FakeEndpoint, Reply, Request, completion, refusal
+from safetensors.torch import load_file, save_file
 from toy_run import toy_settings
 
 from skillsd.cli.app import main
@@ -135,6 +137,30 @@ def test_episodes_of_other_settings_are_not_mixed(evaluate: Evaluate, serve: Ser
     assert f"their {expected}" in result.err
     assert "--episodes" in result.err
     assert len(server.requests) == calls
+
+
+def test_settings_that_change_no_answer_may_change(evaluate: Evaluate, serve: Serve) -> None:
+    """They decide which episodes are lost, and lost ones are played again."""
+    server = serve(completion("Up"))
+    assert evaluate(server).code == 0
+    calls = len(server.requests)
+    changes = ["rollout.retries=5", "rollout.step_seconds=9", "rollout.concurrency=1", "rollout.group_size=7"]
+    changes += ["rollout.tasks_per_iteration=9", "training.learning_rate=1", "model.dtype=bfloat16"]
+    assert evaluate(server, *changes).code == 0
+    assert len(server.requests) == calls
+
+
+def test_another_version_is_another_evaluation(
+    evaluate: Evaluate, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(completion("Up"))
+    assert evaluate(server).code == 0
+    versions = manifest.versions()
+    monkeypatch.setattr(manifest, "versions", lambda: {**versions, "torch": "99"})
+    assert evaluate(server).code == 0  # not of what the server does
+    monkeypatch.setattr(manifest, "versions", lambda: {**versions, "skillsd": "99"})
+    said = evaluate(server)
+    assert (said.code, "their versions.skillsd is" in said.err) == (2, True), said
 
 
 def test_an_episode_whose_line_was_cut_by_a_crash_is_repeated(evaluate: Evaluate, serve: Serve, tmp_path: Path) -> None:
@@ -353,16 +379,76 @@ def test_a_token_budget_holds_across_attempts(evaluate: Evaluate, serve: Serve) 
     assert evaluate(server, "--budget-tokens", 5000, "rollout.concurrency=1").code == 0
 
 
-def test_an_evaluation_of_a_local_model_is_resumed_too(
-    evaluate: Evaluate, serve: Serve, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = ["skillsd", "eval", "--model", str(tiny_model), "--recipe", "toy.yaml", "rollout.trajectory_tokens=60"]
-    figures = []
-    for name in ("x.json", "y.json"):
-        monkeypatch.setattr(sys, "argv", [*words, "--episodes", "kept.jsonl", "--json", name])
+@pytest.fixture
+def evaluate_locally(
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Evaluate:
+    """`evaluate_locally(model, *arguments)`: with the log ``kept.jsonl``."""
+
+    def call(model: Path, *arguments: object) -> Result:
+        words = ["skillsd", "eval", "--model", str(model), "--recipe", "toy.yaml", "rollout.trajectory_tokens=60"]
+        monkeypatch.setattr(sys, "argv", [*words, "--episodes", "kept.jsonl", *map(str, arguments)])
+        capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
-        assert ended.value.code == 0
+        assert isinstance(ended.value.code, int)
+        return Result(ended.value.code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("model.dtype=bfloat16", "settings.model.dtype"),
+        ("model.threads=2", "settings.model.threads"),
+        ("environment.options={turns: 2}", ""),
+        ("rollout.turn_tokens=9", "budget"),
+    ],
+)
+def test_episodes_of_a_local_model_under_other_settings(
+    evaluate_locally: Evaluate, tiny_model: Path, change: str, key: str
+) -> None:
+    assert evaluate_locally(tiny_model).code == 0
+    said = evaluate_locally(tiny_model, change)
+    assert (said.code, f"their {key}" in said.err) == (2, True), said
+
+
+@pytest.mark.parametrize(
+    ("file", "key"), [("tokenizer_config.json", "model.files"), ("model.safetensors", "model.weights")]
+)
+def test_episodes_of_a_model_that_changed_on_disk(
+    evaluate_locally: Evaluate, tiny_model: Path, tmp_path: Path, file: str, key: str
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    assert evaluate_locally(folder).code == 0
+    if file.endswith(".json"):
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**content, "extra": 1}))
+    else:
+        tensors = load_file(folder / file)
+        save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
+    said = evaluate_locally(folder)
+    assert (said.code, f"their {key} is" in said.err) == (2, True), said
+
+
+def test_evaluations_under_other_settings_are_kept_side_by_side(
+    evaluate_locally: Evaluate, tiny_model: Path, tmp_path: Path
+) -> None:
+    for change in ([], ["model.dtype=bfloat16"], []):
+        (tmp_path / "kept.jsonl").unlink(missing_ok=True)
+        assert evaluate_locally(tiny_model, "--temperature", 0, "--json", "x.json", "--append", *change).code == 0
+    records = json.loads((tmp_path / "x.json").read_text())
+    assert [record["settings"]["model"]["dtype"] for record in records] == ["bfloat16", "float32"]
+    assert records[0]["versions"]["torch"]
+
+
+def test_an_evaluation_of_a_local_model_is_resumed_too(
+    evaluate_locally: Evaluate, tmp_path: Path, tiny_model: Path
+) -> None:
+    figures = []
+    for name in ("x.json", "y.json"):
+        assert evaluate_locally(tiny_model, "--json", name).code == 0
         figures.append([{**record, "seconds": 0} for record in json.loads((tmp_path / name).read_text())])
     assert figures[0] == figures[1]
     assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 1 + 2 * TASKS

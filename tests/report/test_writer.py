@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from skillsd.config import LogSection
-from skillsd.report.manifest import weights_fingerprint
+from skillsd.report.manifest import model, weights_fingerprint
 from skillsd.report.pictures import learning_curves
 from skillsd.report.progress import duration
 from skillsd.report.tables import percent
@@ -103,6 +103,23 @@ def test_the_fingerprint_of_weights_depends_on_the_weight_files_alone(tmp_path: 
     shipped = weights_fingerprint("nano")
     assert shipped
     assert len(shipped) == 16
+
+
+def test_a_model_is_identified_by_all_files_that_decide_its_answers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    before = model(str(tmp_path))
+    assert (before["name"], None in before.values()) == (str(tmp_path), False)
+    (tmp_path / "README.md").write_text("about")
+    assert model(str(tmp_path)) == before
+    seen = [before["files"]]
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja", "config.json"):
+        (tmp_path / name).write_text('{"changed": 1}')
+        now = model(str(tmp_path))
+        assert now["weights"] == before["weights"]
+        assert now["files"] not in seen, name
+        seen.append(now["files"])
+    assert model("nobody/such-a-model") == {"name": "nobody/such-a-model", "weights": None, "files": None}
 
 
 def test_files_are_written_atomically_and_devices_directly(tmp_path: Path) -> None:

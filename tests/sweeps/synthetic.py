@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from skillsd import config as configs
-from skillsd.runs.subjects import replace_records
+from skillsd.report.manifest import model, weights_fingerprint
+from skillsd.runs.subjects import local_settings, replace_records
 from skillsd.sweeps.plan import Cell, Sweep
 
 Outcomes = Callable[[Cell, int | None], tuple[Sequence[float | None], Sequence[float | None]]]
@@ -17,8 +18,14 @@ Outcomes = Callable[[Cell, int | None], tuple[Sequence[float | None], Sequence[f
 STARTED = "2026-01-01T00:00:00Z"
 
 
-def fill(sweep: Sweep, outcomes: Outcomes, *, weights: Callable[[Cell], str] = lambda cell: f"w-{cell.model}") -> None:
-    """Write the files of finished cells, keeping existing evaluations."""
+def fill(sweep: Sweep, outcomes: Outcomes, *, weights: Callable[[Cell], str] | None = None) -> None:
+    """Write the files of finished cells, keeping existing evaluations.
+
+    Args:
+        weights: fingerprint of a cell's base model. Default: the model's own, or one made of its label if it has none.
+    """
+    own = {label: weights_fingerprint(name) or f"w-{label}" for label, name in sweep.models.items()}
+    weights = weights or (lambda cell: own[cell.model])
     for cell in sweep.cells:
         if cell.trained:
             _run(sweep, cell, weights(cell))
@@ -33,11 +40,12 @@ def fill(sweep: Sweep, outcomes: Outcomes, *, weights: Callable[[Cell], str] = l
                         "split": sweep.split,
                         "fingerprint": sweep.panels[sweep.split],
                         "samples": sweep.samples if temperature else 1,
+                        "settings": local_settings(cell.config),
                         "budget": {"turns": 3, "turn_tokens": 2, "trajectory_tokens": 48},
                         "iteration": iteration,
                         "seed": cell.seed,
                         "run": STARTED if cell.trained else None,
-                        "model": {"name": sweep.models[cell.model], "weights": weights(cell)},
+                        "model": {**model(sweep.models[cell.model]), "weights": weights(cell)},
                     }
                 )
         path = cell.evaluation(sweep.split)

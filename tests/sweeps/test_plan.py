@@ -199,6 +199,9 @@ def test_states(make_sweep: Any) -> None:
         lambda records: [{**r, "fingerprint": "another"} for r in records],
         lambda records: [{**r, "run": "another"} for r in records],
         lambda records: [{**r, "successes": r["successes"][:2]} for r in records],
+        lambda records: [{**r, "seed": 99} for r in records],
+        lambda records: [{**r, "temperature": r["temperature"] * 0.7} for r in records],
+        lambda records: [{k: v for k, v in r.items() if k != "settings"} for r in records],
     ):
         fresh = cell.evaluation("test").read_text()
         edit(cell.evaluation("test"), change)
@@ -209,6 +212,26 @@ def test_states(make_sweep: Any) -> None:
     assert state(sweep, cell) == EVALUATE
     (cell.folder / "checkpoints" / "step-4").rmdir()
     assert state(sweep, cell) == RESUME
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "rollout.turn_tokens=3",
+        "rollout.temperature=0.9",
+        "environment.options={turns: 2}",
+        "model.dtype=bfloat16",
+        "model.threads=2",
+        "model.chat_template_kwargs={enable_thinking: false}",
+        "engine.name=vllm",
+    ],
+)
+def test_an_evaluation_of_the_base_model_under_other_settings_is_repeated(make_sweep: Any, change: str) -> None:
+    fill(make_sweep(methods=["grpo"]), solved)
+    same = make_sweep("rollout.retries=5", methods=["grpo"])
+    assert state(same, same.cells[0]) == DONE
+    other = make_sweep(change, methods=["grpo"])
+    assert state(other, other.cells[0]) == MISSING
 
 
 def test_a_longer_sweep_resumes_a_shorter_one(make_sweep: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,20 @@ def test_the_bases_greedy_results_are_the_same_for_all_seeds(make_sweep: Any) ->
     assert row["by_model"][next(iter(sweep.models))]["greedy_interval"] == row["greedy_interval"]
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_base_model_that_changed_on_disk_is_refused(
+    make_sweep: Any, tiny_model: Path, tmp_path: Path, file: str
+) -> None:
+    """Its evaluation would be taken up again although the same command would give another one."""
+    folder = shutil.copytree(tiny_model, tmp_path / "copy")
+    sweep = make_sweep(models=[str(folder)])
+    fill(sweep, by_seed)
+    check(sweep)
+    (folder / file).write_bytes(b"another")
+    with pytest.raises(UserError, match=r"of the base model 'copy' differ between .* and its folder now"):
+        check(sweep)
+
+
 def test_commits_and_versions_of_the_runs(make_sweep: Any) -> None:
     sweep = make_sweep(methods=["grpo"], seeds=range(3))
     fill(sweep, by_seed)
@@ -307,10 +322,6 @@ def change_evaluated_weights(sweep: Any) -> None:
     )
 
 
-def change_temperature(sweep: Any) -> None:
-    edit(sweep.cells[2].evaluation("test"), lambda r: [r[0] | {"temperature": 0.7}, r[1]])
-
-
 def change_budget(sweep: Any) -> None:
     edit(sweep.cells[2].evaluation("test"), lambda r: [x | {"budget": {**x["budget"], "turn_tokens": 9}} for x in r])
 
@@ -334,7 +345,6 @@ def fewer_episodes(sweep: Any) -> None:
         (change_all_panels, ["the tasks of 'tune' differ between", "the current environment"]),
         (change_weights, ["the weights of the base model", "skill-sd/seed-0 (others)"]),
         (change_evaluated_weights, ["the weights of the base model"]),
-        (change_temperature, ["skill-sd/seed-0 and ", "were evaluated with different settings", "temperature 0.7"]),
         (change_budget, ["skill-sd/seed-0 and ", "were evaluated with different settings", "'turn_tokens': 9"]),
     ],
 )

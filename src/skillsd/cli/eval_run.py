@@ -158,7 +158,7 @@ def _of_model(model: str, config: RunConfig) -> _Case:
     engine = asyncio.run(load_untrained(model, config))
     identity: dict[str, Any] = {**manifest.model(model)}
     if adapter := config.model.adapter:  # by its weights: the folder's content may change
-        identity["adapter"] = {"name": adapter, "weights": manifest.fingerprint(Path(adapter).expanduser())}
+        identity["adapter"] = manifest.adapter(adapter)
     return _Case(Subject.local(engine, config), config, model, identity, [None], engine)
 
 
@@ -167,7 +167,7 @@ def _of_endpoint(model: str, config: RunConfig, settings: Mapping[str, Any]) -> 
     counts: Counter[str] = Counter()
     endpoint = Endpoint(options, counts, NAMES)
     identity = {"name": model, "endpoint": endpoint.address, "request": options.request}
-    return _Case(Subject.remote(endpoint), config, model, identity, [None], options=options, counts=counts)
+    return _Case(Subject.remote(endpoint, config), config, model, identity, [None], options=options, counts=counts)
 
 
 def _play(
@@ -226,13 +226,13 @@ def _episode_log(path: Path, case: _Case, split: str, limit: int | None) -> Epis
     budget = Budget.of(config.rollout, task_set, case.subject.max_length)
     settings = {
         "model": {key: value for key, value in case.identity.items() if key != "endpoint"},
-        "environment": config.environment.model_dump(),
         "split": split,
         "panel": task_set.fingerprint(split),
         "limit": limit,  # episode seeds depend on a task's position among the evaluated ones
         "seed": config.seed,
         "budget": [budget.turns, budget.turn_tokens, budget.trajectory_tokens],
-        "chat_template_kwargs": config.model.chat_template_kwargs,
+        "settings": case.subject.settings,
+        "versions": case.subject.versions,
     }
     return EpisodeLog(path, settings)
 

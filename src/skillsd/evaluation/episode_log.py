@@ -15,7 +15,7 @@ from skillsd.errors import UserError
 from skillsd.rollouts.records import trajectory_from_json, trajectory_to_json
 from skillsd.types import Trajectory
 
-FORMAT = 1
+FORMAT = 2
 _BEGIN = f'{{"format": {FORMAT}, "settings": '.encode()
 """The first bytes of every episode log."""
 
@@ -118,10 +118,22 @@ class EpisodeLog:
             raise UserError(
                 f"{str(self.path)!r} is not an episode log ({error}): give another file or delete it"
             ) from error
-        for key in sorted(settings.keys() | theirs.keys()):
-            if settings.get(key) != theirs.get(key):
-                raise UserError(
-                    f"{str(self.path)!r} has episodes of another evaluation: their {key} is {theirs.get(key)!r}, "
-                    f"here it is {settings.get(key)!r}. Give another file (--episodes) or delete that one"
-                )
+        if difference := _first_difference(theirs, settings):
+            key, before, now = difference
+            raise UserError(
+                f"{str(self.path)!r} has episodes of another evaluation: their {key} is {before!r}, here it is "
+                f"{now!r}. Give another file (--episodes) or delete that one"
+            )
         return sum(map(len, lines))
+
+
+def _first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first key, dotted, whose values differ, with both values."""
+    if before == now:
+        return None
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            inner = f"{key}.{name}" if key else name
+            if difference := _first_difference(before.get(name), now.get(name), inner):
+                return difference
+    return key, before, now

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -57,22 +58,36 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json"),
+    *("vocab.txt", "merges.txt", "adapter_config.json"),
+)
+"""The files of a model's folder that decide its answers, apart from the weights: architecture, tokenizer, template."""
+
+
 def model(name: str) -> dict[str, str | None]:
-    """A base model's name and the fingerprint of its weights, as the content behind a name may change."""
-    return {"name": name, "weights": weights_fingerprint(name)}
+    """A base model's name, with the fingerprints of its weights and of its `MODEL_FILES`: what a name stands for may
+    change."""
+    return {"name": name, **_content(_folder(name))}
+
+
+def adapter(folder: str) -> dict[str, str | None]:
+    """The same for the folder of an adapter in peft's format."""
+    return {"name": folder, **_content(Path(folder).expanduser())}
+
+
+def _content(folder: Path | None) -> dict[str, str | None]:
+    if folder is None:
+        return {"weights": None, "files": None}
+    files = [path for name in MODEL_FILES if (path := folder / name).is_file()]
+    return {"weights": fingerprint(folder), "files": _digest(files, names=True)}
 
 
 def weights_fingerprint(name: str) -> str | None:
     """`fingerprint` of a model's folder, or of a hub model in the local cache. None if there are no weights."""
-    from skillsd.engines.torch.models import resolve
-
-    folder = Path(resolve(name)).expanduser()
-    if not (folder / "config.json").is_file():
-        cached = _cached(name)
-        if cached is None:
-            return None
-        folder = cached
-    return fingerprint(folder)
+    folder = _folder(name)
+    return folder and fingerprint(folder)
 
 
 def fingerprint(folder: Path) -> str | None:
@@ -80,14 +95,27 @@ def fingerprint(folder: Path) -> str | None:
     name. None if there are none.
     """
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not files:
-        return None
+    return _digest(files) if files else None
+
+
+def _digest(files: Sequence[Path], *, names: bool = False) -> str:
+    """The first 16 hex digits of the SHA-256 of files; with `names`, of their names and sizes too."""
     digest = hashlib.sha256()
     for path in files:
+        if names:
+            digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def _folder(name: str) -> Path | None:
+    """The folder of a model: a local one, or a hub model's in the local cache."""
+    from skillsd.engines.torch.models import resolve
+
+    folder = Path(resolve(name)).expanduser()
+    return folder if (folder / "config.json").is_file() else _cached(name)
 
 
 def _cached(name: str) -> Path | None:

@@ -14,6 +14,7 @@ from skillsd.engines.base import Engine
 from skillsd.engines.endpoint import Endpoint
 from skillsd.evaluation.evaluate import Evaluation, evaluate
 from skillsd.prompting.renderer import ChatRenderer
+from skillsd.report import manifest
 from skillsd.rollouts.endpoint_policy import EndpointPolicy
 from skillsd.rollouts.engine_policy import EnginePolicy
 from skillsd.rollouts.policy import Budget, Policy
@@ -45,6 +46,22 @@ async def load_untrained(model: str, config: RunConfig) -> Engine:
     return engine
 
 
+def local_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that can change the answers of an evaluation on this machine, as JSON.
+
+    Left out are those that a record has anyway (seed, samples, temperature), and ``retries``, ``step_seconds`` and
+    ``concurrency``: these decide which episodes are lost to failures, and lost ones are played again.
+    """
+    settings = {
+        "environment": config.environment.model_dump(),
+        "model": config.model.model_dump(exclude={"name", "gradient_checkpointing"}),
+        "engine": config.engine.resume_key(),
+        "rollout": config.rollout.model_dump(include={"turn_tokens", "trajectory_tokens"}),
+    }
+    found: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return found
+
+
 @dataclass(frozen=True)
 class Subject:
     """What is evaluated.
@@ -52,21 +69,36 @@ class Subject:
     Attributes:
         at: temperature -> policy.
         max_length: the longest trajectory that it takes, in tokens.
+        settings: those that can change its answers.
+        versions: the packages that can change its answers, with their versions.
     """
 
     at: Callable[[float], Policy]
     max_length: int
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str | None]
 
     @classmethod
     def local(cls, engine: Engine, config: RunConfig) -> Subject:
         """An engine's student under the plain prompt."""
         renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs)
-        return cls(lambda temperature: EnginePolicy(engine, renderer, temperature), engine.max_length)
+        return cls(
+            lambda temperature: EnginePolicy(engine, renderer, temperature),
+            engine.max_length,
+            local_settings(config),
+            manifest.versions(),
+        )
 
     @classmethod
-    def remote(cls, endpoint: Endpoint) -> Subject:
+    def remote(cls, endpoint: Endpoint, config: RunConfig) -> Subject:
         """A model behind an endpoint. It has no `max_length`: the endpoint reports messages that are too long."""
-        return cls(lambda temperature: EndpointPolicy(endpoint, temperature), sys.maxsize)
+        local = local_settings(config)
+        return cls(
+            lambda temperature: EndpointPolicy(endpoint, temperature),
+            sys.maxsize,
+            {part: local[part] for part in ("environment", "rollout")},
+            {"skillsd": manifest.versions()["skillsd"]},
+        )
 
 
 async def evaluate_subject(
@@ -130,12 +162,17 @@ def as_record(
             "turn_tokens": budget.turn_tokens,
             "trajectory_tokens": budget.trajectory_tokens,
         },
+        "settings": dict(subject.settings),
+        "versions": dict(subject.versions),
         "model": dict(model),
         "run": started(Path(run)) if run else None,
     }
 
 
-_IDENTITY = ("run", "iteration", "split", "fingerprint", "samples", "temperature", "seed", "budget")
+_IDENTITY = (
+    *("run", "iteration", "split", "fingerprint", "samples", "temperature", "seed", "budget", "settings"),
+    "versions",
+)
 
 
 def replace_records(records: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:

@@ -341,8 +341,8 @@ def _cell(
         return Cell(label, method, seed, folder, config, (*overrides, *own), ())
     if _evaluation_settings(config) != _evaluation_settings(base):
         raise UserError(
-            f"{method!r} is evaluated differently from the recipe (environment, temperature or token budgets differ), "
-            "so its results can't be compared with the others'"
+            f"{method!r} is evaluated differently from the recipe (environment, temperature, token budgets or "
+            "model.chat_template_kwargs differ), so its results can't be compared with the others'"
         )
     if len(budgets) > 1 and (reason := scheduled_on_length(config)):
         raise UserError(
@@ -365,9 +365,10 @@ def _cell(
 
 
 def _evaluation_settings(config: RunConfig) -> tuple[Any, ...]:
-    """What an evaluation depends on, apart from the weights."""
+    """What an evaluation depends on, apart from the model and the engine."""
     options = config.rollout
-    return (config.environment, options.temperature, options.turn_tokens, options.trajectory_tokens)
+    budget = (options.temperature, options.turn_tokens, options.trajectory_tokens)
+    return (config.environment, *budget, config.model.chat_template_kwargs)
 
 
 def _checkpoints(config: RunConfig, iterations: Sequence[int], folder: Path) -> list[str]:

@@ -183,12 +183,13 @@ def summarise(sweep: Sweep) -> dict[str, Any]:
 
 
 def _made_with(sweep: Sweep, leave_out: Collection[str]) -> dict[str, Any]:
-    """The commits and package versions of the runs in the table."""
-    used = [cell for cell in sweep.cells if cell.trained and cell.name not in leave_out and evaluated(sweep, cell)]
-    manifests = [read_manifest(cell) for cell in used]
+    """The commits of the runs in the table, and the package versions of the runs and their evaluations."""
+    figures = [(cell, evaluated(sweep, cell) or {}) for cell in sweep.cells if cell.name not in leave_out]
+    manifests = [read_manifest(cell) for cell, found in figures if cell.trained and found]
+    records = [record for _, found in figures for pair in found.values() for record in pair]
     versions: dict[str, set[str]] = {}
-    for manifest_ in manifests:
-        for package, version in manifest_.get("versions", {}).items():
+    for made in (*manifests, *records):
+        for package, version in made.get("versions", {}).items():
             versions.setdefault(package, set()).add(version or "none")
     return {
         "commits": sorted({manifest_.get("commit") or "unknown" for manifest_ in manifests}),
@@ -255,7 +256,7 @@ def left_out(sweep: Sweep) -> dict[str, str]:
 
 
 def check(sweep: Sweep) -> None:
-    """Check that the existing results are comparable: same tasks, same weights of each base model, different weights
+    """Check that the existing results are comparable: same tasks, each base model the same as now, different weights
     for different labels, same evaluation settings. Cells in `left_out` are ignored.
 
     Raises:
@@ -268,7 +269,10 @@ def check(sweep: Sweep) -> None:
     panels: dict[str, tuple[str, str]] = {
         split: ("the current environment", fingerprint) for split, fingerprint in sweep.panels.items()
     }
-    weights: dict[str, tuple[str, str]] = {}
+    bases: dict[tuple[str, str], tuple[str, str]] = {}
+    for label, name in sweep.models.items():
+        now = manifest.model(name)
+        bases |= {(label, part): ("its folder now", found) for part in _PARTS if (found := now[part])}
     expected_settings: tuple[str, dict[str, Any]] | None = None
     problems: list[str] = []
     for cell in sweep.cells:
@@ -284,14 +288,15 @@ def check(sweep: Sweep) -> None:
         figures = evaluated(sweep, cell) or {}
         records = [record for pair in figures.values() for record in pair]
         for model in (made.get("model", {}), *(record.get("model", {}) for record in records)):
-            if not (found := model.get("weights")):
-                continue
-            first, expected = weights.setdefault(cell.model, (cell.name, found))
-            if found != expected:
-                problems.append(
-                    f"the weights of the base model {cell.model!r} differ between {cell.name} ({found}) and {first} "
-                    f"({expected})"
-                )
+            for part, in_words in _PARTS.items():
+                if not (found := model.get(part)):
+                    continue
+                first, expected = bases.setdefault((cell.model, part), (cell.name, found))
+                if found != expected:
+                    problems.append(
+                        f"the {in_words} of the base model {cell.model!r} differ between {cell.name} ({found}) and "
+                        f"{first} ({expected})"
+                    )
         for pair in figures.values():
             settings = _settings(pair)
             expected_settings = expected_settings or (cell.name, settings)
@@ -299,7 +304,7 @@ def check(sweep: Sweep) -> None:
             if differing := [key for key in settings if settings[key] != theirs.get(key)]:
                 both = "; ".join(f"{key} {settings[key]} and {theirs.get(key)}" for key in differing)
                 problems.append(f"{cell.name} and {first} were evaluated with different settings: {both}")
-    problems += _same_bases(sweep, {label: found for label, (_, found) in weights.items()})
+    problems += _same_bases({label: found for (label, part), (_, found) in bases.items() if part == "weights"})
     if problems:
         raise UserError(
             "the results are not comparable:\n  "
@@ -308,18 +313,19 @@ def check(sweep: Sweep) -> None:
         )
 
 
-def _same_bases(sweep: Sweep, known: Mapping[str, str]) -> list[str]:
+_PARTS = {"weights": "weights", "files": "tokenizer or configuration files"}
+"""What identifies a base model (`skillsd.report.manifest.model`), with words for messages."""
+
+
+def _same_bases(known: Mapping[str, str]) -> list[str]:
     """Labels with the same weights, which would count as different base models in the intervals.
 
     Args:
-        known: label -> fingerprint of the weights, as far as runs and evaluations give it.
+        known: label -> fingerprint of the weights, as far as it is known.
     """
-    if len(sweep.models) < 2:
-        return []
     labels: dict[str, list[str]] = {}
-    for label, name in sweep.models.items():
-        if weights := known.get(label) or manifest.weights_fingerprint(name):
-            labels.setdefault(weights, []).append(label)
+    for label, weights in known.items():
+        labels.setdefault(weights, []).append(label)
     return [
         f"{' and '.join(map(repr, same))} are the same base model: equal weights ({weights})"
         for weights, same in labels.items()
@@ -328,10 +334,9 @@ def _same_bases(sweep: Sweep, known: Mapping[str, str]) -> list[str]:
 
 
 def _settings(pair: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
-    """The settings of an evaluation."""
+    """The settings of an evaluation that the plan does not give."""
     sampled, greedy = pair
-    return {"temperature": sampled["temperature"], "samples": sampled["samples"], "budget": sampled.get("budget"),
-            "greedy budget": greedy.get("budget")}  # fmt: skip
+    return {"budget": sampled.get("budget"), "greedy budget": greedy.get("budget")}
 
 
 def _wrong_episodes(sweep: Sweep, cell: Cell) -> str:

@@ -12,7 +12,7 @@ from skillsd.config import RunConfig
 from skillsd.errors import UserError
 from skillsd.report.writer import EVALUATIONS, METRICS, read
 from skillsd.runs.lifecycle import CONFIG, check_settings
-from skillsd.runs.subjects import read_records, started
+from skillsd.runs.subjects import local_settings, read_records, started
 from skillsd.sweeps.plan import Cell, Sweep, scheduled_on_length
 from skillsd.training import checkpoint
 
@@ -80,8 +80,10 @@ def _not_evaluated(sweep: Sweep, cell: Cell) -> list[int | None]:
 
 
 def _evaluations(sweep: Sweep, cell: Cell) -> Evaluations:
-    """The existing evaluations of this run, with the sweep's split, tasks and number of samples."""
+    """The existing evaluations of this run, with the sweep's split, tasks and number of samples, and the settings that
+    an evaluation would have now."""
     records = read_records(cell.evaluation(sweep.split))
+    settings = local_settings(cell.config)
     trained = {record["iteration"] for record in curve(cell, METRICS)}
     begun = started(cell.folder) if cell.trained else None
     found: Evaluations = {}
@@ -96,8 +98,11 @@ def _evaluations(sweep: Sweep, cell: Cell) -> Evaluations:
             and record.get("split") == sweep.split
             and record.get("fingerprint") == sweep.panels[sweep.split]
             and len(record.get("successes", ())) == sweep.tasks
+            and record.get("settings") == settings
+            and record.get("seed") == cell.seed
         ]
-        sampled = [r for r in fitting if r["temperature"] > 0 and r["samples"] == sweep.samples]
+        temperature = cell.config.rollout.temperature
+        sampled = [r for r in fitting if r["temperature"] == temperature and r["samples"] == sweep.samples]
         greedy = [r for r in fitting if r["temperature"] == 0]
         if sampled and greedy:
             found[iteration] = (sampled[-1], greedy[-1])
