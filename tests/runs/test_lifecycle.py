@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from toy_run import toy_settings, without_clocks
 
 from skillsd import config as configs
@@ -22,6 +25,7 @@ from skillsd.config import RunConfig
 from skillsd.errors import UserError
 from skillsd.report.writer import EVALUATIONS, METRICS, read
 from skillsd.runs.lifecycle import run_training
+from skillsd.runs.subjects import load_trained
 from skillsd.skills.bank import Bank
 from skillsd.training import checkpoint
 
@@ -137,6 +141,48 @@ def test_resume_with_other_tasks_is_refused(config: RunConfig, tmp_path: Path) -
         run_training(short, tmp_path / "run", resume=True)
 
 
+def test_resume_with_another_base_model_is_refused(config: RunConfig, tmp_path: Path) -> None:
+    """The name is the same, but its files are not."""
+    folder = shutil.copytree(config.model.name, tmp_path / "model")
+    short = changed(config, model={"name": str(folder)}, training={"iterations": 1})
+    run_training(short, tmp_path / "run")
+    assert run_training(short, tmp_path / "run", resume=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "extra": 1}))
+    with pytest.raises(UserError, match=r"the files of the model .* have changed since"):
+        run_training(short, tmp_path / "run", resume=True)
+
+
+def test_resume_with_another_template_is_refused(config: RunConfig, tmp_path: Path) -> None:
+    """The path is the same, but the text is not."""
+    template = tmp_path / "mine.txt"
+    template.write_text("Plan: {golden_workflow}")
+    short = changed(config, skills={"template": str(template)}, training={"iterations": 1})
+    run_training(short, tmp_path / "run")
+    assert run_training(short, tmp_path / "run", resume=True)
+    template.write_text("The plan: {golden_workflow}")
+    with pytest.raises(UserError, match=r"the text behind skills\.template has changed"):
+        run_training(short, tmp_path / "run", resume=True)
+
+
+def test_an_adapter_is_not_evaluated_on_another_base_model(config: RunConfig, tmp_path: Path) -> None:
+    folder = shutil.copytree(config.model.name, tmp_path / "model")
+    for lora in ({"rank": 2}, None):
+        run = tmp_path / f"run-{lora}"
+        short = changed(config, model={"name": str(folder), "lora": lora}, training={"iterations": 1})
+        run_training(short, run)
+        asyncio.run(load_trained(run))[0].close()
+        weights = load_file(folder / "model.safetensors")
+        save_file(
+            {name: value + 0.01 for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+        )
+        if lora:
+            with pytest.raises(UserError, match="are adapters, and the files of the model"):
+                asyncio.run(load_trained(run))
+        else:  # its checkpoints hold all weights
+            asyncio.run(load_trained(run))[0].close()
+
+
 def test_folders_with_other_files_are_refused(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("text")
     for resume in (False, True):
@@ -210,6 +256,7 @@ from pathlib import Path
 from skillsd.config import RunConfig, load
 from skillsd.engines.torch.engine import TorchEngine
 from skillsd.runs.lifecycle import run_training
+from skillsd.runs.subjects import load_trained
 
 save, saves = TorchEngine.save_state, 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from skillsd import config as configs
-from skillsd.report.manifest import model, weights_fingerprint
+from skillsd.report.manifest import model, texts, weights_fingerprint
 from skillsd.runs.subjects import local_settings, replace_records
 from skillsd.sweeps.plan import Cell, Sweep
 
@@ -62,7 +62,12 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
 def _run(sweep: Sweep, cell: Cell, weights: str) -> None:
     cell.folder.mkdir(parents=True, exist_ok=True)
     (cell.folder / "config.yaml").write_text(configs.dump(cell.config))
-    manifest = {"started": STARTED, "panels": dict(sweep.panels), "model": {"name": "m", "weights": weights}}
+    manifest = {
+        "started": STARTED,
+        "panels": dict(sweep.panels),
+        "model": {"name": "m", "weights": weights},
+        "texts": texts(cell.config),
+    }
     (cell.folder / "manifest.json").write_text(json.dumps(manifest))
     lines, curve = [], []
     for iteration in range(1, cell.iterations[-1] + 1):

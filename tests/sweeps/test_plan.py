@@ -247,6 +247,17 @@ def test_a_run_of_other_settings_is_an_error(make_sweep: Any) -> None:
         state(other, other.cells[1])
 
 
+def test_a_run_with_another_template_is_an_error(make_sweep: Any, tmp_path: Path) -> None:
+    template = write(tmp_path / "mine.txt", "Plan: {golden_workflow}")
+    sweep = make_sweep(f"skills.template={template}", methods=["skill-sd", "grpo"])
+    fill(sweep, solved)
+    assert [state(sweep, cell) for cell in sweep.cells] == [DONE] * 3
+    write(tmp_path / "mine.txt", "The plan: {golden_workflow}")
+    with pytest.raises(UserError, match=r"the text behind skills\.template has changed"):
+        state(sweep, sweep.cells[1])
+    assert state(sweep, sweep.cells[2]) == DONE  # GRPO has no skills
+
+
 def test_a_budget_without_a_checkpoint(make_sweep: Any) -> None:
     fill(make_sweep(methods=["grpo"], episodes=[48]), lambda cell, iteration: ([1, 0, 1], [1, 1, 1]))
     sweep = make_sweep(methods=["grpo"], episodes=[24, 48])

@@ -9,13 +9,16 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from skillsd.config import RunConfig
 from skillsd.envs.base import TaskSet
+from skillsd.methods import method
+from skillsd.prompting.templates import load_template
+from skillsd.skills.summary_prompt import load_prompt
 
 PACKAGES = ("skillsd", "torch", "transformers", "tokenizers", "numpy", "peft")
 
@@ -77,6 +80,37 @@ def adapter(folder: str) -> dict[str, str | None]:
     return {"name": folder, **_content(Path(folder).expanduser())}
 
 
+def models(config: RunConfig) -> dict[str, dict[str, str | None]]:
+    """The models that a run starts from: the base ``model``, and the ``adapter`` and ``teacher`` if it has them."""
+    found = {"model": model(config.model.name)}
+    if config.model.adapter:
+        found["adapter"] = adapter(config.model.adapter)
+    if config.teacher.model:
+        found["teacher"] = model(config.teacher.model)
+    return found
+
+
+def changed_models(before: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """The models of a run, in words, whose files differ from those in `before`, its manifest."""
+    return [
+        f"{part} {now['name']!r}"
+        for part, now in models(config).items()
+        for old in [before.get(part, {})]
+        if any(now[key] and old.get(key) and now[key] != old[key] for key in ("weights", "files"))
+    ]
+
+
+def texts(config: RunConfig) -> dict[str, str]:
+    """Hashes of the template and the prompt that a run's skills depend on, by key: a name may be a file of the user."""
+    row = method(config.method)
+    found = (
+        {"skills.template": load_template(config.skills.template)} if row.context != "none" or row.uses_skills else {}
+    )
+    if row.uses_skills and config.skills.summariser in ("openai", "policy"):
+        found["summariser.prompt"] = load_prompt(config.summariser.prompt)
+    return {key: hashlib.sha256(text.encode()).hexdigest()[:16] for key, text in found.items()}
+
+
 def _content(folder: Path | None) -> dict[str, str | None]:
     if folder is None:
         return {"weights": None, "files": None}
@@ -87,7 +121,7 @@ def _content(folder: Path | None) -> dict[str, str | None]:
 def weights_fingerprint(name: str) -> str | None:
     """`fingerprint` of a model's folder, or of a hub model in the local cache. None if there are no weights."""
     folder = _folder(name)
-    return folder and fingerprint(folder)
+    return fingerprint(folder) if folder else None
 
 
 def fingerprint(folder: Path) -> str | None:
@@ -140,7 +174,8 @@ def write(folder: Path, config: RunConfig, task_set: TaskSet) -> dict[str, Any]:
         "commit": commit(),
         "seed": config.seed,
         "method": config.method,
-        "model": model(config.model.name),
+        **models(config),
+        "texts": texts(config),
         "panels": {split: task_set.fingerprint(split) for split in task_set.splits},
         "machine": {
             "system": platform.platform(),

@@ -97,7 +97,7 @@ async def run_training_async(
         run = build(config, folder)
         await check_engine(run)
         if start is not None:
-            _check_panels(run, folder)
+            _check_inputs(run, folder)
         writer = RunWriter(
             folder,
             config.log,
@@ -176,21 +176,49 @@ def _write_config(config: RunConfig, folder: Path) -> None:
     aside.replace(folder / CONFIG)
 
 
-def _check_panels(run: Run, folder: Path) -> None:
-    """Check that the tasks are those the run started with; otherwise its metrics would mix two panels."""
-    try:
-        before = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["panels"]
-    except (OSError, ValueError, KeyError) as error:
+def _check_inputs(run: Run, folder: Path) -> None:
+    """Check that tasks, texts and models are those the run started with; otherwise its metrics would mix two runs."""
+    before = read_manifest(folder)
+    if "panels" not in before:
         raise UserError(
             f"{str(folder)!r} has no readable manifest.json, so the tasks it was trained on are unknown: start again "
             "in another folder, with --out"
-        ) from error
-    changed = [split for split in run.task_set.splits if before.get(split) != run.task_set.fingerprint(split)]
+        )
+    changed = [split for split in run.task_set.splits if before["panels"].get(split) != run.task_set.fingerprint(split)]
     if changed:
         raise UserError(
             f"the tasks of {', '.join(changed)} have changed since {str(folder)!r} was started: start again in another "
             "folder, with --out"
         )
+    check_texts(run.config, folder)
+    if other := manifest.changed_models(before, run.config):
+        raise UserError(
+            f"the files of the {' and the '.join(other)} have changed since {str(folder)!r} was started: restore them, "
+            "or start again in another folder, with --out"
+        )
+
+
+def check_texts(config: RunConfig, folder: Path) -> None:
+    """Check that the skill template and the summariser's prompt are those that the run in `folder` started with.
+
+    Raises:
+        UserError: with the keys that name them, if they are not.
+    """
+    before = read_manifest(folder).get("texts", {})
+    if changed := [key for key, text in manifest.texts(config).items() if before.get(key, text) != text]:
+        raise UserError(
+            f"the text behind {' and '.join(changed)} has changed since {str(folder)!r} was started: restore it, or "
+            "give another folder with --out"
+        )
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """A run's manifest; empty if it is not readable."""
+    try:
+        found = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from skillsd.config import RunConfig
 from skillsd.engines.base import Engine
 from skillsd.engines.endpoint import Endpoint
+from skillsd.errors import UserError
 from skillsd.evaluation.evaluate import Evaluation, evaluate
 from skillsd.prompting.renderer import ChatRenderer
 from skillsd.report import manifest
@@ -19,7 +20,7 @@ from skillsd.rollouts.endpoint_policy import EndpointPolicy
 from skillsd.rollouts.engine_policy import EnginePolicy
 from skillsd.rollouts.policy import Budget, Policy
 from skillsd.runs.build import load_task_set, make_engine
-from skillsd.runs.lifecycle import load_config
+from skillsd.runs.lifecycle import load_config, read_manifest
 from skillsd.seeds import derive_seed
 from skillsd.training import checkpoint
 from skillsd.types import Trajectory
@@ -29,10 +30,18 @@ async def load_trained(folder: str | Path, iteration: int | None = None) -> tupl
     """The engine with the weights of a run's checkpoint (the last one if None), and the run's configuration.
 
     Raises:
-        UserError: if it is not a run's folder, or has no such checkpoint.
+        UserError: if it is not a run's folder, or has no such checkpoint, or the checkpoint is an adapter and the files
+            of its base model have changed.
     """
     config = load_config(folder)
     path = checkpoint.find(Path(folder), iteration)
+    if (config.model.lora or config.model.adapter) and (
+        other := manifest.changed_models(read_manifest(folder), config)
+    ):
+        raise UserError(
+            f"the checkpoints in {str(folder)!r} are adapters, and the files of the {' and the '.join(other)} have "
+            "changed since the run was started: restore them"
+        )
     engine = make_engine(config)
     await engine.load_state(path)
     return engine, config
@@ -201,7 +210,5 @@ def _identity(record: Mapping[str, Any]) -> str:
 
 def started(folder: Path) -> str | None:
     """When a run was started, from its manifest. It distinguishes runs that used the same folder one after another."""
-    try:
-        return str(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["started"])
-    except (OSError, ValueError, KeyError):
-        return None
+    time = read_manifest(folder).get("started")
+    return None if time is None else str(time)

@@ -19,8 +19,9 @@ from skillsd.errors import UserError
 from skillsd.evaluation.evaluate import mean_interval, student
 from skillsd.report import manifest
 from skillsd.report.writer import METRICS
+from skillsd.runs.lifecycle import read_manifest
 from skillsd.sweeps.plan import Cell, Sweep, may_use_fewer_episodes
-from skillsd.sweeps.state import curve, evaluated, read_manifest, state
+from skillsd.sweeps.state import curve, evaluated, state
 
 Unit = Literal["models", "seeds", "tasks"]
 Interval = tuple[float, float]
@@ -185,7 +186,7 @@ def summarise(sweep: Sweep) -> dict[str, Any]:
 def _made_with(sweep: Sweep, leave_out: Collection[str]) -> dict[str, Any]:
     """The commits of the runs in the table, and the package versions of the runs and their evaluations."""
     figures = [(cell, evaluated(sweep, cell) or {}) for cell in sweep.cells if cell.name not in leave_out]
-    manifests = [read_manifest(cell) for cell, found in figures if cell.trained and found]
+    manifests = [read_manifest(cell.folder) for cell, found in figures if cell.trained and found]
     records = [record for _, found in figures for pair in found.values() for record in pair]
     versions: dict[str, set[str]] = {}
     for made in (*manifests, *records):
@@ -278,7 +279,7 @@ def check(sweep: Sweep) -> None:
     for cell in sweep.cells:
         if cell.name in odd:
             continue
-        made = read_manifest(cell) if cell.trained else {}
+        made = read_manifest(cell.folder) if cell.trained else {}
         for split, fingerprint in made.get("panels", {}).items():
             first, expected = panels.setdefault(split, (cell.name, fingerprint))
             if fingerprint != expected:

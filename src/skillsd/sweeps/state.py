@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from skillsd import config as configs
 from skillsd.config import RunConfig
 from skillsd.errors import UserError
 from skillsd.report.writer import EVALUATIONS, METRICS, read
-from skillsd.runs.lifecycle import CONFIG, check_settings
+from skillsd.runs.lifecycle import CONFIG, check_settings, check_texts
 from skillsd.runs.subjects import local_settings, read_records, started
 from skillsd.sweeps.plan import Cell, Sweep, scheduled_on_length
 from skillsd.training import checkpoint
@@ -32,6 +30,7 @@ def state(sweep: Sweep, cell: Cell) -> str:
         if not (cell.folder / CONFIG).is_file():
             return MISSING
         check_settings(cell.config, cell.folder)
+        check_texts(cell.config, cell.folder)
         _check_length(cell)
     missing = _not_evaluated(sweep, cell)
     if not missing:
@@ -107,15 +106,6 @@ def _evaluations(sweep: Sweep, cell: Cell) -> Evaluations:
         if sampled and greedy:
             found[iteration] = (sampled[-1], greedy[-1])
     return found
-
-
-def read_manifest(cell: Cell) -> Mapping[str, Any]:
-    """The manifest of the cell's run; empty if it has not started."""
-    try:
-        manifest: Mapping[str, Any] = json.loads((cell.folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return manifest
 
 
 def curve(cell: Cell, file: str = EVALUATIONS) -> list[dict[str, Any]]:

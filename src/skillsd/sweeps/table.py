@@ -12,11 +12,12 @@ from rich.console import Console
 from skillsd.report import manifest
 from skillsd.report.tables import table
 from skillsd.report.writer import write_whole
+from skillsd.runs.lifecycle import read_manifest
 from skillsd.sweeps.plan import Sweep
 from skillsd.sweeps.results import check, left_out, summarise
 from skillsd.sweeps.runner import jobs_at_once, run_cells
 from skillsd.sweeps.show import curves, markdown, notes, tables
-from skillsd.sweeps.state import DONE, RESUME, curve, evaluated, read_manifest, state, steps
+from skillsd.sweeps.state import DONE, RESUME, curve, evaluated, state, steps
 
 
 def run_table(sweep: Sweep, console: Console, *, jobs: int | None = None) -> bool:
@@ -107,7 +108,7 @@ def _weights(sweep: Sweep, label: str) -> str | None:
         if cell.model != label:
             continue
         records = [record for pair in (evaluated(sweep, cell) or {}).values() for record in pair]
-        for record in (read_manifest(cell), *records):
+        for record in (read_manifest(cell.folder), *records):
             if weights := record.get("model", {}).get("weights"):
                 return str(weights)
     return None
