@@ -67,6 +67,7 @@ def run_sft(
         "figures": figures,
         "split": config.check.split,
         "fingerprint": task_set.fingerprint(config.check.split),
+        "demonstrations": sft.demonstrations_fingerprint(config, task_set),
         "parameters": sum(p.numel() for p in trained.model.parameters()),
         "last_loss": sum(losses[-50:]) / len(losses[-50:]),
         **spent,

@@ -6,7 +6,9 @@ Without (2) a skill-conditioned teacher has nothing to teach.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +32,10 @@ from skillsd.warm_start.new_model import make_model
 
 VOCABULARY_SAMPLE = 4000
 """Number of demonstrations that a new tokenizer is trained on."""
+
+
+FINGERPRINT_SAMPLE = 1000
+"""Number of demonstrations in `demonstrations_fingerprint`."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,18 @@ async def train(
         on_step(SftProgress(step + 1, options.steps, loss.value))
     engine.save_weights(folder)
     return engine
+
+
+def demonstrations_fingerprint(config: SftConfig, task_set: TaskSet) -> str:
+    """Hash of the first demonstrations as the model reads them (16 hex digits). With another one, another model would
+    be trained: the levels, the scripted players, the wording or the template have changed."""
+    template = load_template(config.warm_start.template)
+    digest = hashlib.sha256()
+    for demonstration in itertools.islice(_demonstrations(config, task_set, "demonstrations"), FINGERPRINT_SAMPLE):
+        prompt = [[message.role, message.content] for message in prompt_of(demonstration, template)]
+        turns = [[turn.action, turn.observation, turn.learn] for turn in demonstration.turns]
+        digest.update(json.dumps([prompt, turns]).encode())
+    return digest.hexdigest()[:16]
 
 
 def _demonstrations(config: SftConfig, task_set: TaskSet, purpose: str) -> Iterator[Demonstration]:
