@@ -19,7 +19,7 @@ from skillsd.engines.torch.options import TorchOptions
 from skillsd.envs import registry
 from skillsd.metrics import Mean
 from skillsd.prompting.renderer import ChatRenderer
-from skillsd.prompting.templates import load_template, render_skill, with_context
+from skillsd.prompting.templates import load_template, render_skill
 from skillsd.rollouts.collect import collect
 from skillsd.rollouts.engine_policy import EnginePolicy
 from skillsd.rollouts.policy import Budget
@@ -40,9 +40,11 @@ class Settings:
     trajectory_tokens: int = 128
     learning_rate: float = 2e-4
     lambda_sdl: float = 0.1  # the paper's 0.001 is for a 4B model
-    clip: float = 0.2
-    ucb_c: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    ucb_c: float = math.sqrt(2)
     template: str = "teacher_terse"
+    place: str = "after"  # of the skill; the paper's is before the task, but this base model was trained so
     seed: int = 0
 
 
@@ -86,26 +88,26 @@ def advantages(rewards: list[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class SkillSD:
-    """L = L_GRPO + lambda * L_SDL, each a sum over tokens divided by a count over the whole batch."""
+    """L = L_GRPO + lambda * L_SDL, both a sum over tokens divided by N, the action tokens of the whole batch."""
 
     lambda_sdl: float
-    clip: float
-    action_tokens: int
-    teacher_tokens: int
+    clip_low: float
+    clip_high: float
+    tokens: int  # N
 
     def __call__(self, student, signals):
         logp, old, q = student.chosen, signals["old"], signals["teacher"]
         # The clipped surrogate, -min(rho A, clip(rho) A).
         rho, advantage = (logp - old).exp(), signals["advantage"]
-        clipped = rho.clamp(1 - self.clip, 1 + self.clip)
-        policy = -torch.minimum(rho * advantage, clipped * advantage).sum() / max(self.action_tokens, 1)
+        clipped = rho.clamp(1 - self.clip_low, 1 + self.clip_high)
+        policy = -torch.minimum(rho * advantage, clipped * advantage).sum()
         # Importance-weighted reverse KL. Its gradient is rho * l * grad log pi, written as a surrogate.
         taught = signals["taught"]
         log_ratio, weight = (logp - q).detach()[taught], rho.detach()[taught]
-        distillation = (weight * log_ratio * logp[taught]).sum() / max(self.teacher_tokens, 1)
+        distillation = (weight * log_ratio * logp[taught]).sum()
         k3 = weight * (torch.expm1(-log_ratio) + log_ratio)
         metrics = {"l_sdl": Mean(float(k3.sum()), len(k3))} if len(k3) else {}
-        return policy + self.lambda_sdl * distillation, metrics
+        return (policy + self.lambda_sdl * distillation) / max(self.tokens, 1), metrics
 
 
 # -- one iteration ------------------------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ class SkillSD:
 
 def teacher_sequence(trajectory: Trajectory, context: str, renderer: ChatRenderer) -> TokenSequence:
     """The student's own ids verbatim, behind a prompt that holds the skill."""
-    prompt = renderer.prompt(with_context(trajectory.prompt, context))
+    prompt = renderer.prompt(trajectory.prompt, context)
     start = trajectory.prompt_length
     mask = (*[False] * len(prompt), *trajectory.action_mask[start:])
     return TokenSequence((*prompt, *trajectory.tokens[start:]), mask)
@@ -125,7 +127,8 @@ async def train(settings: Settings, on_iteration=print):
     task_set = registry.load(settings.environment, settings.options)
     spec = EngineSpec(model=settings.model, seed=derive_seed(settings.seed, "torch"), device="cpu", teacher="student")
     engine = TorchOptions().build(spec)
-    learner, renderer = engine.learner, ChatRenderer(engine.tokenizer, engine.stop_tokens)
+    learner = engine.learner
+    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, place=settings.place)
     summarise, template = task_set.summariser(), load_template(settings.template)
     budget = Budget(task_set.max_turns, settings.turn_tokens, settings.trajectory_tokens)
     curriculum = Curriculum(
@@ -166,8 +169,7 @@ async def train(settings: Settings, on_iteration=print):
             signals["teacher"] = logprobs.chosen
         # 6. One optimiser step on L_GRPO + lambda * L_SDL.
         tokens = sum(item.sequence.marked for item in items)
-        taught = sum(int(item.signals["taught"].sum()) for item in items)
-        loss = SkillSD(settings.lambda_sdl, settings.clip, tokens, taught)
+        loss = SkillSD(settings.lambda_sdl, settings.clip_low, settings.clip_high, tokens)
         metrics = await learner.forward_backward(items, loss)
         report = await learner.step(settings.learning_rate)
         # 7. Credit the skills with the rewards they taught under.

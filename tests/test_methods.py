@@ -14,7 +14,7 @@ from skillsd.methods import METHODS, method, methods_table
 def test_grpo_has_no_teacher_and_skill_sd_is_as_in_the_paper() -> None:
     grpo, skill_sd = method("grpo"), method("skill-sd")
     assert (grpo.reward_weight, grpo.lambda_sdl, grpo.context, grpo.teacher) == (1, 0, "none", "none")
-    assert (skill_sd.reward_weight, skill_sd.lambda_sdl) == (1, 0.001)
+    assert (skill_sd.reward_weight, skill_sd.lambda_sdl, skill_sd.normaliser) == (1, 0.001, "tokens")
     assert (skill_sd.context, skill_sd.teacher) == ("skill", "synchronised")
 
 
@@ -52,19 +52,19 @@ def test_inconsistent_switches_are_refused(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "switches"),
-    [  # reward weight, lambda, imitation, teacher's context, teacher's weights, student's prompt, sampler
-        ("grpo", (1, 0, 0, "none", "none", "plain", "student")),
-        ("opd", (0, 1, 0, "skill", "synchronised", "plain", "student")),
-        ("opd-external", (0, 1, 0, "none", "external", "plain", "student")),
-        ("opsd", (0, 1, 0, "oracle", "frozen", "plain", "student")),
-        ("grpo-opsd", (1, 0.001, 0, "oracle", "frozen", "plain", "student")),
-        ("grpo-opsd-synchronised", (1, 0.001, 0, "oracle", "synchronised", "plain", "student")),
-        ("skill-grpo", (1, 0, 0, "none", "none", "skill", "student")),
-        ("skill-sd", (1, 0.001, 0, "skill", "synchronised", "plain", "student")),
-        ("skill-sd-frozen", (1, 0.001, 0, "skill", "frozen", "plain", "student")),
-        ("teacher-rollouts", (1, 0.001, 0, "skill", "synchronised", "plain", "teacher")),
-        ("teacher-rollouts-frozen", (1, 0.001, 0, "skill", "frozen", "plain", "teacher")),
-        ("grpo-imitation", (1, 0, 0.1, "none", "none", "plain", "student")),
+    [  # reward weight, lambda, normaliser, imitation, teacher's context, teacher's weights, student's prompt, sampler
+        ("grpo", (1, 0, "tokens", 0, "none", "none", "plain", "student")),
+        ("opd", (0, 1, "taught", 0, "skill", "synchronised", "plain", "student")),
+        ("opd-external", (0, 1, "taught", 0, "none", "external", "plain", "student")),
+        ("opsd", (0, 1, "taught", 0, "oracle", "frozen", "plain", "student")),
+        ("grpo-opsd", (1, 0.001, "tokens", 0, "oracle", "frozen", "plain", "student")),
+        ("grpo-opsd-synchronised", (1, 0.001, "tokens", 0, "oracle", "synchronised", "plain", "student")),
+        ("skill-grpo", (1, 0, "tokens", 0, "none", "none", "skill", "student")),
+        ("skill-sd", (1, 0.001, "tokens", 0, "skill", "synchronised", "plain", "student")),
+        ("skill-sd-frozen", (1, 0.001, "tokens", 0, "skill", "frozen", "plain", "student")),
+        ("teacher-rollouts", (1, 0.001, "tokens", 0, "skill", "synchronised", "plain", "teacher")),
+        ("teacher-rollouts-frozen", (1, 0.001, "tokens", 0, "skill", "frozen", "plain", "teacher")),
+        ("grpo-imitation", (1, 0, "tokens", 0.1, "none", "none", "plain", "student")),
     ],
 )
 def test_the_rows_are_those_of_the_paper_and_a_control(name: str, switches: tuple[Any, ...]) -> None:
@@ -78,5 +78,5 @@ def test_the_table_contains_every_switch() -> None:
     assert len({len(line) for line in (header, rule, *rows)}) == 1
     assert [row.split("|")[1].strip() for row in rows] == list(METHODS)
     cells = [cell.strip() for cell in rows[list(METHODS).index("skill-sd")].strip("|").split("|")]
-    assert cells == ["skill-sd", "1", "0.001", "0", "skill", "synchronised", "plain", "student"]
+    assert cells == ["skill-sd", "1", "0.001", "tokens", "0", "skill", "synchronised", "plain", "student"]
     assert len(methods_table([method("grpo")]).splitlines()) == 3

@@ -10,13 +10,15 @@ from skillsd.training import metric_docs
 
 
 def methods() -> str:
-    columns = ["method", "reward weight", "lambda", "imitation", "teacher's context", "teacher's weights"]
+    columns = ["method", "reward weight", "lambda", "over", "imitation", "teacher's context", "teacher's weights"]
     columns += ["student's prompt", "sampler", "description"]
     rows = []
     for m in METHODS.values():
-        weights = [f"{weight:g}" for weight in (m.reward_weight, m.lambda_sdl, m.imitation_weight)]
+        reward, weight, imitation = (f"{weight:g}" for weight in (m.reward_weight, m.lambda_sdl, m.imitation_weight))
+        over = "-" if m.teacher == "none" else m.normaliser
         switches = ["-" if value == "none" else value for value in (m.context, m.teacher)]
-        rows.append([f"`{m.name}`", *weights, *switches, m.student_prompt, m.sampler, m.description])
+        row = [f"`{m.name}`", reward, weight, over, imitation, *switches, m.student_prompt, m.sampler, m.description]
+        rows.append(row)
     return table(columns, rows)
 
 

@@ -20,6 +20,9 @@ class Method:
         name: the name in recipes and tables.
         reward_weight: weight of the policy-gradient term, L_GRPO. 0: distillation only.
         lambda_sdl: weight of the distillation term, L_SDL. 0: no teacher. The default of ``objective.lambda_sdl``.
+        normaliser: what divides L_SDL's sum over tokens: N, the action tokens, as in L_GRPO (``tokens``, the paper's),
+            or only those with a teacher (``taught``). The default of ``objective.normaliser``. Distillation-only
+            methods have no reward to balance; with ``taught`` their gradient's scale is the same in every iteration.
         imitation_weight: weight of the negative log-likelihood of the task's best success so far. 0: no self-imitation.
             The default of ``objective.imitation_weight``.
         context: the teacher's extra context: a skill from the bank, or a reference solution.
@@ -37,6 +40,7 @@ class Method:
     name: str
     reward_weight: float
     lambda_sdl: float
+    normaliser: Literal["tokens", "taught"]
     imitation_weight: float
     context: Literal["none", "skill", "oracle"]
     teacher: Literal["synchronised", "frozen", "external", "none"]
@@ -70,6 +74,7 @@ _GRPO = Method(
     name="grpo",
     reward_weight=1.0,
     lambda_sdl=0.0,
+    normaliser="tokens",
     imitation_weight=0.0,
     context="none",
     teacher="none",
@@ -90,6 +95,7 @@ _OPD = replace(
     name="opd",
     reward_weight=0.0,
     lambda_sdl=1.0,
+    normaliser="taught",
     description="Distillation only; the teacher is the student with a skill in its prompt.",
 )
 _OPSD = replace(
@@ -104,6 +110,7 @@ _GRPO_OPSD = replace(
     name="grpo-opsd",
     reward_weight=1.0,
     lambda_sdl=0.001,
+    normaliser="tokens",
     description="GRPO plus OPSD: a frozen teacher with the reference solution in its prompt.",
 )
 _ROWS = (
@@ -174,10 +181,13 @@ def method(name: str) -> Method:
 
 def methods_table(methods: Iterable[Method] | None = None) -> str:
     """Names and switches as an aligned Markdown table."""
-    rows = [["method", "reward", "lambda", "imitation", "teacher's context", "teacher", "student's prompt", "sampler"]]
+    rows = [
+        ["method", "reward", "lambda", "over", "imitation", "teacher's context", "teacher", "student's prompt", "sampler"]
+    ]
     for m in METHODS.values() if methods is None else methods:
-        weights = [f"{weight:g}" for weight in (m.reward_weight, m.lambda_sdl, m.imitation_weight)]
-        rows.append([m.name, *weights, m.context, m.teacher, m.student_prompt, m.sampler])
+        reward, weight, imitation = (f"{weight:g}" for weight in (m.reward_weight, m.lambda_sdl, m.imitation_weight))
+        over = "none" if m.teacher == "none" else m.normaliser
+        rows.append([m.name, reward, weight, over, imitation, m.context, m.teacher, m.student_prompt, m.sampler])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]

@@ -24,7 +24,7 @@ LOSSES = {
     **{name: Objective(lambda_sdl=0.5, estimator=name) for name in SAMPLED + EXACT},
     "top k": Objective(lambda_sdl=0.5, estimator="reverse_kl", top_k=VOCAB - 1),
     "own estimator": Objective(lambda_sdl=0.5, estimator="my_objective:half_total_variation"),
-    "all settings": Objective(0.7, 0.5, 0.3, "k3", None, 0.1, 0.3, 1.0, 2.0, (GATED,)),
+    "all settings": Objective(0.7, 0.5, "taught", 0.3, "k3", None, 0.1, 0.3, 1.0, 2.0, (GATED,)),
 }
 
 

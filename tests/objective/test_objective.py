@@ -25,18 +25,32 @@ def test_loss_is_the_weighted_sum_of_its_terms():
     assert teacher.abs().max() > 0
 
 
-@pytest.mark.parametrize("taught", [[True] * 6, [True, False, False, True, True, False]])
-def test_distillation_is_the_papers_mean_over_tokens_with_a_teacher(taught):
+@pytest.mark.parametrize(("normaliser", "count"), [("tokens", 6), ("taught", 3)])
+def test_distillation_is_a_sum_over_tokens_with_a_teacher_over_one_count(normaliser, count):
+    """``tokens``: the paper's 1/N, the same as for L_GRPO."""
+    taught = [True, False, False, True, True, False]
     batch = Batch.of(6, taught)
     theta = batch.theta.clone().requires_grad_()
     logprobs = log_policy(theta).gather(1, batch.chosen).squeeze(1)
-    terms = naive_iw_k3(logprobs, batch.signals["old_logprobs"], batch.signals["teacher_logprobs"])
-    paper = terms[taught].mean()
-    paper.backward()
-    _, gradient, metrics = batch.run(Objective(reward_weight=0.0, lambda_sdl=1.0))
+    terms = naive_iw_k3(logprobs, batch.signals["old_logprobs"], batch.signals["teacher_logprobs"])[taught]
+    (terms.sum() / count).backward()
+    _, gradient, metrics = batch.run(Objective(reward_weight=0.0, lambda_sdl=1.0, normaliser=normaliser))
     close(gradient, theta.grad)
-    assert metrics["distil_value"].value == pytest.approx(paper.item())
-    assert metrics["teacher_k3"].value == pytest.approx(paper.item())
+    for name in ("distil_value", "teacher_k3"):  # logged as a mean over tokens with a teacher, whatever the count
+        assert metrics[name].value == pytest.approx(terms.mean().item())
+
+
+@enough
+@given(st.data())
+@pytest.mark.parametrize("name", SAMPLED + EXACT)
+def test_lambda_under_taught_is_lambda_over_the_taught_share_under_tokens(name, data):
+    taught = data.draw(st.lists(st.booleans(), min_size=1, max_size=9).filter(any))
+    batch = Batch.of(len(taught), taught, seed=data.draw(st.integers(0, 99)))
+    share = sum(taught) / len(taught)
+    over_taught = batch.run(Objective(lambda_sdl=0.3, normaliser="taught", estimator=name))
+    over_tokens = batch.run(Objective(lambda_sdl=0.3 / share, normaliser="tokens", estimator=name))
+    assert over_taught[0] == pytest.approx(over_tokens[0])
+    close(over_taught[1], over_tokens[1])
 
 
 @enough
@@ -223,12 +237,15 @@ def test_signal_with_an_extra_axis_is_an_error(name):
         loss(batch.student(batch.theta, [0, 1, 2]), batch.signals)
 
 
-def test_count_smaller_than_the_micro_batch_is_an_error():
+@pytest.mark.parametrize(
+    ("normaliser", "name", "term"), [("tokens", "action_mask", "policy"), ("taught", "teacher_mask", "distillation")]
+)
+def test_count_smaller_than_the_micro_batch_is_an_error(normaliser, name, term):
     """The count of a micro-batch in place of that of the minibatch would scale the gradient."""
     batch = Batch.of(3)
-    whole = Objective().template.bind([batch.signals])
-    local = Loss(whole.terms, {**whole.counts, "teacher_mask": 2})
-    with pytest.raises(ValueError, match="teacher_mask"):
+    whole = Objective(normaliser=normaliser).template.bind([batch.signals])
+    local = Loss(whole.terms, {**whole.counts, name: 2})
+    with pytest.raises(ValueError, match=f"{term}: 3 tokens of {name}"):
         batch.run(local)
 
 

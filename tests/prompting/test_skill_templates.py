@@ -1,4 +1,4 @@
-"""Skill templates: their syntax, and where a context is appended."""
+"""Skill templates: their syntax, and where a context stands in the prompt."""
 
 from __future__ import annotations
 
@@ -15,23 +15,32 @@ from skillsd.types import Message, Skill
 WORKFLOW, MISTAKE = "@r2c2 Right @r2c3 Up", "never @r1c3 Left"
 
 
-def test_context_is_appended_to_the_last_user_message() -> None:
+def test_context_is_added_to_the_last_user_message() -> None:
     system, user, shot, last = (
         Message("system", "S"),
         Message("user", "one"),
         Message("assistant", "two"),
         Message("user", "three"),
     )
-    assert with_context((system, user), " more") == (system, Message("user", "one more"))
-    assert with_context((system, user, shot, last), "!") == (system, user, shot, Message("user", "three!"))
-    prefilled = with_context((user, shot), "!")
+    assert with_context((system, user), " more", "after") == (system, Message("user", "one more"))
+    assert with_context((system, user, shot, last), "!", "after") == (system, user, shot, Message("user", "three!"))
+    assert with_context((system, user, shot, last), "!", "before") == (system, user, shot, Message("user", "!three"))
+    prefilled = with_context((user, shot), "!", "after")
     assert prefilled == (Message("user", "one!"), shot)
+
+
+@pytest.mark.parametrize("separator", ["", " ", "\n\n", " \n"])
+def test_leading_white_space_separates_the_context_on_either_side(separator: str) -> None:
+    context, task = f"{separator}the skill \n", (Message("user", " the task "),)
+    assert with_context(task, context, "after") == (Message("user", f" the task {separator}the skill \n"),)
+    assert with_context(task, context, "before") == (Message("user", f"the skill \n{separator} the task "),)
+    assert with_context(task, "", "before") == with_context(task, "", "after") == task
 
 
 @pytest.mark.parametrize("messages", [(), (Message("system", "S"), Message("assistant", "A"))])
 def test_prompt_without_a_user_message_is_an_error(messages: tuple[Message, ...]) -> None:
     with pytest.raises(ValueError, match="last user message"):
-        with_context(messages, "x")
+        with_context(messages, "x", "before")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +64,7 @@ def test_default_template() -> None:
     introduction, *rest = text.removeprefix("\n\n").split("\n")
     assert text.startswith("\n\nNotes from an earlier attempt")
     assert introduction.endswith(".")
+    assert not {"above", "below", "following"} & set(introduction.split())  # it may stand on either side of the task
     assert rest == ["What worked: a", "Steps to follow: c", "d"]
 
 

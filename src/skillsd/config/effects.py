@@ -85,7 +85,10 @@ def _not_easy_first(config: RunConfig, row: Method) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
-    (("teacher", "objective.estimator", "objective.top_k", "objective.distil_clamp"), _no_teacher),
+    (
+        ("teacher", "objective.normaliser", "objective.estimator", "objective.top_k", "objective.distil_clamp"),
+        _no_teacher,
+    ),
     (("objective.lambda_sdl", "objective.lambda_schedule"), _no_teacher),
     (("objective.lambda_sdl",), _fixed_lambda),
     (("teacher.sync_every", "teacher.ema"), _not_synchronised),

@@ -111,6 +111,10 @@ class ObjectiveSection(Options):
     distillation-only methods (OPD, OPSD), where the weight is 1."""
     lambda_schedule: Literal["constant", "linear_decay", "cosine"] = "constant"
     """Schedule of ``lambda_sdl`` over the training. The paper's: constant."""
+    normaliser: Literal["tokens", "taught"] | None = None
+    """What divides L_SDL's sum over tokens: N, the number of action tokens, as in L_GRPO (``tokens``, the paper's), or
+    the number of tokens that have a teacher (``taught``). Default: the method's. With a share s of taught tokens,
+    ``lambda_sdl`` under ``taught`` acts as lambda_sdl / s under ``tokens``."""
     imitation_weight: float | None = Field(None, ge=0)
     """Weight of the self-imitation term. Default: the method's. Has no effect in methods without that term."""
     estimator: Annotated[str, NameOrPath("estimator", ESTIMATORS)] = "iw_k3"
@@ -120,9 +124,9 @@ class ObjectiveSection(Options):
     """For ``reverse_kl`` and ``forward_kl`` with a large vocabulary: use only the teacher's k most likely tokens, and
     one bucket for the rest. Default: the whole vocabulary."""
     clip_low: float = Field(0.2, ge=0)
-    """The probability ratio is clipped at 1 - clip_low. Not given in the paper; 0.2 is common practice."""
-    clip_high: float = Field(0.2, ge=0)
-    """The probability ratio is clipped at 1 + clip_high."""
+    """The probability ratio is clipped at 1 - clip_low. Not given in the paper; 0.2 is second hand."""
+    clip_high: float = Field(0.28, ge=0)
+    """The probability ratio is clipped at 1 + clip_high. The paper's clip is asymmetric; 0.28 is second hand."""
     distil_clamp: float | None = Field(None, gt=0)
     """Not in the paper, off by default: tokens whose |log-ratio| is larger get no distillation gradient; counted."""
     importance_cap: float | None = Field(None, gt=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -52,6 +52,8 @@ class WarmStartSection(Options):
     """Keyword arguments for the environment's demonstrations."""
     template: str = "teacher"
     """Prompt template for a demonstration's skill. Use the same as ``skills.template`` of the later run."""
+    place: Literal["before", "after"] = "before"
+    """Where the skill stands: before or after the task. Use the same as ``skills.place`` of the later run."""
 
 
 class CheckSection(Options):

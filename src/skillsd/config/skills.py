@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -38,12 +39,15 @@ class SkillsSection(Options):
     """How one of a task's skills is selected: ``ucb`` (the paper's), ``best`` (UCB without exploration: the highest
     mean reward, or the source trajectory's reward for an unused skill), ``random``, ``last`` (the newest; a baseline
     without a bank), or ``module:Class`` for your own."""
-    ucb_c: float = Field(1.0, ge=0)
-    """Exploration constant c of UCB, for rewards in [0, 1]. Not given in the paper."""
+    ucb_c: float = Field(math.sqrt(2), ge=0)
+    """Exploration constant c of UCB, for rewards in [0, 1]. Not given in the paper; sqrt 2 is second hand."""
     max_per_task: int | None = Field(None, ge=1)
     """Maximum skills kept per task, not counting unused ones. Default: all are kept."""
     template: str = "teacher"
     """Prompt template for a skill: one of the package's, or a path. Not given in the paper."""
+    place: Literal["before", "after"] = "before"
+    """Where the skill or the reference solution stands in the prompt's last user message: before the task (the
+    paper's), or after it. A warm-started model needs the place it was trained with, ``warm_start.place``."""
     teacher_extra_tokens: int = Field(512, ge=1)
     """Maximum tokens that a skill may add to the prompt. Longer skills are skipped and counted, not truncated."""
     max_chars: int = Field(4000, ge=1)

@@ -80,7 +80,7 @@ class Loss:
             signals: of the same tokens, ``[tokens, ...]`` each.
 
         Raises:
-            ValueError: if a signal has another shape, or a term has more tokens here than in the whole minibatch.
+            ValueError: if a signal has another shape, or a mask has more tokens here than in the whole minibatch.
         """
         _check_aligned(student.chosen, signals)
         total: Tensor | None = None
@@ -91,9 +91,10 @@ class Loss:
             if not present:
                 continue
             count = self.counts[term.counted]
-            if term.counted == term.mask and count < present:
+            here = present if term.counted == term.mask else int(signals[term.counted].sum())
+            if count < here:
                 raise ValueError(
-                    f"{term.name}: {present} tokens of {term.mask} in this micro-batch, but {count} in the whole "
+                    f"{term.name}: {here} tokens of {term.counted} in this micro-batch, but {count} in the whole "
                     "minibatch: bind the loss to the signals of all its items"
                 )
             # Select instead of multiplying by the mask: the values at other tokens, even nan, are never used.

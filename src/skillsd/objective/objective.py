@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -15,6 +16,9 @@ from skillsd.objective.logprobs import CHOSEN, WHOLE, TokenLogprobs, Want, at_le
 from skillsd.objective.loss import ACTION_MASK, IMITATION_MASK, TEACHER_MASK, LossTemplate, LossTerm
 from skillsd.objective.policy_gradient import PolicyGradient
 
+NORMALISERS = {"tokens": ACTION_MASK, "taught": TEACHER_MASK}
+"""`Objective.normaliser` -> the mask whose count divides L_SDL."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -23,6 +27,9 @@ class Objective:
     Attributes:
         reward_weight: 1, or 0 for distillation alone.
         lambda_sdl: the paper's lambda; 0.001 is its value for a 4B model.
+        normaliser: what divides L_SDL's sum over tokens with a teacher. ``tokens``: N, the number of action tokens, as
+            in L_GRPO (the paper's). ``taught``: the number of tokens with a teacher. With a share s of taught tokens,
+            lambda under ``taught`` equals lambda / s under ``tokens``.
         imitation_weight: weight of the negative log-likelihood of the task's best success so far (self-imitation, a
             control that is not in the paper). Those tokens are in no other term.
         estimator: a name for `find_estimator`.
@@ -41,11 +48,12 @@ class Objective:
 
     reward_weight: float = 1.0
     lambda_sdl: float = 0.001
+    normaliser: Literal["tokens", "taught"] = "tokens"
     imitation_weight: float = 0.0
     estimator: str = "iw_k3"
     top_k: int | None = None
     clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_high: float = 0.28
     distil_clamp: float | None = None
     importance_cap: float | None = None
     extra_terms: tuple[LossTerm, ...] = ()
@@ -72,7 +80,7 @@ class Objective:
         distillation = Distillation(self.estimator if self.lambda_sdl else None, self.distil_clamp)
         return (
             LossTerm("policy", self.reward_weight, ACTION_MASK, policy),
-            LossTerm("distillation", self.lambda_sdl, TEACHER_MASK, distillation),
+            LossTerm("distillation", self.lambda_sdl, TEACHER_MASK, distillation, NORMALISERS[self.normaliser]),
             LossTerm("imitation", self.imitation_weight, IMITATION_MASK, negative_log_likelihood),
             *self.extra_terms,
         )

@@ -102,7 +102,7 @@ class PolicyGradient:
     """
 
     clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_high: float = 0.28
     importance_cap: float | None = None
 
     def __call__(self, student: TokenLogprobs, signals: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from skillsd.errors import UserError
+from skillsd.prompting.templates import Place, with_context
 from skillsd.types import Message
 
 _MARK = "\u27e6reply\u27e7"  # placeholder for the reply's text; no template writes this by itself
@@ -38,6 +39,7 @@ class ChatRenderer:
         tokenizer: with a chat template.
         stop_tokens: ids that end the student's turn.
         template_kwargs: additional variables for the template, e.g. ``{"enable_thinking": False}``.
+        place: where a context stands in the last user message of a first prompt, see `with_context`.
 
     Raises:
         UserError: if the markup of a turn is not always the same (training on exactly the sampled ids would then be
@@ -45,9 +47,14 @@ class ChatRenderer:
     """
 
     def __init__(
-        self, tokenizer: Any, stop_tokens: frozenset[int], template_kwargs: Mapping[str, Any] | None = None
+        self,
+        tokenizer: Any,
+        stop_tokens: frozenset[int],
+        template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        place: Place = "before",
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._place = tokenizer, place
         self._template = _TODAY.sub(lambda call: repr(_DAY.strftime(call[2])), tokenizer.get_chat_template())
         self._kwargs = dict(template_kwargs or {})
         for key in self._kwargs:
@@ -69,10 +76,14 @@ class ChatRenderer:
         self._alternates = not self._shows([("user", _MARK), ("user", "x")])
         self._tail, self._next = self._find_turn()
 
-    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Ids of the first prompt, up to where the student's reply begins."""
+    def prompt(self, messages: Sequence[Message], context: str = "") -> tuple[int, ...]:
+        """Ids of the first prompt, up to where the student's reply begins.
+
+        Args:
+            context: added to the last user message: a skill or a reference solution, as rendered with a template.
+        """
         folded: list[tuple[str, str]] = []
-        for message in messages:
+        for message in with_context(messages, context, self._place) if context else messages:
             role = message.role if self._has_system or message.role != "system" else "user"
             if folded and folded[-1][0] == role and (self._alternates or not self._has_system):
                 folded[-1] = (role, f"{folded[-1][1]}\n\n{message.content}")

@@ -1,11 +1,12 @@
-"""The teacher's context: a skill rendered with a template and appended to the last user message.
+"""The teacher's context: a skill rendered with a template and added to the last user message.
 
 A template is a text file. Its lines may contain fields of the skill: ``{success_analysis}``, ``{mistake_analysis}``,
 ``{golden_workflow}``.
 
 - A line with an empty field is dropped.
 - A backslash at the end of a line joins it to the next remaining line, without a line break.
-- ``{{`` and ``}}`` stand for braces. Leading blank lines and spaces are kept: the text is appended as it is.
+- ``{{`` and ``}}`` stand for braces.
+- Blank lines and spaces at the beginning separate the skill from the task, whichever of them comes first.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import string
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from skillsd.errors import UserError, unknown_name
 from skillsd.types import Message, Skill
@@ -21,19 +23,28 @@ from skillsd.types import Message, Skill
 PROMPTS = Path(__file__).parent / "prompts"
 FIELDS = tuple(field.name for field in dataclasses.fields(Skill))
 
+Place = Literal["before", "after"]
+"""Where a context stands in the message that it is added to. ``before``: it is prepended, as in the paper."""
 
-def with_context(messages: tuple[Message, ...], text: str) -> tuple[Message, ...]:
-    """The first prompt x with `text` appended to its last user message: the teacher's prompt x + S(x).
+
+def with_context(messages: Sequence[Message], text: str, place: Place) -> tuple[Message, ...]:
+    """The first prompt x with `text` added to its last user message: the teacher's prompt x + S(x).
+
+    Args:
+        text: a rendered context. Its leading white space separates it from the message. An empty one adds nothing.
 
     Raises:
         ValueError: if there is no user message.
     """
     for i in range(len(messages) - 1, -1, -1):
         if messages[i].role == "user":
-            extended = dataclasses.replace(messages[i], content=messages[i].content + text)
-            return (*messages[:i], extended, *messages[i + 1 :])
+            content = messages[i].content
+            bare = text.lstrip()
+            separator = text[: len(text) - len(bare)]
+            content = f"{bare}{separator}{content}" if place == "before" else f"{content}{text}"
+            return (*messages[:i], dataclasses.replace(messages[i], content=content), *messages[i + 1 :])
     roles = ", ".join(message.role for message in messages) or "none"
-    raise ValueError(f"a context is appended to the last user message, but the prompt's roles are: {roles}")
+    raise ValueError(f"a context is added to the last user message, but the prompt's roles are: {roles}")
 
 
 def render_skill(skill: Skill, template: str) -> str:

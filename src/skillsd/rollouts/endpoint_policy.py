@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from skillsd.engines.endpoint import Answer, Endpoint, EndpointError
 from skillsd.errors import UserError
-from skillsd.prompting.templates import with_context
+from skillsd.prompting.templates import Place, with_context
 from skillsd.rollouts.policy import Budget, EpisodeState, PolicyFailedError
 from skillsd.types import Message
 
@@ -31,13 +31,14 @@ class EndpointPolicy:
 
     endpoint: Endpoint
     temperature: float = 1.0
+    place: Place = "before"
     _answered: bool = field(default=False, init=False)
     _failures: int = field(default=0, init=False)  # in a row
 
     def begin(
         self, prompt: tuple[Message, ...], budget: Budget, *, seed: int, session: str, context: str = ""
     ) -> EndpointEpisode:
-        return EndpointEpisode(self, with_context(prompt, context) if context else prompt, budget)
+        return EndpointEpisode(self, with_context(prompt, context, self.place) if context else prompt, budget)
 
     async def ask(self, messages: list[Message], max_tokens: int) -> Answer | None:
         """The model's answer; None if the messages are too long for it."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from skillsd.engines.base import Engine, SampleRequest, Weights
 from skillsd.prompting.renderer import ChatRenderer
-from skillsd.prompting.templates import with_context
 from skillsd.rollouts.policy import Budget, EpisodeState
 from skillsd.seeds import derive_seed
 from skillsd.types import Message
@@ -43,7 +42,7 @@ class TokenEpisode(EpisodeState):
         super().__init__()
         self._policy, self._budget, self._seed, self._session = policy, budget, seed, session
         self._sampler = policy.engine.sampler_of(policy.weights)
-        self._append(policy.renderer.prompt(with_context(prompt, context) if context else prompt), None)
+        self._append(policy.renderer.prompt(prompt, context), None)
         self.prompt_length = len(self.tokens)
         self._max_tokens = budget.trajectory_tokens
         if context:  # the context's tokens come on top of the budget

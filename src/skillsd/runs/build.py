@@ -77,7 +77,9 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
         held_out=held_out,
         max_per_task=config.skills.max_per_task,
     )
-    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs)
+    renderer = ChatRenderer(
+        engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs, place=config.skills.place
+    )
     summaries = None
     if row.uses_skills:
         counts: Counter[str] = Counter()

@@ -90,7 +90,9 @@ class Subject:
     @classmethod
     def local(cls, engine: Engine, config: RunConfig) -> Subject:
         """An engine's student under the plain prompt."""
-        renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs)
+        renderer = ChatRenderer(
+            engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs, place=config.skills.place
+        )
         return cls(
             lambda temperature: EnginePolicy(engine, renderer, temperature),
             engine.max_length,

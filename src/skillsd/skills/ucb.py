@@ -1,7 +1,7 @@
 """Rules that pick one of a task's skills for the teacher's prompt: the paper's UCB, and simpler ones for comparison.
 
-They are pure functions of the skills' statistics. The paper gives neither UCB's c nor the order among skills that were
-never picked; both are our choice (``skills.ucb_c``, and `pick`).
+They are pure functions of the skills' statistics. The paper gives neither UCB's c (``skills.ucb_c``; the default,
+sqrt 2, is a second-hand value) nor the order among skills that were never picked (`pick`; ours).
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from skillsd.objective import (
     group_advantages,
 )
 from skillsd.prompting.renderer import ChatRenderer
-from skillsd.prompting.templates import with_context
 from skillsd.seeds import derive_seed
 from skillsd.training.contexts import PromptContexts
 from skillsd.training.imitation import BestSuccesses
@@ -51,7 +50,7 @@ class Batch:
 def teacher_sequence(trajectory: Trajectory, context: str, renderer: ChatRenderer) -> TokenSequence:
     """The trajectory's ids under another first prompt: x + context in the same chat template, then the sampled and
     observed ids verbatim."""
-    prompt = renderer.prompt(with_context(trajectory.prompt, context))
+    prompt = renderer.prompt(trajectory.prompt, context)
     return TokenSequence(
         (*prompt, *trajectory.tokens[trajectory.prompt_length :]),
         (*[False] * len(prompt), *trajectory.action_mask[trajectory.prompt_length :]),

@@ -101,6 +101,7 @@ def objective_of(config: RunConfig, row: Method, progress: float = 0.0) -> Objec
     return Objective(
         reward_weight=_or(options.reward_weight, row.reward_weight),
         lambda_sdl=0.0 if row.teacher == "none" else scheduled(lambda_sdl, options.lambda_schedule, progress),
+        normaliser=options.normaliser or row.normaliser,
         imitation_weight=0.0 if not row.imitation_weight else _or(options.imitation_weight, row.imitation_weight),
         estimator=options.estimator,
         top_k=options.top_k,

@@ -18,7 +18,7 @@ from skillsd.envs.base import TaskSet, evenly_spaced
 from skillsd.errors import UserError
 from skillsd.evaluation.evaluate import evaluate
 from skillsd.prompting.renderer import ChatRenderer
-from skillsd.prompting.templates import load_template, render_skill
+from skillsd.prompting.templates import Place, load_template, render_skill
 from skillsd.report.manifest import commit, processor, versions
 from skillsd.rollouts.engine_policy import EnginePolicy
 from skillsd.rollouts.policy import Budget
@@ -59,6 +59,7 @@ def run_sft(
         task_set,
         config.check,
         config.warm_start.template,
+        config.warm_start.place,
         seed=config.seed,
         template_kwargs=config.model.chat_template_kwargs,
         on_check=on_check,
@@ -85,6 +86,7 @@ def skill_following(
     task_set: TaskSet,
     check: CheckSection,
     template: str,
+    place: Place,
     *,
     seed: int,
     template_kwargs: Mapping[str, Any] | None = None,
@@ -122,7 +124,7 @@ def skill_following(
         on_check(done, episodes)
 
     budget = Budget(turns=task_set.max_turns, turn_tokens=check.turn_tokens, trajectory_tokens=engine.max_length)
-    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, template_kwargs)
+    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, template_kwargs, place=place)
     rows = []
     for name, context in prompts:
         sampled, greedy = (

@@ -25,9 +25,9 @@ from skillsd.errors import UserError
 from skillsd.metrics import Mean, Metrics
 from skillsd.objective import TokenLogprobs
 from skillsd.prompting.renderer import ChatRenderer
-from skillsd.prompting.templates import load_template, render_skill, with_context
+from skillsd.prompting.templates import Place, load_template, render_skill, with_context
 from skillsd.seeds import derive_seed
-from skillsd.types import TRAIN_SPLIT, Demonstration, Message
+from skillsd.types import TRAIN_SPLIT, Demonstration
 from skillsd.warm_start.new_model import make_model
 
 VOCABULARY_SAMPLE = 4000
@@ -47,11 +47,9 @@ class SftProgress:
     loss: float
 
 
-def prompt_of(demonstration: Demonstration, template: str) -> tuple[Message, ...]:
-    """The prompt of a demonstration, including its skill if it has one."""
-    if demonstration.skill is None:
-        return demonstration.prompt
-    return with_context(demonstration.prompt, render_skill(demonstration.skill, template))
+def context_of(demonstration: Demonstration, template: str) -> str:
+    """The demonstration's skill as it is added to its prompt; empty without one."""
+    return "" if demonstration.skill is None else render_skill(demonstration.skill, template)
 
 
 def make_item(
@@ -59,7 +57,7 @@ def make_item(
 ) -> TrainItem:
     """A demonstration as one sequence. The signal ``weight`` is 1 for action tokens and `observation_weight` for the
     environment's; the prompt and noisy actions have weight 0 and are masked out."""
-    tokens = list(renderer.prompt(prompt_of(demonstration, template)))
+    tokens = list(renderer.prompt(demonstration.prompt, context_of(demonstration, template)))
     weights = [0.0] * len(tokens)
     for number, turn in enumerate(demonstration.turns):
         reply = renderer.reply(turn.action)
@@ -110,7 +108,7 @@ async def train(
     model = config.model.name
     if config.new is not None:
         sample = itertools.islice(_demonstrations(config, task_set, "vocabulary"), VOCABULARY_SAMPLE)
-        texts, replies = _words(sample, template)
+        texts, replies = _words(sample, template, options.place)
         make_model(folder, config.new, texts, replies, derive_seed(config.seed, "weights") % 2**32)
         model = str(folder)
     if config.model.threads:
@@ -125,7 +123,9 @@ async def train(
         max_grad_norm=options.max_grad_norm,
         gradient_checkpointing=config.model.gradient_checkpointing,
     )
-    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs)
+    renderer = ChatRenderer(
+        engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs, place=options.place
+    )
     stream = _demonstrations(config, task_set, "demonstrations")
     for step in range(options.steps):
         batch = [
@@ -164,12 +164,13 @@ def _demonstrations(config: SftConfig, task_set: TaskSet, purpose: str) -> Itera
         raise UserError(f"the environment {config.environment.name!r} gives no demonstrations: {error}") from error
 
 
-def _words(demonstrations: Iterator[Demonstration], template: str) -> tuple[list[str], list[str]]:
+def _words(demonstrations: Iterator[Demonstration], template: str, place: Place) -> tuple[list[str], list[str]]:
     """All texts, spaced as by the chat template, and all distinct replies."""
     texts: list[str] = []
     replies: dict[str, None] = {}
     for demonstration in demonstrations:
-        texts += [f" {message.content}" for message in prompt_of(demonstration, template)]
+        prompt = with_context(demonstration.prompt, context_of(demonstration, template), place)
+        texts += [f" {message.content}" for message in prompt]
         for turn in demonstration.turns:
             texts += [f" {turn.action}", f" {turn.observation}"]
             replies[turn.action] = None
