@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from skillsd import config as configs
-from skillsd.config import CheckSection, SftConfig
+from skillsd.config import CheckSection, RunConfig, SftConfig
 from skillsd.engines.options import EngineSpec
 from skillsd.engines.torch.models import SHIPPED
 from skillsd.engines.torch.options import TorchOptions
@@ -22,10 +22,11 @@ MAX_BYTES = 8 << 20
 
 def test_it_follows_a_skill_and_plays_weakly_without() -> None:
     task_set = load("sokoban", {"preset": "nano"})
+    skills = configs.load(RunConfig, "sokoban-nano").skills
     engine = TorchOptions().build(EngineSpec("nano", seed=0, device="cpu"))
     rows = {
         row["prompt"]: row["sampled"]
-        for row in skill_following(engine, task_set, CheckSection(samples=1), "teacher_terse", seed=1)
+        for row in skill_following(engine, task_set, CheckSection(samples=1), skills.template, skills.place, seed=1)
     }
     assert 0.1 < rows["plain"] < 0.4
     assert rows["golden skill"] > 0.9
@@ -37,7 +38,8 @@ def test_it_is_small_and_documents_its_making() -> None:
     folder = SHIPPED["nano"]
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < MAX_BYTES
     made_by = configs.load(SftConfig, str(folder / "recipe.yaml"))
-    assert made_by == configs.load(SftConfig, "nano-base")
+    place = configs.load(RunConfig, "sokoban-nano").skills.place  # a run must put a skill where the base has learnt it
+    assert made_by == configs.load(SftConfig, "nano-base", [f"warm_start.place={place}"])
     report = json.loads((folder / "warm_start.json").read_text())
     assert report["parameters"] < 1_000_000
     task_set = load("sokoban", {"preset": "nano"})

@@ -144,7 +144,7 @@ def test_context_is_added_to_the_prompt(engine: Engine) -> None:
     play(engine, Toy(), context=lambda task: f" Workflow: {task.id}", on_episode=played.append)
     for trajectory in played:
         prompt = engine.tokenizer.decode(trajectory.tokens[: trajectory.prompt_length])
-        assert prompt.endswith(f"Workflow: {trajectory.task.id}")
+        assert prompt.startswith(f" Workflow: {trajectory.task.id} ")
 
 
 class Paired(Toy):

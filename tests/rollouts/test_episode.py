@@ -222,7 +222,7 @@ def test_context_is_in_the_tokens_but_not_in_the_recorded_prompt(sampler: Script
     with_skill = play(sampler, Toy(), context=" Workflow: Up")
     extra = tuple(sampler.ids(" Workflow: Up"))
     assert with_skill.prompt == plain.prompt
-    assert with_skill.tokens[: with_skill.prompt_length] == plain.tokens[: plain.prompt_length] + extra
+    assert with_skill.tokens[: with_skill.prompt_length] == extra + plain.tokens[: plain.prompt_length]
     assert with_skill.tokens[with_skill.prompt_length :] == plain.tokens[plain.prompt_length :]
 
 
@@ -383,9 +383,9 @@ def test_each_task_gets_its_own_context(sampler: ScriptedSampler) -> None:
     for group, context in zip(collected.groups, ["", "Up", "Left"], strict=True):
         for trajectory in group.trajectories:
             prompt = sampler.tokenizer.decode(trajectory.tokens[: trajectory.prompt_length])
-            assert prompt.endswith(context)
-            assert prompt.startswith(f" {trajectory.prompt[0].content}")
-            assert not trajectory.prompt[0].content.endswith(("Up", "Left"))
+            assert prompt.startswith(f" {context}")
+            assert prompt.endswith(f" {trajectory.prompt[0].content}")
+            assert not trajectory.prompt[0].content.startswith(("Up", "Left"))
 
 
 def test_model_samples_the_same_tokens_at_any_concurrency(tiny_model: Path) -> None:

@@ -98,13 +98,15 @@ def sampled_logprobs(trajectory: Trajectory) -> list[float]:
 # -- the teacher ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("place", ["before", "after"])
 def test_teacher_sequence_is_the_teachers_prompt_and_the_students_ids_verbatim(
-    groups: list[Group], learner: TorchEngine, renderer: ChatRenderer
+    groups: list[Group], learner: TorchEngine, place: Any
 ) -> None:
+    renderer = ChatRenderer(learner.tokenizer, learner.stop_tokens, place=place)
     skill = tuple(learner.tokenizer.encode(SKILL, add_special_tokens=False))
     for trajectory in (t for group in groups for t in group.trajectories):
         sequence = teacher_sequence(trajectory, SKILL, renderer)
-        begin = trajectory.prompt_length
+        begin = trajectory.prompt_length if place == "after" else 0  # this model's prompt has only the task
         assert sequence.tokens == trajectory.tokens[:begin] + skill + trajectory.tokens[begin:]
         assert sequence.mask == trajectory.action_mask[:begin] + (False,) * len(skill) + trajectory.action_mask[begin:]
         assert sequence.marked == trajectory.action_tokens > 0
@@ -314,7 +316,13 @@ def test_rescored_logprobs_are_the_learners_under_the_samplers_prompt(
 
 
 @pytest.mark.parametrize(
-    ("reward_weight", "lambda_sdl", "imitation"), [(1.0, 0.0, 0.0), (1.0, 0.3, 0.0), (0.0, 1.0, 0.0), (1.0, 0.3, 0.2)]
+    ("reward_weight", "lambda_sdl", "normaliser", "imitation"),
+    [
+        (1.0, 0.0, "tokens", 0.0),
+        (1.0, 0.3, "tokens", 0.0),
+        (0.0, 1.0, "taught", 0.0),
+        (1.0, 0.3, "taught", 0.2),
+    ],
 )
 @pytest.mark.parametrize("micro_batch_tokens", [20, 8192])
 def test_gradient_of_a_step_equals_a_plain_implementation(
@@ -323,12 +331,13 @@ def test_gradient_of_a_step_equals_a_plain_implementation(
     renderer: ChatRenderer,
     reward_weight: float,
     lambda_sdl: float,
+    normaliser: Any,
     imitation: float,
     micro_batch_tokens: int,
 ) -> None:
     best = BestSuccesses()
     best.update(groups if imitation else [])
-    temperature, clip = 1.3, 0.2
+    temperature, low, high = 1.3, 0.8, 1.28
     learner = TorchEngine(str(tiny_model), device="cpu", micro_batch_tokens=micro_batch_tokens)
     contexts = [SKILL, "", SKILL, ""]
     batch = make_batch(groups, contexts, learner, renderer, best=best)
@@ -343,7 +352,7 @@ def test_gradient_of_a_step_equals_a_plain_implementation(
             assert torch.equal(ours, theirs), name
 
     items = items_of(batch)
-    objective = Objective(reward_weight=reward_weight, lambda_sdl=lambda_sdl, imitation_weight=imitation)
+    objective = Objective(reward_weight, lambda_sdl, normaliser, imitation)
     loss = objective.template.bind(item.signals for item in items)
     asyncio.run(learner.forward_backward(items, loss, temperature=temperature))
 
@@ -370,8 +379,8 @@ def test_gradient_of_a_step_equals_a_plain_implementation(
             now = logprobs(model, trajectory.tokens, trajectory.action_mask)
             old = torch.tensor([p for p, m in zip(trajectory.logprobs, trajectory.action_mask, strict=True) if m])
             rho = (now - old).exp()
-            clipped += int(((rho - 1).abs() > clip).sum())
-            policy = policy - torch.minimum(rho * advantage, rho.clamp(1 - clip, 1 + clip) * advantage).sum()
+            clipped += int(((rho < low) | (rho > high)).sum())
+            policy = policy - torch.minimum(rho * advantage, rho.clamp(low, high) * advantage).sum()
             tokens += len(now)
             if context:
                 sequence = teacher_sequence(trajectory, context, renderer)
@@ -383,7 +392,8 @@ def test_gradient_of_a_step_equals_a_plain_implementation(
     assert clipped
     assert taught < tokens
     control = imitation * imitation_loss / max(imitated, 1)
-    (reward_weight * policy / tokens + lambda_sdl * distilled / taught + control).backward()
+    count = {"tokens": tokens, "taught": taught}[normaliser]
+    (reward_weight * policy / tokens + lambda_sdl * distilled / count + control).backward()
     for (name, ours), theirs in zip(learner.model.named_parameters(), model.parameters(), strict=True):
         assert ours.grad is not None
         scale = float(theirs.grad.abs().max())

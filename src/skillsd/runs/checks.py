@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import yaml
+
 from skillsd.config import RunConfig
 from skillsd.config.skills import SummariserSection
 from skillsd.engines.estimate import Workload
@@ -107,6 +111,26 @@ async def check_engine(run: Run) -> None:
         await run.learner.logprobs([], want=want)
     except ValueError as error:
         raise UserError(f"objective.top_k is {want.k}: {error}") from error
+
+
+def warm_start_note(config: RunConfig) -> str | None:
+    """A note if the model's warm start rendered skills in another way than the run: it may then ignore them."""
+    from skillsd.engines.torch.models import SHIPPED
+
+    row, skills, name = method(config.method), config.skills, config.model.name
+    if row.context == "none" and row.student_prompt == "plain":
+        return None
+    try:
+        path = SHIPPED.get(name, Path(name).expanduser()) / "recipe.yaml"  # written by `skillsd sft`
+        trained = yaml.safe_load(path.read_text(encoding="utf-8"))["warm_start"]
+        before = {"template": trained["template"], "place": trained.get("place", "after")}  # the only one before the key
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return None  # not a warm-started model
+    if not (differing := [key for key, value in before.items() if value != getattr(skills, key)]):
+        return None
+    listed = " and ".join(f"warm_start.{key}={before[key]}" for key in differing)
+    cure = " ".join(f"skills.{key}={before[key]}" for key in differing)
+    return f"the model {name!r} learnt to read skills with {listed}; it may ignore them otherwise: set {cure}"
 
 
 def engine_spec(config: RunConfig) -> EngineSpec:

@@ -17,7 +17,7 @@ from skillsd.errors import UserError
 from skillsd.report import manifest
 from skillsd.report.writer import RunWriter
 from skillsd.runs.build import BANK, build
-from skillsd.runs.checks import check_engine, comparable
+from skillsd.runs.checks import check_engine, comparable, warm_start_note
 from skillsd.runs.sync import run_blocking
 from skillsd.training import checkpoint
 from skillsd.training.loop import train
@@ -106,7 +106,7 @@ async def run_training_async(
             on_record=on_record,
             on_note=on_note,
         )
-        for note in run.renderer.notes():
+        for note in (*run.renderer.notes(), *filter(None, [warm_start_note(config)])):
             writer.note(note)
         if start is None:
             manifest.write(folder, config, run.task_set)

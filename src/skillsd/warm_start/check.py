@@ -98,6 +98,7 @@ def skill_following(
     the skill, rather than profiting from having any.
 
     Args:
+        template, place: how a skill is rendered, and where it stands in the prompt.
         on_check: called with (finished episodes, all episodes) after each episode.
 
     Returns:
