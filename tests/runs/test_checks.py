@@ -50,7 +50,9 @@ def test_a_model_that_reads_skills_elsewhere_is_noted(
     assert (note is None) == (expected is None)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "name: x", "warm_start: 3", "warm_start: {place: before}", "a: [", "\xe4"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "name: x", "warm_start: 3", "warm_start: {place: before}", "a: [", "\xe4"]
+)
 def test_other_files_of_that_name_are_ignored(tmp_path: Path, content: str) -> None:
     (tmp_path / "recipe.yaml").write_bytes(content.encode("latin-1"))
     assert warm_start_note(RunConfig.model_validate({"name": "x", "model": {"name": str(tmp_path)}})) is None

@@ -123,7 +123,8 @@ def warm_start_note(config: RunConfig) -> str | None:
     try:
         path = SHIPPED.get(name, Path(name).expanduser()) / "recipe.yaml"  # written by `skillsd sft`
         trained = yaml.safe_load(path.read_text(encoding="utf-8"))["warm_start"]
-        before = {"template": trained["template"], "place": trained.get("place", "after")}  # the only one before the key
+        # Before there was a key, the skill was always last.
+        before = {"template": trained["template"], "place": trained.get("place", "after")}
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return None  # not a warm-started model
     if not (differing := [key for key, value in before.items() if value != getattr(skills, key)]):

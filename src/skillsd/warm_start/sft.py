@@ -146,11 +146,12 @@ async def train(
 
 def demonstrations_fingerprint(config: SftConfig, task_set: TaskSet) -> str:
     """Hash of the first demonstrations as the model reads them (16 hex digits). With another one, another model would
-    be trained: the levels, the scripted players, the wording or the template have changed."""
+    be trained: the levels, the scripted players, the wording, the template or the skill's place have changed."""
     template = load_template(config.warm_start.template)
     digest = hashlib.sha256()
     for demonstration in itertools.islice(_demonstrations(config, task_set, "demonstrations"), FINGERPRINT_SAMPLE):
-        prompt = [[message.role, message.content] for message in prompt_of(demonstration, template)]
+        messages = with_context(demonstration.prompt, context_of(demonstration, template), config.warm_start.place)
+        prompt = [[message.role, message.content] for message in messages]
         turns = [[turn.action, turn.observation, turn.learn] for turn in demonstration.turns]
         digest.update(json.dumps([prompt, turns]).encode())
     return digest.hexdigest()[:16]
