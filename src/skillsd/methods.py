@@ -181,9 +181,8 @@ def method(name: str) -> Method:
 
 def methods_table(methods: Iterable[Method] | None = None) -> str:
     """Names and switches as an aligned Markdown table."""
-    rows = [
-        "method|reward|lambda|over|imitation|teacher's context|teacher|student's prompt|sampler".split("|"),
-    ]
+    training = ["reward", "lambda", "over", "imitation"]
+    rows = [["method", *training, "teacher's context", "teacher", "student's prompt", "sampler"]]
     for m in METHODS.values() if methods is None else methods:
         reward, weight, imitation = (f"{weight:g}" for weight in (m.reward_weight, m.lambda_sdl, m.imitation_weight))
         over = "none" if m.teacher == "none" else m.normaliser
