@@ -264,13 +264,13 @@ def test_template_kwargs_that_have_no_effect_are_refused(key: str, message: str)
 # -- tokenizers whose ids depend on the preceding text ---------------------------------------------------------------
 
 
-def _metaspace(template: str) -> Any:
+def _metaspace(template: str, prepend: Any = "first", characters: str = "") -> Any:
     """Like SentencePiece in Llama 2 and Mistral: the start of a text is marked like the start of a word."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
-    backend.decoder = decoders.Metaspace(prepend_scheme="first", split=True)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=True)
+    backend.decoder = decoders.Metaspace(prepend_scheme=prepend, split=True)
     words = ["user assistant system\n seen Up Go! Play. "] * 3
-    alphabet = sorted(set("".join(words)))
+    alphabet = sorted({*"".join(words), *characters})
     trainer = trainers.BpeTrainer(special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(words, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
@@ -292,6 +292,44 @@ def test_observation_is_tokenised_as_after_an_end_of_turn(end: str) -> None:
     assert whole[: len(prompt)] == list(prompt)
     assert tuple(rest[rest.index(stop) + 1 :]) == renderer.observation("seen", stop)
     assert tuple(rest[: rest.index(stop) + 1]) == renderer.reply("Up")
+
+
+@pytest.mark.parametrize("prepend", ["first", "always"])
+def test_marker_in_a_message_has_no_blank_in_it(prepend: str) -> None:
+    """Such tokenizers put a blank before a text, and so before every piece that is encoded on its own."""
+    tokenizer = _metaspace(INST, prepend, "".join(SPECIAL))
+    stop = tokenizer.convert_tokens_to_ids("</s>")
+    renderer = ChatRenderer(tokenizer, frozenset({stop}))
+    assert "seen</s>[INST]Up<s>" in tokenizer.decode(renderer.observation("seen</s>[INST]Up<s>", stop))
+    assert "Go<s>Go" in tokenizer.decode(renderer.prompt([Message("user", "Go<s>Go")]))
+
+
+# -- the end of a turn ------------------------------------------------------------------------------------------------
+
+
+def test_template_whose_end_of_turn_does_not_stop_is_refused() -> None:
+    with pytest.raises(UserError, match=r"ends a reply with '<\|im_end\|>' .*not one of the model's stop tokens"):
+        _renderer(BRINGS_SYSTEM, "<|eos|>")
+
+
+def test_template_whose_control_tokens_the_tokenizer_lacks_is_refused() -> None:
+    """Its end of turn would be plain text: a reply would go on with turns of the model's own making."""
+    tokenizer = make_tokenizer([" user assistant"] * 3, 400)
+    tokenizer.chat_template = BRINGS_SYSTEM
+    with pytest.raises(UserError, match=r"plain text for this tokenizer: no token ends a reply"):
+        ChatRenderer(tokenizer, frozenset({0}))
+
+
+def test_several_named_templates() -> None:
+    tokenizer = _tokenizer(BRINGS_SYSTEM)
+    tokenizer.chat_template = {"tool_use": INST, "default": BRINGS_SYSTEM}
+    renderer = ChatRenderer(tokenizer, frozenset({tokenizer.convert_tokens_to_ids(END)}))
+    assert "You help." in tokenizer.decode(renderer.prompt([USER]))
+    tokenizer.chat_template = {"tool_use": INST, "rag": BRINGS_SYSTEM}
+    with pytest.raises(
+        UserError, match=r"none of which is called 'default': rag, tool_use. Write one of them to chat_"
+    ):
+        ChatRenderer(tokenizer, frozenset({0}))
 
 
 # -- published templates-----------------------------------------------------------------------------------------------

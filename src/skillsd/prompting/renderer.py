@@ -13,13 +13,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from skillsd.engines.chat_template import chat_template, control_tokens, first_control_token, separator
 from skillsd.errors import UserError
 from skillsd.prompting.templates import Place, with_context
+from skillsd.prompting.thinking import TAGS, opened_by, without_thinking
 from skillsd.types import Message
 
 _MARK = "\u27e6reply\u27e7"  # placeholder for the reply's text; no template writes this by itself
 _CUT = "\u27e6cut\u27e7"  # where a text is split, its pieces encoded separately
-_TAG = re.compile(r"[<\[].*[>\]]", re.DOTALL)
+_THINKING = {*TAGS, *TAGS.values()}
 _TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _DAY = datetime.date(2024, 7, 26)
 
@@ -43,7 +45,8 @@ class ChatRenderer:
 
     Raises:
         UserError: if the markup of a turn is not always the same (training on exactly the sampled ids would then be
-            impossible), if the template does not render replies, or if it does not read a key of `template_kwargs`.
+            impossible), if no stop token ends a turn, if the template does not render replies, or if it does not read a
+            key of `template_kwargs`.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class ChatRenderer:
         place: Place = "before",
     ) -> None:
         self._tokenizer, self._place = tokenizer, place
-        self._template = _TODAY.sub(lambda call: repr(_DAY.strftime(call[2])), tokenizer.get_chat_template())
+        self._template = _TODAY.sub(lambda call: repr(_DAY.strftime(call[2])), chat_template(tokenizer))
         self._kwargs = dict(template_kwargs or {})
         for key in self._kwargs:
             if key in ("messages", "add_generation_prompt"):
@@ -66,15 +69,18 @@ class ChatRenderer:
                     "correct it or leave it out"
                 )
         self._stop_texts = {token: tokenizer.decode([token]) for token in stop_tokens}
-        added = list(tokenizer.added_tokens_decoder.values())
-        self._special = {token.content for token in added if token.special}
+        added = tokenizer.added_tokens_decoder
+        self._special = {token.content for token in added.values() if token.special}
+        self._thinking = {index: token.content for index, token in added.items() if token.content in _THINKING}
         # Some tags are single tokens but not marked special (Qwen3's <think>). Only the student may write them.
-        tags = {token.content for token in added if _TAG.fullmatch(token.content) and token.content in self._template}
-        self._forged_by_others, self._forged_by_student = _any_of(self._special | tags), _any_of(self._special)
+        self._control = control_tokens(tokenizer)
+        self._forged_by_others, self._forged_by_student = _any_of(set(self._control)), _any_of(self._special)
         self._cache: dict[tuple[str, int | None], tuple[int, ...]] = {}
         self._has_system = self._shows([("system", _MARK), ("user", "x")])
         self._alternates = not self._shows([("user", _MARK), ("user", "x")])
         self._tail, self._next = self._find_turn()
+        self._check_end_of_turn()
+        self._opened = opened_by(self._render([("user", _MARK)], reply_next=True).rpartition(_MARK)[2])
 
     def prompt(self, messages: Sequence[Message], context: str = "") -> tuple[int, ...]:
         """Ids of the first prompt, up to where the student's reply begins.
@@ -148,9 +154,16 @@ class ChatRenderer:
         return len(self._encode(self._as_letters("user", text)))
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of sampled ids, without special tokens, for the environment and for logs."""
-        ids = list(tokens)
-        return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+        """The action in sampled ids: without special tokens and thinking; empty if the thinking is unfinished."""
+        parts: list[str] = []
+        run: list[int] = []
+        for token in tokens:  # tags can be special tokens, which `decode` leaves out
+            if token in self._thinking:
+                parts += [self._decode(run), self._thinking[token]]
+                run = []
+            else:
+                run.append(token)
+        return without_thinking("".join([*parts, self._decode(run)]), self._opened).strip()
 
     def notes(self) -> list[str]:
         """Changes that the template would make to earlier text as a dialogue goes on; the ids keep the original."""
@@ -199,12 +212,19 @@ class ChatRenderer:
     def _encode(self, text: str, context: str = "") -> tuple[int, ...]:
         """Ids of `text` when it follows `context`: with some tokenizers they depend on it."""
         first, *others = text.split(_CUT)
-        lead, whole = self._ids(context), self._ids(context + first)
-        ids = whole[len(lead) :] if whole[: len(lead)] == lead else self._ids(first)
-        return (*ids, *(i for piece in others for i in self._ids(piece)))
+        # The other pieces begin inside a word. Alone, some tokenizers (SentencePiece) would put a blank before them.
+        return (*self._ids_after(context, first), *(i for piece in others for i in self._ids_after("\n", piece)))
+
+    def _ids_after(self, context: str, text: str) -> list[int]:
+        lead, whole = self._ids(context), self._ids(context + text)
+        return whole[len(lead) :] if whole[: len(lead)] == lead else self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
 
     def _shows(self, messages: list[tuple[str, str]]) -> bool:
         try:
@@ -233,6 +253,22 @@ class ChatRenderer:
                 "tokenizer whose chat template writes every turn the same way"
             )
         return tail, turn
+
+    def _check_end_of_turn(self) -> None:
+        """Refuse a template whose replies no stop token ends: the student would go on with turns of its own making."""
+        between = separator(self._tokenizer, self._template, **self._kwargs) or ""
+        found = first_control_token(between, self._control)
+        if found is not None and found[1] not in self._stop_texts:
+            raise UserError(
+                f"the chat template ends a reply with {found[0]!r} (id {found[1]}), which is not one of the model's "
+                f"stop tokens {self._stop_texts}: add it to eos_token_id in the model's generation_config.json"
+            )
+        if found is None and between.strip() and not any(stop in between for stop in self._stop_texts.values()):
+            raise UserError(
+                f"the chat template writes {between!r} between a reply and the next message, which is plain text for "
+                "this tokenizer: no token ends a reply. Give a tokenizer that has the template's control tokens, or a "
+                "template that writes the tokenizer's eos_token after a reply"
+            )
 
     def _after_reply(self, messages: Sequence[tuple[str, str]], *, reply_next: bool) -> str:
         text = self._render(messages, reply_next=reply_next)

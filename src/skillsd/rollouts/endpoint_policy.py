@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from skillsd.engines.endpoint import Answer, Endpoint, EndpointError
 from skillsd.errors import UserError
 from skillsd.prompting.templates import Place, with_context
+from skillsd.prompting.thinking import without_thinking
 from skillsd.rollouts.policy import Budget, EpisodeState, PolicyFailedError
 from skillsd.types import Message
 
@@ -74,7 +75,7 @@ class EndpointEpisode(EpisodeState):
             return None
         self._used = answer.tokens_in + answer.tokens_out
         self._messages.append(Message("assistant", answer.text))
-        return answer.text.strip()
+        return without_thinking(answer.text).strip()
 
     def observe(self, observation: str) -> None:
         self._messages.append(Message("user", observation))
