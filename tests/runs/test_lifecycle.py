@@ -22,7 +22,8 @@ from toy_run import toy_settings, without_clocks
 
 from skillsd import config as configs
 from skillsd.config import RunConfig
-from skillsd.errors import UserError
+from skillsd.engines.torch.engine import TorchEngine
+from skillsd.errors import EngineFailedError, UserError
 from skillsd.report.writer import EVALUATIONS, METRICS, read
 from skillsd.runs.lifecycle import run_training
 from skillsd.runs.subjects import load_trained
@@ -306,6 +307,27 @@ def test_run_without_a_checkpoint_starts_again(
         run_training(config, tmp_path / "run")
     assert run_training(config, tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("part", "phase"), [("_decode", "sampling"), ("_score", "scoring"), ("_step", "updating the weights")]
+)
+def test_run_out_of_memory_is_one_line_and_can_be_resumed(
+    part: str, phase: str, uninterrupted: Path, config: RunConfig, tmp_path: Path
+) -> None:
+    folder, works = tmp_path / "run", getattr(TorchEngine, part)
+
+    def fails_after_a_checkpoint(*given: Any) -> Any:
+        if (folder / "checkpoints" / "step-2").exists():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return works(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchEngine, part, fails_after_a_checkpoint)
+        with pytest.raises(EngineFailedError, match=f"out of memory while {phase}.*--resume"):
+            run_training(config, folder)
+    assert run_training(config, folder, resume=True)
+    assert_same_run(folder, uninterrupted)
 
 
 def test_ctrl_c_saves_a_checkpoint_and_prints_the_resume_command(

@@ -8,6 +8,7 @@ checks that an implementation keeps the promises written here.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from skillsd.engines.spec import Capabilities
-from skillsd.errors import UserError
+from skillsd.errors import EngineFailedError, UserError
 from skillsd.metrics import Metrics
 from skillsd.objective.logprobs import CHOSEN, TokenLogprobs, Want
 
@@ -55,12 +56,32 @@ class Sample:
         tokens: the sampled ids, the stop token included.
         logprobs: of each token under the *sampling* distribution.
         version: of the student's weights that were loaded when it was sampled.
+
+    Raises:
+        EngineFailedError: if a log-prob is not finite.
     """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     stop_reason: Literal["stop", "length"]
     version: int = 0
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, self.logprobs)):
+            raise not_finite("sampled log-probs", self.version)
+
+
+def not_finite(what: str, version: int) -> EngineFailedError:
+    """The error for nan or infinity in what a model computes.
+
+    Args:
+        version: of the student's weights.
+    """
+    return EngineFailedError(
+        f"the {what} are not finite (nan or infinity), with the weights after update {version}: training has diverged, "
+        "or the weights are damaged. Start again from an earlier checkpoint (model.name=RUN/checkpoints/step-N/model) "
+        "with a lower training.learning_rate"
+    )
 
 
 def check_request(request: SampleRequest, max_length: int, held: Sequence[int] = ()) -> None:

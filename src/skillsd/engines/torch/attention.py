@@ -133,11 +133,13 @@ class PackedPlan:
 
     Attributes:
         source: for each sequence, the places of its tokens in the packed row.
+        windows: layer -> the sliding window that the model asked for, None for none. Layers that don't use this
+            attention are missing.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device, shared: Sequence[int] | None = None) -> None:
         self.batch, self.longest = len(lengths), max(lengths)
-        self.layers_asked: set[int] = set()  # a model with other kinds of layers leaves some out
+        self.windows: dict[int, int | None] = {}
         self.source: list[Tensor] = []
         positions, firsts = [], []  # of each packed token: its position in its sequence, and its first slot
         size = 0
@@ -162,7 +164,7 @@ class PackedPlan:
             self._again = again.flatten().nonzero().squeeze(1).to(device) if again.any() else None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        self.layers_asked.add(layer)
+        self.windows[layer] = window
         heads = query.shape[1]
         # A shared prefix's queries are used in its first sequence only; its keys and values get gradients from all.
         q, k, v = self._padded(query, None), self._padded(key, self._again), self._padded(value, self._again)

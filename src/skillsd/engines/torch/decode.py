@@ -7,6 +7,7 @@ threads or clocks, a run with in-process environments is deterministic.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from skillsd.engines.base import SampleRequest
 from skillsd.engines.torch.attention import CachedPlan, KVPool
+from skillsd.engines.torch.memory import explained
+from skillsd.errors import EngineFailedError
 
 Forward = Callable[[Tensor, CachedPlan, Tensor], Tensor]
 """(packed ids ``[tokens]``, plan, positions ``[n]`` in the packed row) -> logits ``[n, vocab]`` there."""
@@ -105,7 +108,7 @@ class Decoder:
         try:
             await self._gather()
             while self._queue or any(session.request for session in self._rows):
-                with torch.inference_mode():
+                with torch.inference_mode(), explained("sampling"):
                     self._admit()
                     self._step()
                 await asyncio.sleep(0)
@@ -116,9 +119,10 @@ class Decoder:
             self._rows.clear()
             self._sessions.clear()
             self._pool = KVPool()  # it may hold infinities now, which a mask does not remove: 0 * inf is nan
+            known = isinstance(error, EngineFailedError | FloatingPointError)
             for future in waiting:
                 if not future.done():
-                    future.set_exception(RuntimeError(f"decoding failed: {error!r}"))
+                    future.set_exception(error if known else RuntimeError(f"decoding failed: {error!r}"))
             if not isinstance(error, Exception):
                 raise
 
@@ -298,6 +302,9 @@ def choose(logits: Tensor, temperatures: list[float], uniforms: list[float]) -> 
 
     Returns:
         The ids and their log-probs under the sampling distribution (in float32), one per row.
+
+    Raises:
+        FloatingPointError: if a row has nan or infinity among its logits. (Some may be minus infinity.)
     """
     # A division, as in scoring: multiplying by 1 / t rounds differently, by 1e-5 where t is small.
     divisor = torch.tensor([t if t > 0 else 1.0 for t in temperatures], device=logits.device)
@@ -309,4 +316,7 @@ def choose(logits: Tensor, temperatures: list[float], uniforms: list[float]) -> 
     if not all(t > 0 for t in temperatures):
         greedy = torch.tensor([t <= 0 for t in temperatures], device=logits.device).unsqueeze(1)
         ids = torch.where(greedy, logprobs.argmax(dim=-1, keepdim=True), ids)
-    return ids.squeeze(1).tolist(), logprobs.gather(1, ids).squeeze(1).tolist()
+    chosen: list[float] = logprobs.gather(1, ids).squeeze(1).tolist()
+    if any(map(math.isnan, chosen)):  # one of them makes the whole row nan
+        raise FloatingPointError("logits are nan or infinite")
+    return ids.squeeze(1).tolist(), chosen

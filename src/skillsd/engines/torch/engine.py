@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from skillsd.engines.base import (
     Learner,
@@ -26,6 +26,7 @@ from skillsd.engines.base import (
     Weights,
     WeightsHandle,
     check_request,
+    not_finite,
     wanted_by,
 )
 from skillsd.engines.options import LoraOptions
@@ -33,23 +34,25 @@ from skillsd.engines.top_k import check_candidates, check_k, nothing, select
 from skillsd.engines.torch import state
 from skillsd.engines.torch.attention import CachedPlan
 from skillsd.engines.torch.decode import Decoder
-from skillsd.engines.torch.export import bytes_written, write_merged
-from skillsd.engines.torch.forward import READ, Network, recomputed_activations, with_weights
+from skillsd.engines.torch.export import bytes_written, check_written, probe_sequence, write_merged
+from skillsd.engines.torch.forward import READ, Network, enable_recomputation, recomputed_activations, with_weights
 from skillsd.engines.torch.lm_head import TrunkAndHead
-from skillsd.engines.torch.micro_batches import micro_batches
+from skillsd.engines.torch.memory import Phase, explained
+from skillsd.engines.torch.micro_batches import MicroBatches
 from skillsd.engines.torch.models import (
-    add_lora,
     load_model,
     load_teacher,
     longest_sequence,
     pick_device,
+    resolve,
     stop_tokens,
     vocabulary,
 )
 from skillsd.engines.torch.optimiser import MasterAdamW
+from skillsd.engines.torch.verify import verify_model
 from skillsd.errors import UserError
 from skillsd.metrics import Metrics, add_metrics
-from skillsd.objective.logprobs import CHOSEN, TokenLogprobs, Want
+from skillsd.objective.logprobs import CHOSEN, WHOLE, TokenLogprobs, Want
 
 T = TypeVar("T")
 
@@ -69,10 +72,9 @@ class TorchEngine(Learner, Sampler):
         teacher_model: the teacher is this other model, given like `model` (for example the folder ``model`` of a
             checkpoint), with the student's tokenizer and without adapters. It is never synchronised, never stale and
             not saved in checkpoints; `teacher_follows` is ignored. Sequences are limited to what both models take.
-        micro_batch_tokens: the most tokens in one forward pass of scoring or training (a longer sequence goes alone).
+        micro_batch_tokens: the most tokens in one forward pass (a longer sequence goes alone); halved if out of memory.
         max_sessions: the most episodes whose keys and values are kept at once.
-        in_thread: score and train in a thread, so that the event loop stays free. Decoding always runs in the event
-            loop.
+        in_thread: score and train in a thread, so that the event loop, which decodes, stays free.
     """
 
     samples_teacher = True
@@ -96,37 +98,41 @@ class TorchEngine(Learner, Sampler):
     ) -> None:
         self.version = 0
         self.device = pick_device(device)
-        loaded, self.tokenizer = load_model(model, dtype=dtype, device=self.device)
-        self.stop_tokens = stop_tokens(loaded, self.tokenizer)
-        self.max_length = longest_sequence(loaded.config)
-        self.vocabulary = vocabulary(loaded.config)
-        self._external: nn.Module | None = None  # the teacher, if it is another model
-        if teacher_model is not None:
-            self._external = load_teacher(teacher_model, loaded, self.tokenizer, dtype=dtype, device=self.device)
-            self.max_length = min(self.max_length, longest_sequence(self._external.config))
+        self._base = resolve(model)
+        self.model, self.tokenizer = load_model(model, dtype=dtype, device=self.device, lora=lora)
+        config: Any = self.model.config
+        self.stop_tokens = stop_tokens(self.model, self.tokenizer)
+        self.max_length = longest_sequence(config)
+        self.vocabulary = vocabulary(config)
         self.lora = lora is not None
-        self.model: nn.Module = add_lora(loaded, lora) if lora else loaded
-        self._split = TrunkAndHead(self.model)
-        self._external_split = TrunkAndHead(self._external) if self._external is not None else None
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            enable_recomputation(self.model)
             if lora:
                 self.model.enable_input_require_grads()  # type: ignore[operator]
-        self._checkpointing = gradient_checkpointing
+        self._student = Network(self.model, TrunkAndHead(self.model), self.vocabulary, self.device)
+        self._external: Network | None = None  # the teacher, if it is another model
+        if teacher_model is not None:
+            teacher = load_teacher(teacher_model, self.model, self.tokenizer, dtype=dtype, device=self.device)
+            self._external = replace(self._student, run=teacher, split=TrunkAndHead(teacher))
+            self.max_length = min(self.max_length, longest_sequence(teacher.config))
+            verify_model(teacher, self._external, teacher_model)
+        verify_model(self.model, self._student, model)
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimiser = MasterAdamW(self.trainable.values(), betas=betas, weight_decay=weight_decay)
         self._max_grad_norm = max_grad_norm
-        self._micro_batch_tokens = micro_batch_tokens
+        self._micro_batches = MicroBatches(micro_batch_tokens)
         self._in_thread = in_thread
         self._teacher_follows = teacher_follows
         self.teacher: dict[str, Tensor] | None = None  # the snapshot; None if the teacher follows or is another model
         self.teacher_averages: dict[str, Tensor] = {}  # float32 copies of an averaged snapshot's bfloat16 weights
         self.student_moved = False  # since the last sync
+        self._since_step: list[Callable[[], Metrics]] = []  # each adds its part of the gradient
         self._loss_is_finite = True  # of everything accumulated since the last step
         self.decoders = {
             "student": Decoder(partial(self._decode, "student"), self.stop_tokens, self.device, max_sessions),
             "teacher": Decoder(partial(self._decode, "teacher"), self.stop_tokens, self.device, max_sessions),
         }
+        self._checked: set[tuple[str, bool]] = set()  # which kinds of folders were checked: (kind, after an update)
         self._sync_teacher(1.0)
 
     # -- sampling -----------------------------------------------------------------------------------------------
@@ -138,7 +144,10 @@ class TorchEngine(Learner, Sampler):
             self._check_teacher()
             if self._teacher_is_student:  # share its decode batch
                 weights = "student"
-        tokens, logprobs, stopped = await self.decoders[weights].sample(request)
+        try:
+            tokens, logprobs, stopped = await self.decoders[weights].sample(request)
+        except FloatingPointError as error:
+            raise not_finite(f"{weights}'s logits", self.version) from error
         return Sample(tokens, logprobs, "stop" if stopped else "length", self.version)
 
     def end_session(self, session: str) -> None:
@@ -165,16 +174,17 @@ class TorchEngine(Learner, Sampler):
         temperature: float = 1.0,
         want: Want = CHOSEN,
     ) -> list[TokenLogprobs]:
-        return await self._compute(lambda: self._logprobs(sequences, weights, temperature, want))
+        return await self._compute("scoring", lambda: self._logprobs(sequences, weights, temperature, want))
 
     async def forward_backward(self, batch: Sequence[TrainItem], loss: Loss, *, temperature: float = 1.0) -> Metrics:
-        return await self._compute(lambda: self._forward_backward(batch, loss, temperature))
+        return await self._compute("computing gradients", lambda: self._forward_backward(batch, loss, temperature))
 
     async def step(self, learning_rate: float) -> StepReport:
-        return await self._compute(lambda: self._step(learning_rate))
+        return await self._compute("updating the weights", lambda: self._step(learning_rate))
 
-    async def _compute(self, work: Callable[[], T]) -> T:
-        return await asyncio.to_thread(work) if self._in_thread else work()
+    async def _compute(self, phase: Phase, work: Callable[[], T]) -> T:
+        with explained(phase):
+            return await asyncio.to_thread(work) if self._in_thread else work()
 
     def _logprobs(
         self, sequences: Sequence[TokenSequence], weights: Weights, temperature: float, want: Want
@@ -185,7 +195,12 @@ class TorchEngine(Learner, Sampler):
             self._check_teacher()
         self._check_lengths(sequences)
         self._release()
+        score = partial(self._score, sequences, weights, temperature, want)
+        return self._micro_batches.until_they_fit(score, score)
 
+    def _score(
+        self, sequences: Sequence[TokenSequence], weights: Weights, temperature: float, want: Want
+    ) -> list[TokenLogprobs]:
         def read(full: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
             found = select(full, ids, want)
             return tuple(x for x in (found.chosen, found.distribution, found.candidates) if x is not None)
@@ -193,24 +208,40 @@ class TorchEngine(Learner, Sampler):
         network = self._network(weights)
         pieces: list[list[Tensor]] = [[] for _ in sequences]
         with torch.inference_mode():
-            for part, shared in micro_batches(sequences, self._micro_batch_tokens):
+            for part, shared in self._micro_batches.of(sequences):
                 counts = [sequences[i].marked for i in part]
-                for found in network.forward([sequences[i] for i in part], shared, temperature, read):
+                read_off = network.forward([sequences[i] for i in part], shared, temperature, read)
+                if torch.isnan(read_off[0]).any():
+                    raise not_finite(f"{weights}'s log-probs", self.version)
+                for found in read_off:
                     for i, piece in zip(part, found.cpu().split(counts), strict=True):
                         pieces[i].append(piece.clone())
         return [TokenLogprobs(*found) if found else nothing(want, self.vocabulary) for found in pieces]
 
     def _forward_backward(self, batch: Sequence[TrainItem], loss: Loss, temperature: float) -> Metrics:
         self._check_lengths([item.sequence for item in batch])
-        want = wanted_by(loss)
-        if want.kind == "top_k":
+        if wanted_by(loss).kind == "top_k":
             check_candidates(batch, self.vocabulary)
         self._release()
+        accumulate = partial(self._accumulate, batch, loss, temperature)
+
+        def again() -> Metrics:
+            self.optimiser.zero_grad()  # the backward pass that failed may have added a part of its gradient
+            for earlier in self._since_step:
+                earlier()
+            return accumulate()
+
+        metrics = self._micro_batches.until_they_fit(accumulate, again)
+        self._since_step.append(accumulate)
+        return metrics
+
+    def _accumulate(self, batch: Sequence[TrainItem], loss: Loss, temperature: float) -> Metrics:
+        want = wanted_by(loss)
         network = self._network("student")
         parts: list[Metrics] = []
-        for part, shared in micro_batches([item.sequence for item in batch], self._micro_batch_tokens):
+        for part, shared in self._micro_batches.of([item.sequence for item in batch]):
             items = [batch[i] for i in part]
-            with recomputed_activations(self.model) if self._checkpointing else nullcontext():
+            with recomputed_activations(self.model):
                 names = items[0].signals.keys()
                 signals = {name: torch.cat([item.signals[name] for item in items]).to(self.device) for name in names}
                 candidates = signals["candidates"] if want.kind == "top_k" else None
@@ -229,6 +260,7 @@ class TorchEngine(Learner, Sampler):
         # One non-finite entry makes the norm non-finite, so checking the norm checks every gradient.
         finite = self._loss_is_finite and bool(torch.isfinite(norm))
         self._loss_is_finite = True
+        self._since_step.clear()
         if finite:
             self.forget_caches()
             self.optimiser.step(learning_rate)
@@ -240,7 +272,8 @@ class TorchEngine(Learner, Sampler):
     # -- the teacher --------------------------------------------------------------------------------------------
 
     async def sync_teacher(self, rate: float = 1.0) -> None:
-        self._sync_teacher(rate)
+        with explained("updating the weights"):
+            self._sync_teacher(rate)
 
     def _sync_teacher(self, rate: float) -> None:
         if not 0 < rate <= 1:
@@ -300,13 +333,11 @@ class TorchEngine(Learner, Sampler):
 
     def _network(self, weights: Weights) -> Network:
         """The model that computes with these weights."""
-        run: Callable[..., Any] = self.model
-        split = self._split
-        if weights == "teacher" and self._external is not None and self._external_split is not None:
-            run, split = self._external, self._external_split
-        elif weights == "teacher" and self.teacher is not None:
-            run = with_weights(self.model, self.teacher)
-        return Network(run, split, self.vocabulary, self.device)
+        if weights == "teacher" and self._external is not None:
+            return self._external
+        if weights == "teacher" and self.teacher is not None:
+            return replace(self._student, run=with_weights(self.model, self.teacher))
+        return self._student
 
     # -- weights out and in -------------------------------------------------------------------------------------
 
@@ -320,6 +351,7 @@ class TorchEngine(Learner, Sampler):
                 f"can't write the weights for the sampler ({self.published_bytes / 2**30:.2f} GiB) into "
                 f"{str(folder)!r}: {error}. Make room there, or set TMPDIR to a folder that has it"
             ) from error
+        self._check_once("published", folder)
         return WeightsHandle(self.version, str(folder))
 
     @property
@@ -335,17 +367,34 @@ class TorchEngine(Learner, Sampler):
             self.tokenizer.save_pretrained(folder)
         else:
             self.save_weights(folder)
+        self._check_written(folder, adapter=self.lora and not merge)
 
     def save_weights(self, folder: Path) -> None:
         """The student's weights (under LoRA the adapter) and tokenizer, in the format of ``transformers``."""
         self.model.save_pretrained(folder)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
+        if self.lora:
+            (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+    def _check_once(self, kind: str, folder: Path, *, adapter: bool = False) -> None:
+        """Check what was written, the first time, and the first time after an update: a new adapter changes nothing."""
+        if (kind, self.version > 0) not in self._checked:
+            self._check_written(folder, adapter=adapter)
+            self._checked.add((kind, self.version > 0))
+
+    def _check_written(self, folder: Path, *, adapter: bool) -> None:
+        probed = probe_sequence(self.vocabulary, self.max_length)
+        [found] = self._logprobs([probed], "student", 1.0, WHOLE)
+        dtype = next(self.model.parameters()).dtype
+        check_written(folder, probed.tokens, found, dtype=dtype, base=self._base if adapter else None)
 
     async def save_state(self, folder: Path) -> None:
         self.save_weights(folder / "model")
         state.save(self, folder / state.FILE)
+        self._check_once("checkpoint", folder / "model", adapter=self.lora)
 
     async def load_state(self, folder: Path) -> None:
         state.load(self, folder / state.FILE)
         self._loss_is_finite = True
+        self._since_step.clear()
         self.forget_caches()

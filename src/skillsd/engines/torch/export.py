@@ -1,14 +1,26 @@
-"""The student's weights as a plain model folder: adapters merged, for sampling engines and for export."""
+"""The student's weights in a folder: a plain model, adapters merged, or the adapter; checked after writing."""
 
 from __future__ import annotations
 
+import copy
 import json
+import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from skillsd.engines.base import TokenSequence
+from skillsd.engines.torch.adapters import load_adapter
+from skillsd.engines.torch.verify import difference, probe
+from skillsd.errors import UserError
+from skillsd.objective.logprobs import TokenLogprobs
+
+PROBED = 24
+"""Tokens whose predictions are compared after writing."""
 
 
 def write_merged(model: nn.Module, folder: Path, *, untie: bool) -> None:
@@ -16,31 +28,31 @@ def write_merged(model: nn.Module, folder: Path, *, untie: bool) -> None:
 
     Args:
         untie: write the output head separately even if it is tied to the embeddings, for samplers: vLLM's CPU build
-            does not update a tied head, and reports no error. Done in any case if the head or the embeddings have an
-            adapter, because their merged weights differ.
+            does not update a tied head, and reports no error. Done in any case if training has made them differ.
+
+    Raises:
+        UserError: if an adapter can't be merged exactly.
     """
     plain = without_adapters(model)
     for old in folder.glob("*.safetensors"):  # otherwise both would be there until the new one is complete
         old.unlink()
     weights = merged_weights(plain)
-    head, embeddings = plain.get_output_embeddings(), plain.get_input_embeddings()
-    adapted = any(hasattr(module, "get_delta_weight") for module in (head, embeddings))
-    untied: dict[str, Tensor] = {}
-    if head.weight is embeddings.weight and (untie or adapted):
-        name = _unwrapped(next(name for name, module in plain.named_modules() if module is head))
-        untied = {f"{name}.weight": weights.pop(f"{name}.weight").detach()}
+    head, embeddings = _weight_of(plain, plain.get_output_embeddings()), _weight_of(plain, plain.get_input_embeddings())
+    tied = weights[head].data_ptr() == weights[embeddings].data_ptr()
+    if tied and untie:
+        weights[head] = weights[head].clone()
+        tied = False
     plain.save_pretrained(folder, state_dict=weights, max_shard_size="10TB")
-    if untied:
-        save_file(untied, folder / "head.safetensors")
-        path = folder / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps({**config, "tie_word_embeddings": False}), encoding="utf-8")
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not tied:
+        path.write_text(json.dumps({**config, "tie_word_embeddings": False}, indent=2), encoding="utf-8")
 
 
 def bytes_written(model: nn.Module) -> int:
     """The most bytes that `write_merged` writes, counting the output head separately, tied or not."""
-    plain = without_adapters(model)
-    return sum(w.numel() * w.element_size() for w in [*model.parameters(), plain.get_output_embeddings().weight])
+    head = without_adapters(model).get_output_embeddings()
+    return sum(w.numel() * w.element_size() for w in [*model.parameters(), head.weight])
 
 
 def without_adapters(model: nn.Module) -> Any:
@@ -49,23 +61,99 @@ def without_adapters(model: nn.Module) -> Any:
 
 
 def merged_weights(plain: nn.Module) -> dict[str, Tensor]:
-    """The merged weights, with the names and dtypes that the model has without adapters.
+    """The merged weights, with the names and dtypes that the model has without adapters. The model is unchanged.
 
-    Each matrix is merged in float32, the adapters' dtype, and moved to the CPU before the next. The model is unchanged.
+    Each module with an adapter is copied, merged by peft, which knows its own kinds (DoRA, biases, whole modules,
+    single tokens), in float32, and moved to the CPU before the next.
+
+    Raises:
+        UserError: if peft can't merge one.
     """
-    weights = {_unwrapped(name): weight for name, weight in plain.state_dict().items() if ".lora_" not in name}
-    for name, module in plain.named_modules():
-        if not hasattr(module, "get_delta_weight"):
+    adapted = {name: module for name, module in plain.named_modules() if _is_wrapper(module)}
+    weights = {name: tensor for name, tensor in plain.state_dict().items() if not _inside(name, adapted)}
+    for name, module in adapted.items():
+        if _inside(name, adapted):  # several adapters of one module are nested in each other
             continue
-        # An adapter of a bare parameter (as of experts) has its name; several of one module are nested in each other.
-        key = f"{_unwrapped(name)}.{getattr(module, 'parameter_name', 'weight')}"
-        with torch.no_grad():
-            for adapter in module.active_adapters:
-                delta = module.get_delta_weight(adapter)
-                weights[key] = (weights[key].to(delta.device) + delta).to(weights[key].dtype).cpu()
+        own = _without_wrappers(module).state_dict()
+        try:
+            merged = _merged(module)
+        except Exception as error:  # peft raises any type for what it can't merge
+            raise UserError(
+                f"the adapter of {name!r} can't be merged into its weights ({type(error).__name__}: {error}): export "
+                "it without merging, or train another kind of adapter"
+            ) from error
+        weights |= {f"{name}.{key}": tensor.to(own[key].dtype).cpu() for key, tensor in merged.state_dict().items()}
     return weights
 
 
-def _unwrapped(name: str) -> str:
-    """The name of a module or weight without peft's wrappers."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
+def _is_wrapper(module: nn.Module) -> bool:
+    if "peft" not in sys.modules:  # not imported here: it takes seconds
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+
+
+def _merged(wrapper: Any) -> nn.Module:
+    merged = copy.deepcopy(wrapper).float()
+    if hasattr(type(merged), "unload_and_optionally_merge_module"):
+        layer: nn.Module = merged.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+        return layer
+    merged.merge(safe_merge=True)
+    return _without_wrappers(merged)
+
+
+def _without_wrappers(module: nn.Module) -> nn.Module:
+    while _is_wrapper(module):
+        module = getattr(module, "base_layer" if "base_layer" in module._modules else "original_module")
+    return module
+
+
+def _inside(name: str, modules: Collection[str]) -> bool:
+    """Whether a dotted name is that of a part of one of the modules."""
+    parts = name.split(".")
+    return any(".".join(parts[:n]) in modules for n in range(1, len(parts)))
+
+
+def _weight_of(plain: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in plain.named_modules() if module is part) + ".weight"
+
+
+def probe_sequence(vocabulary: int, longest: int) -> TokenSequence:
+    """The sequence to give `check_written`, at most `longest` tokens, all marked but the first."""
+    tokens = probe(vocabulary, min(PROBED, longest))
+    return TokenSequence(tokens, (False, *[True] * (len(tokens) - 1)))
+
+
+def check_written(
+    folder: Path, tokens: tuple[int, ...], expected: TokenLogprobs, *, dtype: torch.dtype, base: str | None = None
+) -> None:
+    """Load what was written and compare its predictions, on the CPU, where the files are mapped instead of copied.
+
+    Args:
+        expected: the whole distributions of `tokens` from the second one on, by the model that was written.
+        dtype: of the model.
+        base: the folder or hub name of the model that the adapter in `folder` belongs to; None if `folder` is a model.
+
+    Raises:
+        UserError: if they differ, or the folder can't be loaded.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():  # loading may draw random numbers
+            model: Any = AutoModelForCausalLM.from_pretrained(base or folder, dtype=dtype, attn_implementation="eager")
+            if base is not None:
+                model = load_adapter(model, str(folder))
+            logits = model.eval()(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, :-1]
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"the weights just written to {str(folder)!r} can't be loaded again: {error}") from error
+    exact = dtype == torch.float32
+    limit = 0.01 if exact else 0.1
+    whole = expected.distribution
+    assert whole is not None
+    gap = difference(whole, logits[:, : whole.shape[1]].float().log_softmax(-1), exact=exact)
+    if not gap < limit:
+        raise UserError(
+            f"the weights just written to {str(folder)!r} differ from the model in training: their predictions are off "
+            f"by {gap:.3g} nats (expected less than {limit}), so they are of no use. Please report this with the recipe"
+        )

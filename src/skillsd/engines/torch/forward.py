@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from skillsd.engines.base import TokenSequence
 from skillsd.engines.top_k import coarse_grain
 from skillsd.engines.torch.attention import CachedPlan, PackedPlan
 from skillsd.engines.torch.lm_head import TrunkAndHead, in_chunks
+from skillsd.errors import UserError
 
 Read = Callable[..., tuple[Tensor, ...]]
 """(log-probs ``[tokens, vocab]``, the tokens' ids ``[tokens]``, ...) -> tensors with one row per token."""
@@ -80,18 +85,50 @@ def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> Callable[..., 
     return lambda **inputs: torch.func.functional_call(model, weights, (), inputs)
 
 
+def enable_recomputation(model: nn.Module) -> None:
+    """Prepare `recomputed_activations`.
+
+    Raises:
+        UserError: if no layer of the model supports it.
+    """
+    with warnings.catch_warnings(), suppress(ValueError):  # the error: no layer supports it
+        warnings.simplefilter("ignore", FutureWarning)  # its name from transformers 5.24 on is another
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    layers = _recomputed_layers(model)
+    if not layers:
+        raise UserError(
+            f"model.gradient_checkpointing is true, but {type(model).__name__} can't do that: set it to false"
+        )
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(_recompute, layer)  # type: ignore[assignment]
+
+
 @contextmanager
 def recomputed_activations(model: nn.Module) -> Iterator[None]:
-    """Have the layers that support it recompute their activations, without the dropout of training mode."""
-    # `transformers` checkpoints a layer whose own training flag is set; its dropouts have flags of their own.
-    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    """Have the layers recompute their activations in the backward pass, without the dropout of training mode."""
+    layers = _recomputed_layers(model)
     for layer in layers:
-        layer.training = True
+        layer.training = True  # what `transformers` asks of a layer whose activations are to be recomputed
     try:
         yield
     finally:
         for layer in layers:
             layer.training = False
+
+
+def _recomputed_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+
+
+def _recompute(layer: nn.Module, call: Callable[..., Any], *args: Any) -> Any:
+    def run(*args: Any) -> Any:
+        layer.training = False  # some layers (BioGPT's) apply dropout by this flag
+        try:
+            return call(*args)
+        finally:
+            layer.training = True
+
+    return checkpoint(run, *args, use_reentrant=False)
 
 
 def _chosen(full: Tensor, ids: Tensor) -> tuple[Tensor]:

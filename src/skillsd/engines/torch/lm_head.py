@@ -37,6 +37,7 @@ class TrunkAndHead:
         trunk = inner.base_model
         if trunk is inner:
             raise UserError(f"{type(inner).__name__} is not supported: its trunk is not a module of its own")
+        self._name = type(inner).__name__
         self._given: Any = None  # an output for the trunk to return instead of computing
         self._wanted = False  # whether to keep the trunk's output in `_found`
         self._found: Any = None
@@ -54,11 +55,17 @@ class TrunkAndHead:
         trunk.forward = forward
 
     def hidden(self, run: Callable[..., Any], **inputs: Any) -> Tensor:
-        """Hidden states ``[tokens, width]`` of one packed row. `run` is the model, or a function that calls it."""
+        """Hidden states ``[tokens, width]`` of one packed row. `run` is the model, or a function that calls it.
+
+        Raises:
+            UserError: if the model's trunk is not run as a module of its own.
+        """
         nowhere = torch.empty(0, dtype=torch.long, device=inputs["input_ids"].device)
         self._wanted = True
         try:
             run(**inputs, logits_to_keep=nowhere)
+            if self._found is None:  # OPT calls a part of its trunk
+                raise UserError(f"{self._name} is not supported: its forward pass does not run its trunk as one module")
             self._kind, hidden = type(self._found), self._found.last_hidden_state[0]
             return hidden
         finally:

@@ -1,10 +1,64 @@
-"""Group sequences into forward passes, so that shared prefixes are computed once."""
+"""Group sequences into forward passes, so that shared prefixes are computed once and every pass fits into memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
 
 from skillsd.engines.base import TokenSequence
+from skillsd.engines.torch.memory import is_out_of_memory
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class MicroBatches:
+    """Groups sequences into forward passes of at most `budget` tokens, halved when one does not fit into memory.
+
+    The lower budget is kept: the next batch would not fit either.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._sequences = self._tokens = 0  # in the latest forward pass
+
+    def of(self, sequences: Sequence[TokenSequence]) -> Iterator[tuple[list[int], list[int]]]:
+        """As `micro_batches`."""
+        for part, shared in micro_batches(sequences, self.budget):
+            self._sequences = len(part)
+            self._tokens = sum(len(sequences[i].tokens) for i in part) - sum(shared)
+            yield part, shared
+
+    def until_they_fit(self, compute: Callable[[], T], again: Callable[[], T]) -> T:
+        """The result of `compute`, or of `again` with a lower budget if `compute` runs out of memory.
+
+        Raises:
+            RuntimeError: as raised by torch, if a pass with a single sequence does not fit.
+        """
+        call = compute
+        while True:
+            self._sequences = 0
+            try:
+                return call()
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or self._sequences < 2:
+                    raise
+            # Outside the except block, where the exception no longer refers to the failed pass's activations.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.budget = max(1, min(self.budget, self._tokens) // 2)
+            log.warning(
+                "out of memory in a forward pass of %d tokens: repeated with training.micro_batch_tokens=%d, which "
+                "applies from here on",
+                self._tokens,
+                self.budget,
+            )
+            call = again
 
 
 def micro_batches(sequences: Sequence[TokenSequence], budget: int) -> Iterator[tuple[list[int], list[int]]]:

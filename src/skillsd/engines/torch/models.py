@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
+from skillsd.engines.chat_template import chat_template, end_of_turn
 from skillsd.engines.options import LoraOptions
-from skillsd.engines.torch import attention, pretrained
+from skillsd.engines.torch import attention, memory, pretrained
+from skillsd.engines.torch.adapters import add_lora
 from skillsd.errors import UserError
 
 SHIPPED = {"nano": Path(__file__).parents[2] / "assets" / "nano-base"}
@@ -63,36 +64,80 @@ def local_folder(path: str) -> Path | None:
     return folder
 
 
-def load_model(name: str, *, dtype: str, device: torch.device) -> tuple[nn.Module, Any]:
-    """The causal LM called `name` and its tokenizer.
+def load_model(
+    name: str, *, dtype: str, device: torch.device, lora: LoraOptions | None = None
+) -> tuple[nn.Module, Any]:
+    """The causal LM called `name`, with adapters if wanted, in evaluation mode, and its tokenizer.
+
+    Nothing is random in it: dropout, of adapters too, is off in sampling, scoring and training.
 
     Raises:
-        UserError: if there is no such model, it has no chat template, or its attention is not supported.
+        UserError: if there is no such model, its files are damaged or incomplete, it has no chat template, or the
+            adapter does not fit it.
+        EngineFailedError: if it does not fit into memory.
     """
     path = resolve(name)
     folder = local_folder(path)
     hf_logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder or path)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder or path,
-            dtype=DTYPES[dtype],
-            attn_implementation=attention.NAME,
+    with memory.explained("loading the model"):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder or path)
+            if folder is not None and (folder / "generation_config.json").is_file():
+                GenerationConfig.from_pretrained(folder)  # loading a model ignores a damaged one, stop tokens and all
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder or path, dtype=DTYPES[dtype], attn_implementation=attention.NAME, output_loading_info=True
+            )
+        except KeyError as error:
+            if attention.NAME not in str(error):
+                raise _unreadable(name, folder, error) from error
+            raise UserError(
+                f"model {name!r} is not supported: its attention does not go through transformers' AttentionInterface"
+            ) from error
+        except Exception as error:  # damaged files raise almost anything: SafetensorError, a bare Exception ...
+            if memory.is_out_of_memory(error):
+                raise
+            raise _unreadable(name, folder, error) from error
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise UserError(
+                f"the weights of {name!r} are incomplete: {len(missing)} tensors that its configuration needs are "
+                f"missing, e.g. {missing[0]!r}. Copy the model again"
+            )
+        chat_template(tokenizer)
+        model.generation_config = _writable(model.generation_config)
+        model = model.to(device)
+        return (add_lora(model, lora) if lora else model).eval(), tokenizer
+
+
+def _unreadable(name: str, folder: Path | None, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if folder is None:
+        return UserError(
+            f"can't load the model {name!r}: {reason} Give a local folder, a hub name that this machine can reach, or "
+            f"one of: {', '.join([*SHIPPED, *pretrained.NAMES])}"
         )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"can't load the model {name!r}: {str(error).splitlines()[0]} Give a local folder, a hub name that this "
-            f"machine can reach, or one of: {', '.join([*SHIPPED, *pretrained.NAMES])}"
-        ) from error
-    except KeyError as error:
-        raise UserError(
-            f"model {name!r} is not supported: its attention does not go through transformers' AttentionInterface"
-        ) from error
-    if tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer of {name!r} has no chat template: give an instruction-tuned model")
-    model = model.to(device).eval()  # type: ignore[arg-type]
-    verify_attention(model, name)
-    return model, tokenizer
+    return UserError(
+        f"can't load the model {name!r}: {type(error).__name__}: {reason}. A file in {str(folder)!r} is missing, "
+        "damaged or cut off, or of a kind that this version of transformers can't read: copy the model again"
+    )
+
+
+def _writable(config: GenerationConfig) -> GenerationConfig:
+    """A generation config that `transformers` agrees to save again.
+
+    Many published ones have a temperature without ``do_sample``. They can be read, but before transformers 5.22 not be
+    written.
+    """
+    for do_sample in (config.do_sample, True):
+        config.do_sample = do_sample
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            continue
+        return config
+    return GenerationConfig(
+        eos_token_id=config.eos_token_id, bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id
+    )
 
 
 def load_teacher(name: str, student: nn.Module, tokenizer: Any, *, dtype: str, device: torch.device) -> nn.Module:
@@ -117,7 +162,7 @@ def load_teacher(name: str, student: nn.Module, tokenizer: Any, *, dtype: str, d
             f"the teacher {name!r} ends its turns with other tokens ({sorted(its_stops)}) than the student "
             f"({sorted(stops)}): if they are equivalent, set eos_token_id in its generation_config.json"
         )
-    if tokenizer.chat_template != its_tokenizer.chat_template:
+    if chat_template(tokenizer) != chat_template(its_tokenizer):
         raise UserError(
             f"the teacher {name!r} has another chat template than the student, so the prompts would be in a format "
             "that it was not trained on. Give a teacher with the student's template"
@@ -131,10 +176,15 @@ def load_teacher(name: str, student: nn.Module, tokenizer: Any, *, dtype: str, d
 
 
 def stop_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """The ids that end a turn: the tokenizer's, and those of the model's generation config."""
+    """The ids that end a turn: the tokenizer's, those of the model's generation config, and the chat template's.
+
+    Base models and folders without ``generation_config.json`` often don't name the last one: Qwen's base models stop at
+    ``<|endoftext|>``, while their template ends a turn with ``<|im_end|>``.
+    """
     configured = model.generation_config.eos_token_id  # type: ignore[union-attr]
     ids = configured if isinstance(configured, list) else [configured]
-    stops = frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+    written = end_of_turn(tokenizer)
+    stops = frozenset(i for i in [*ids, tokenizer.eos_token_id, written] if i is not None)
     if not stops:
         raise UserError(
             f"the model has no end-of-turn token: set eos_token_id in its generation_config.json "
@@ -160,100 +210,3 @@ def longest_sequence(config: Any) -> int:
     if rope.get("rope_type") == "longrope":
         longest = min(longest, int(rope.get("original_max_position_embeddings") or longest))
     return longest
-
-
-def verify_attention(model: nn.Module, name: str) -> None:
-    """Compare both attention plans with the model's own eager attention.
-
-    Catches attention that the plans don't implement (distance biases, sinks, soft caps) and models that mix tokens in
-    other ways (convolutions, recurrent states), which would otherwise train wrongly without an error.
-
-    Raises:
-        UserError: if the results differ or the model can't be run.
-    """
-    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise UserError(f"model {name!r} is not supported: it has layers of type {', '.join(sorted(unknown))}")
-    device = next(model.parameters()).device
-    # Ids from all over the vocabulary: the first ones are often special tokens, with far larger hidden states.
-    ids = torch.arange(1, 13, device=device) * (config.vocab_size // 13)
-    lengths, places = [7, 5], torch.tensor([2, 6, 8, 11], device=device)
-    plan = attention.PackedPlan(lengths, device)
-    with torch.inference_mode():
-        try:
-            packed = _verified_forward(model, ids, plan, places)
-            # The same tokens in two passes with a KV cache, one row per sequence.
-            pool, split = attention.KVPool(), torch.cat([ids[:3], ids[7:9]])
-            pool.reserve(2, max(lengths))
-            _verified_forward(model, split, attention.CachedPlan(pool, [0, 1], [0, 0], [3, 2], device), places[:0])
-            rest = attention.CachedPlan(pool, [0, 1], [3, 2], [4, 3], device)
-            cached = _verified_forward(model, torch.cat([ids[3:7], ids[9:]]), rest, torch.tensor([3, 6], device=device))
-            model.set_attn_implementation("eager")  # type: ignore[operator]
-            parts = ids.split(lengths)
-            plain = torch.cat([model(input_ids=part.unsqueeze(0), use_cache=False).logits[0] for part in parts])
-            model.set_attn_implementation(attention.NAME)  # type: ignore[operator]
-        except Exception as error:  # model code can raise anything: KeyError, AttributeError ...
-            raise UserError(f"model {name!r} can't be run on packed sequences: {error!r}") from error
-    asked, layers = len(plan.layers_asked), config.num_hidden_layers
-    if asked != layers:
-        raise UserError(
-            f"model {name!r} is not supported: only {asked} of its {layers} layers use the attention interface of "
-            "transformers"
-        )
-    expected = plain[torch.cat([places, places[[1, 3]]])].float().log_softmax(-1)
-    packed = torch.cat([packed, cached]).float().log_softmax(-1)
-    # Below float32, rounding makes single log-probs of two correct computations differ by up to 0.7 on a real model.
-    # Their mean over the vocabulary, weighted by probability, differs little (0.01).
-    exact = next(model.parameters()).dtype == torch.float32
-    gap = (packed - expected).abs().max() if exact else (expected.exp() * (expected - packed)).sum(-1).max()
-    what, limit = ("log-probs", 1e-3) if exact else ("predicted distributions", 0.05)
-    if not gap < limit:
-        raise UserError(
-            f"model {name!r} is not supported: its {what} on packed sequences differ from those of its own attention "
-            f"(by up to {gap:.3g}, expected less than {limit})"
-        )
-
-
-def _verified_forward(model: nn.Module, ids: Tensor, plan: attention.Plan, places: Tensor) -> Tensor:
-    logits: Tensor = model(
-        input_ids=ids.unsqueeze(0),
-        position_ids=plan.positions,
-        use_cache=False,
-        logits_to_keep=places,
-        plan=plan,
-    ).logits[0]
-    if len(logits) != len(places):
-        raise NotImplementedError(f"{type(model).__name__} does not honour logits_to_keep")
-    return logits
-
-
-def add_lora(model: nn.Module, options: LoraOptions) -> nn.Module:
-    """Wrap the model with trainable adapters; all other weights are frozen."""
-    if importlib.util.find_spec("peft") is None:
-        raise UserError("model.lora needs the package peft: pip install 'skillsd[lora]'")
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    if options.adapter is not None:
-        folder = Path(options.adapter).expanduser()
-        if not (folder / "adapter_config.json").is_file():
-            raise UserError(
-                f"no adapter in {options.adapter!r}: expected a folder with adapter_config.json and its weights, as "
-                "peft writes it"
-            )
-        try:
-            return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"the adapter {options.adapter!r} does not fit the model: {str(error).splitlines()[0]} Give the model "
-                "that it was trained on in model.name"
-            ) from error
-
-    targets: Any = options.target_modules
-    try:
-        return get_peft_model(
-            model,
-            LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=targets, task_type="CAUSAL_LM"),
-        )
-    except ValueError as error:
-        raise UserError(f"model.lora.target_modules={targets!r}: {str(error).splitlines()[0]}") from error
