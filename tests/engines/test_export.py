@@ -87,7 +87,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "bias": {"bias": "lora_only"},
     "whole modules": {"modules_to_save": ["lm_head", "norm"]},
     "single tokens": {"trainable_token_indices": [3, 4, 5]},
-    "nested parameters": {"target_parameters": ["q_proj.weight", "up_proj.weight"], "target_modules": []},
+    "nested parameters": {
+        "target_parameters": ["q_proj.weight", "up_proj.weight"],
+        "target_modules": [],
+        "lora_dropout": 0.0,
+    },
 }
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from typing import Any, cast
 
 import pytest
 from tokenizers import AddedToken
 
+from skillsd.engines.endpoint import Answer
 from skillsd.prompting.renderer import ChatRenderer
 from skillsd.prompting.thinking import TAGS, opened_by, without_thinking
+from skillsd.rollouts.endpoint_policy import EndpointPolicy
+from skillsd.rollouts.policy import Budget
 from skillsd.types import Message
 from skillsd.warm_start.new_model import make_tokenizer
 
@@ -61,3 +65,18 @@ def test_rendered_replies(opened: bool, kind: str) -> None:
     # A tag in the first user message opens nothing.
     assert renderer.prompt([Message("user", "<think>")])
     assert action(f"{start}a</think>Up") == "Up"
+
+
+def test_answers_of_an_endpoint() -> None:
+    """A server without a reasoning parser leaves the thinking in the text."""
+
+    class Server:
+        async def ask(self, messages: object, **_: object) -> Answer:
+            return Answer("<think>Down?" if asked else "<think>Down?</think> Up", False, tokens_in=1, tokens_out=1)
+
+    asked: list[str | None] = []
+    policy = EndpointPolicy(cast(Any, Server()))
+    episode = policy.begin((Message("user", "Go!"),), Budget(2, 8, 64, 1.0), seed=0, session="")
+    for turn in range(2):
+        asked.append(asyncio.run(episode.act(turn)))
+    assert asked == ["Up", ""]
