@@ -60,6 +60,11 @@ class Method:
             raise ValueError(f"method {self.name!r}: the teacher equals the student: same weights, no extra context")
 
     @property
+    def has_context(self) -> bool:
+        """Whether any training prompt contains extra context."""
+        return self.context != "none" or self.student_prompt == "skill"
+
+    @property
     def uses_skills(self) -> bool:
         """Whether any training prompt contains a skill."""
         return "skill" in (self.context, self.student_prompt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,8 @@ class Bars:
         begun, start = self._begun.setdefault(name, (now, done))
         if self._console.is_terminal:
             if name not in self._tasks:
-                self._tasks[name] = self._progress.add_task(name, total=total, note=note)
+                # Begin at `done`, so that the work of an earlier process does not count as speed.
+                self._tasks[name] = self._progress.add_task(name, total=total, completed=int(done), note=note)
             self._progress.update(self._tasks[name], completed=done, total=total, note=note)  # type: ignore[arg-type]
             return
         printed = self._printed.get(name, -LOG_SECONDS)
@@ -76,12 +77,17 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
-def training_note(record: Mapping[str, object]) -> str:
-    """An iteration's record in a few words."""
+def training_note(record: Mapping[str, object], symptoms: Sequence[str] = ()) -> str:
+    """An iteration's record in a few words.
+
+    Args:
+        symptoms: see `skillsd.training.health`.
+    """
     accuracy, seconds = record.get("rollout/accuracy"), record.get("time/iteration")
     parts = []
     if isinstance(accuracy, float):
         parts.append(f"train accuracy {accuracy:.0%}")
+    parts += symptoms
     if isinstance(seconds, float):
         parts.append(f"{seconds:.1f} s/it")
     return ", ".join(parts)

@@ -46,6 +46,11 @@ class Curriculum:
         self._tasks = sorted(tasks, key=lambda task: task.difficulty)
         self._options, self._per_iteration, self._iterations, self._seed = options, per_iteration, iterations, seed
 
+    @property
+    def size(self) -> int:
+        """Number of tasks."""
+        return len(self._tasks)
+
     def pick(self, iteration: int, visits: Visits) -> tuple[list[Task], dict[str, int]]:
         """The tasks of an iteration, and the visits after it. A pure function of the arguments.
 

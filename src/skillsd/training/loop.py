@@ -172,9 +172,12 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
         await run.engine.publish()
 
     # 7. Credit each used skill with its group's rewards, unless it was too long or nothing was updated.
+    in_prompt = [
+        context.text is not None and (taught or run.method.student_prompt == "skill")
+        for context, taught in zip(used, batch.taught, strict=True)
+    ]
     with run.bank.batch():
-        for context, taught, values in zip(used, batch.taught, credits, strict=True):
-            seen = taught or (run.method.student_prompt == "skill" and context.text)
+        for context, seen, values in zip(used, in_prompt, credits, strict=True):
             if context.skill and seen and updated["step/applied"] and config.skills.content == "own":
                 run.bank.credit(context.skill.id, values)
 
@@ -194,7 +197,7 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
         **run.totals,
         **describe_rollouts(rollouts.collected, rollouts.seconds),
         "rollout/policy_lag": lag,
-        **describe_batch(batch, used),
+        **describe_batch(batch, used, in_prompt if run.method.has_context else None),
         **updated,
         **describe_skills(run, added),
         **describe_system(run.learner),

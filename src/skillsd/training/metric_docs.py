@@ -39,6 +39,19 @@ DOCS: tuple[MetricDoc, ...] = (
     MetricDoc("rollout/tokens", "mean tokens of a trajectory, prompt included"),
     MetricDoc("rollout/sampled_tokens_per_second", "tokens sampled per second of the rollout phase"),
     MetricDoc(
+        "rollout/entropy_estimate",
+        "mean of -log pi_old over sampled tokens, nats: an unbiased estimate of the sampling policy's mean entropy, at "
+        "its temperature",
+        "falls slowly; near 0 the policy has stopped exploring",
+        "H(pi_old)",
+    ),
+    MetricDoc(
+        "rollout/reward_std_in_groups",
+        "standard deviation of the rewards within a group, mean over groups",
+        "above 0: it is what L_GRPO learns from",
+        "std R",
+    ),
+    MetricDoc(
         "rollout/policy_lag",
         "updates between the oldest weights that sampled a trajectory and those that train on it, mean",
         "0 in synchronous training",
@@ -65,6 +78,18 @@ DOCS: tuple[MetricDoc, ...] = (
         "0 until tasks come again (the bank starts empty), then near 1; stays 0 if no task is visited twice",
     ),
     MetricDoc(
+        "batch/tokens_with_teacher",
+        "share of action tokens with a teacher's log-prob; with objective.normaliser=tokens, the paper's L_SDL is this "
+        "times loss/teacher_k3",
+        "as above",
+        "s",
+    ),
+    MetricDoc(
+        "batch/groups_with_context",
+        "share of groups with a skill or reference solution in the student's or teacher's prompt (methods with one)",
+        "as above",
+    ),
+    MetricDoc(
         "batch/skills_over_budget",
         "share of groups whose skill exceeds skills.teacher_extra_tokens or the model's length",
         "0",
@@ -76,7 +101,9 @@ DOCS: tuple[MetricDoc, ...] = (
     MetricDoc("loss/ratio_max", "largest pi / pi_old", "below about 2; larger: too many or too large steps per batch"),
     MetricDoc("loss/clip_fraction", "share of action tokens whose gradient is clipped", "below about 0.1"),
     MetricDoc("loss/kl_old_new", "estimate (k3) of KL(pi_old || pi) over action tokens, nats", "below about 0.05"),
-    MetricDoc("loss/entropy", "mean entropy of the student, nats (exact divergences over the whole vocabulary only)"),
+    MetricDoc(
+        "loss/entropy", "exact mean entropy of the student, nats (only with a divergence over the whole vocabulary)"
+    ),
     MetricDoc("loss/importance", "mean truncated importance weight (objective.importance_cap only)", "near 1"),
     MetricDoc("loss/importance_capped", "share of tokens whose importance weight is capped", "near 0"),
     MetricDoc("loss/lambda_sdl", "weight of the distillation in this iteration", symbol="lambda"),

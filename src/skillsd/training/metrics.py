@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import math
 import resource
+import statistics
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from skillsd.engines.base import Learner
+from skillsd.objective import ACTION_MASK, TEACHER_MASK
 from skillsd.rollouts.collect import Collected, outcome_counts
 from skillsd.training.batch import Batch
 from skillsd.training.contexts import TeacherContext
@@ -24,24 +27,39 @@ def describe_rollouts(collected: Collected, seconds: float) -> dict[str, float]:
     trajectories = [t for group in collected.groups for t in group.trajectories]
     count = max(1, len(trajectories))
     tokens = sum(t.action_tokens for t in trajectories)
+    surprisal = -sum(math.fsum(t.logprobs) for t in trajectories)  # 0 at tokens that were not sampled
     return {
         "rollout/accuracy": sum(t.success for t in trajectories) / count,
         "rollout/reward": sum(t.reward for t in trajectories) / count,
         "rollout/turns": sum(len(t.turns) for t in trajectories) / count,
         "rollout/tokens": sum(len(t.tokens) for t in trajectories) / count,
         "rollout/sampled_tokens_per_second": tokens / seconds if seconds else 0.0,
+        "rollout/entropy_estimate": surprisal / tokens if tokens else math.nan,
+        "rollout/reward_std_in_groups": _mean([statistics.pstdev(group.rewards) for group in collected.groups]),
         **{f"outcome/{name}": n / count for name, n in outcome_counts(collected.groups).items()},
         **{f"infra_failures/{name}": n for name, n in collected.infra_failures.items()},
         "rollout/dropped_groups": len(collected.dropped),
     }
 
 
-def describe_batch(batch: Batch, contexts: Sequence[TeacherContext]) -> dict[str, float]:
-    """Metrics of the training batch, as shares of the groups."""
+def describe_batch(
+    batch: Batch, contexts: Sequence[TeacherContext], in_prompt: Sequence[bool] | None
+) -> dict[str, float]:
+    """Metrics of the training batch, as shares of the groups or of the action tokens.
+
+    Args:
+        contexts: of each group.
+        in_prompt: for each group, whether its context was in a prompt of student or teacher; None if the method has no
+            context.
+    """
     count = max(1, len(batch.groups))
+    signals = [item.signals for items in batch.groups for item in items]
+    tokens, taught = (sum(int(s[mask].sum()) for s in signals) for mask in (ACTION_MASK, TEACHER_MASK))
     return {
         "batch/zero_advantage_groups": batch.zero_advantage / count,
         "batch/groups_with_teacher": sum(batch.taught) / count,
+        "batch/tokens_with_teacher": taught / max(1, tokens),
+        **({} if in_prompt is None else {"batch/groups_with_context": sum(in_prompt) / count}),
         "batch/skills_over_budget": (batch.without_teacher + sum(context.too_long for context in contexts)) / count,
         **({"batch/imitated": batch.imitated / count} if batch.imitated else {}),
     }
@@ -75,3 +93,7 @@ def describe_system(learner: Learner) -> dict[str, float]:
 
         figures["memory/gpu_peak_mib"] = torch.cuda.max_memory_allocated(device) / (1 << 20)
     return figures
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
