@@ -193,7 +193,7 @@ def _play(
         with bars.shown():
             for path, temperature in itertools.product(case.checkpoints, temperatures):
                 if case.engine and path and results and temperature == temperatures[0]:
-                    asyncio.run(case.engine.load_state(path))
+                    asyncio.run(checkpoint.load_weights(case.engine, path))
                 iteration = checkpoint.number(path) if path else None
 
                 def on_episode(

@@ -63,7 +63,7 @@ async def _load(run: Run, weights: Path | None) -> None:
     if weights is None:
         await run.engine.publish()
     else:
-        await run.engine.load_state(weights)
+        await checkpoint.load_weights(run.engine, weights)
         run.iteration = checkpoint.number(weights)
     teacher = run.config.teacher
     if run.method.teacher == "none":

@@ -11,13 +11,11 @@ from skillsd import config as configs
 from skillsd.config import RunConfig
 from skillsd.errors import UserError
 from skillsd.evaluation.evaluate import Evaluation
-from skillsd.runs.lifecycle import default_folder, is_run, run_training, run_training_async
+from skillsd.runs.closing import closing
+from skillsd.runs.lifecycle import OnRecord, default_folder, is_run, run_training, run_training_async
 from skillsd.runs.opened import OpenRun, open_run
 from skillsd.runs.subjects import Subject, evaluate_subject, load_trained, load_untrained
 from skillsd.runs.sync import run_blocking
-
-OnRecord = Callable[[str, Mapping[str, Any]], None]
-"""("iteration" or "evaluation", its record) -> None."""
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any], *overrides: str, **sections: Any) -> RunConfig:
@@ -63,13 +61,15 @@ def train(
         out: the run's folder; ``runs/NAME-METHOD-seedN`` if None.
         resume: continue the folder's run from its last checkpoint.
         on_record: called with ("iteration", its metrics) or ("evaluation", its record).
-        on_note: called with messages for the user.
+        on_note: called with messages for the user, at the end with `skillsd.runs.closing.closing`'s.
 
     Raises:
         UserError: for settings that do not fit, or a folder that holds another run.
     """
     config, folder = _run_of(recipe, overrides, out)
     run_training(config, folder, resume=resume, on_record=on_record, on_note=on_note)
+    for line in closing(folder):
+        on_note(line)
     return open_run(folder)
 
 
@@ -84,6 +84,8 @@ async def train_async(
     """`train` as a coroutine. Scoring and training on the embedded engine block the event loop."""
     config, folder = _run_of(recipe, overrides, out)
     await run_training_async(config, folder, resume=resume, on_record=on_record, on_note=on_note)
+    for line in closing(folder):
+        on_note(line)
     return open_run(folder)
 
 

@@ -36,7 +36,7 @@ def export(run: str | Path, out: Path, *, iteration: int | None = None, merge: b
     shutil.rmtree(aside, ignore_errors=True)
 
     async def write() -> None:
-        await engine.learner.load_state(path)
+        await checkpoint.load_weights(engine.learner, path)
         await engine.learner.export(aside, merge=merge)
 
     try:

@@ -6,8 +6,9 @@ import json
 import logging
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,20 @@ from skillsd import config as configs
 from skillsd.config import RunConfig
 from skillsd.errors import UserError
 from skillsd.report import manifest
-from skillsd.report.writer import RunWriter
+from skillsd.report.writer import EVALUATIONS, METRICS, RunWriter, read
 from skillsd.runs.build import BANK, build
 from skillsd.runs.checks import check_engine, comparable, warm_start_note
 from skillsd.runs.sync import run_blocking
 from skillsd.training import checkpoint
+from skillsd.training.health import health, never_revisited
 from skillsd.training.loop import train
 from skillsd.training.run import Run
 
 CONFIG = "config.yaml"
+BEFORE = "before-restart"
+"""Folder for the files of a run that started again, as it had ended before its first checkpoint."""
+OnRecord = Callable[[str, Mapping[str, Any]], None]
+"""("iteration" or "evaluation", its record) -> None."""
 _BEFORE_CONFIG = (BANK, "manifest.json", "tensorboard", "wandb", f".{CONFIG}.partial")
 """Names (or their beginnings) of files that are written before `CONFIG`. Only with `CONFIG` is a folder a run's."""
 
@@ -54,7 +60,7 @@ def run_training(
     folder: Path,
     *,
     resume: bool = False,
-    on_record: Callable[[str, Mapping[str, Any]], None] = lambda kind, record: None,
+    on_record: OnRecord = lambda kind, record: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> bool:
     """`run_training_async`, called synchronously. In the main thread, Ctrl-C stops after the current iteration."""
@@ -71,7 +77,7 @@ async def run_training_async(
     folder: Path,
     *,
     resume: bool = False,
-    on_record: Callable[[str, Mapping[str, Any]], None] = lambda kind, record: None,
+    on_record: OnRecord = lambda kind, record: None,
     on_note: Callable[[str], None] = lambda text: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
@@ -90,29 +96,29 @@ async def run_training_async(
         UserError: if settings do not fit, or the folder holds a run that `resume` does not allow to continue.
     """
     new = not folder.exists()
-    start = _prepare(config, folder, resume)
+    saved = _prepare(config, folder, resume, on_note)
     run: Run | None = None
     writer: RunWriter | None = None
     try:
         run = build(config, folder)
         await check_engine(run)
-        if start is not None:
+        if saved:
             _check_inputs(run, folder)
+            await _restore(run, saved, on_note)
         writer = RunWriter(
             folder,
             config.log,
             name=f"{config.name}-{config.method}-seed{config.seed}",
-            resumed_at=checkpoint.number(start) if start else None,
-            on_record=on_record,
+            resumed_at=run.iteration if saved else None,
+            on_record=_note_findings(config, folder, on_record, on_note),
             on_note=on_note,
         )
-        for note in (*run.renderer.notes(), *filter(None, [warm_start_note(config)])):
-            writer.note(note)
-        if start is None:
+        too_short = never_revisited(config, run.curriculum.size)
+        for note in (*run.renderer.notes(), *filter(None, (warm_start_note(config), too_short))):
+            writer.note(str(note))
+        if not saved:
             manifest.write(folder, config, run.task_set)
         _write_config(config, folder)  # from here on the folder is a run's
-        if start is not None:
-            await checkpoint.load(run, start)
         return await train(run, writer, should_stop)
     finally:
         if writer is not None:
@@ -126,8 +132,8 @@ async def run_training_async(
                     folder.rmdir()
 
 
-def _prepare(config: RunConfig, folder: Path, resume: bool) -> Path | None:
-    """Check the folder; returns the checkpoint to resume from, if any."""
+def _prepare(config: RunConfig, folder: Path, resume: bool, note: Callable[[str], None]) -> list[Path]:
+    """Check the folder; returns the checkpoints to resume from, the newest first. If there are none, the run starts."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file, but a run needs a folder: give another one with --out")
     if not (folder / CONFIG).exists():
@@ -136,16 +142,92 @@ def _prepare(config: RunConfig, folder: Path, resume: bool) -> Path | None:
             raise UserError(f"{str(folder)!r} holds files that are not a run's: give another folder with --out")
         _remove_early_files(folder)  # of a run that was killed while it was being set up
         folder.mkdir(parents=True, exist_ok=True)
-        return None
+        return []
     if not resume:
         raise UserError(
             f"{str(folder)!r} holds a run already: resume it with --resume, or give another folder with --out"
         )
     check_settings(config, folder)
-    start = checkpoint.latest(folder)
-    if start is None:  # it ended before its first checkpoint, so it starts again
-        (folder / BANK).unlink(missing_ok=True)
-    return start
+    saved = [checkpoint.find(folder, iteration) for iteration in reversed(checkpoint.iterations(folder))]
+    if not saved:
+        _start_again(folder, note)
+    return saved
+
+
+def _start_again(folder: Path, note: Callable[[str], None]) -> None:
+    """Prepare a run without a checkpoint to start at its beginning; what it has written so far is kept aside.
+
+    Raises:
+        UserError: if it must have had checkpoints: they are gone, and the user may have a copy.
+    """
+    every = load_config(folder).checkpoint.every
+    done = max((record["iteration"] for record in read(folder / METRICS)), default=0)
+    if every and done > every:
+        raise UserError(
+            f"{str(folder)!r} has metrics of {done} iterations, but its checkpoints are gone: to resume, put "
+            f"{folder / 'checkpoints'} back, or start again in another folder with --out"
+        )
+    aside = _unused(folder / BEFORE)
+    if done:
+        aside.mkdir()
+        note(
+            f"{folder} has no checkpoint yet, so the run starts again; its first {done} iterations are kept in {aside}"
+        )
+    for path in [folder / METRICS, folder / EVALUATIONS, *folder.glob(f"{BANK}*")]:  # the bank with its journal
+        if done and path.exists():
+            path.replace(aside / path.name)
+        path.unlink(missing_ok=True)
+
+
+async def _restore(run: Run, saved: Sequence[Path], note: Callable[[str], None]) -> None:
+    """Load the newest checkpoint that can be read. Damaged ones are renamed, so that they don't count any more.
+
+    Raises:
+        UserError: if none can be read.
+    """
+    damaged: list[tuple[Path, UserError]] = []
+    for path in saved:
+        try:
+            await checkpoint.load(run, path)
+        except UserError as error:
+            damaged.append((path, error))
+            continue
+        for other, reason in damaged:
+            kept = other.rename(_unused(other.with_name(f"{other.name}.damaged")))
+            note(f"{reason}. It is kept as {kept}; {path.name} is there and is used instead")
+        done, last = run.iteration, run.config.training.iterations
+        note(f"resuming from {path}: " + (f"iteration {done + 1} of {last} is next" if done < last else "all is done"))
+        return
+    others = ", ".join(other.name for other, _ in damaged[1:])
+    raise UserError(f"{damaged[0][1]}" + (f". Nor can {others} be read" if others else ""))
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with the first number behind its name that is not in use."""
+    return next(p for n in count(1) if not (p := path.with_name(path.name + f"-{n}" * (n > 1))).exists())
+
+
+def _note_findings(config: RunConfig, folder: Path, on_record: OnRecord, note: Callable[[str], None]) -> OnRecord:
+    """Wrap `on_record`: note each state in which nothing is learnt, once. Those at the end are in `closing`."""
+    records: list[Mapping[str, Any]] | None = None
+    known: set[str] = set()
+
+    def watch(kind: str, record: Mapping[str, Any]) -> None:
+        nonlocal records
+        on_record(kind, record)
+        if kind != "iteration":
+            return
+        if records is None:
+            records = list(read(folder / METRICS))  # on resume the earlier ones, too
+        else:
+            records.append(record)
+        if record["iteration"] < config.training.iterations:
+            for finding in health(records, config):
+                if finding.name not in known:
+                    note(str(finding))
+                known.add(finding.name)
+
+    return watch
 
 
 def _remove_early_files(folder: Path) -> None:

@@ -43,7 +43,7 @@ async def load_trained(folder: str | Path, iteration: int | None = None) -> tupl
             "changed since the run was started: restore them"
         )
     engine = make_engine(config)
-    await engine.load_state(path)
+    await checkpoint.load_weights(engine, path)
     return engine, config
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+from skillsd.engines.base import Engine, Learner
 from skillsd.errors import UserError
 from skillsd.training.run import Run
 
@@ -99,14 +100,28 @@ async def load(run: Run, path: Path) -> None:
         )
     await run.engine.load_state(path)
     run.bank.restore(path / "skills.sqlite")
-    run.visits = state["visits"]
-    if run.summaries:
-        run.summaries.restore_stats(state["summary_stats"])
-        run.summaries.resume(state["pending_summaries"])
-    if run.best:
-        run.best.restore(state["best_successes"])
-    run.iteration = state["iteration"]
-    run.totals = state["totals"]
+    try:
+        run.iteration, run.totals, run.visits = int(state["iteration"]), dict(state["totals"]), dict(state["visits"])
+        if run.best:
+            run.best.restore(state["best_successes"])
+        if run.summaries:
+            run.summaries.restore_stats(state["summary_stats"])
+            run.summaries.resume(state["pending_summaries"])  # last: it starts them
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{str(path)!r} is damaged: state.json has other content than expected ({error})") from error
+
+
+async def load_weights(engine: Engine | Learner, path: Path) -> None:
+    """Load the engine's part of a checkpoint.
+
+    Raises:
+        UserError: if it can't be read, with the run's other checkpoints.
+    """
+    try:
+        await engine.load_state(path)
+    except UserError as error:
+        others = [f"step-{other}" for other in iterations(path.parent.parent) if other != number(path)]
+        raise UserError(f"{error}. Other checkpoints of this run: {', '.join(others) or 'none'}") from error
 
 
 def _all(folder: Path) -> list[Path]:

@@ -58,9 +58,7 @@ def load(engine: Trained, path: Path) -> None:
     try:
         state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise almost anything: RuntimeError, EOFError, KeyError ...
-        raise UserError(
-            f"{str(path)!r} is damaged ({type(error).__name__}): remove its folder to resume from the checkpoint before"
-        ) from error
+        raise UserError(f"{str(path)!r} is damaged ({type(error).__name__})") from error
     if _forms(state["weights"]) != _forms(engine.trainable):
         raise UserError(
             f"the checkpoint {str(path.parent)!r} is of a different model: its weights have other names, shapes or "
