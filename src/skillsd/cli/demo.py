@@ -16,6 +16,7 @@ from skillsd.report.progress import duration
 from skillsd.report.tables import percent, table
 from skillsd.report.writer import write_whole
 from skillsd.skills.bank import Bank
+from skillsd.sweeps.findings import findings, in_words
 from skillsd.sweeps.plan import BASE, Sweep, plan
 from skillsd.sweeps.results import check, left_out, summarise
 from skillsd.sweeps.runner import jobs_at_once, run_cells
@@ -50,6 +51,8 @@ def run_demo(folder: Path, seeds: Sequence[int], overrides: Sequence[str], conso
     learning_curves(curves, picture, title="Sokoban, tiny agent", split=sweep.config.evaluation.split)
     skill_run = next(cell.folder for cell in sweep.cells if cell.method == METHODS[1])
     _show(summary, skill_run, picture, folder, console, time.perf_counter() - begin)
+    for finding in findings(sweep):
+        console.print(in_words(finding), highlight=False, soft_wrap=True)
     return summary
 
 

@@ -20,6 +20,7 @@ from skillsd.evaluation.evaluate import mean_interval, student
 from skillsd.report import manifest
 from skillsd.report.writer import METRICS
 from skillsd.runs.lifecycle import read_manifest
+from skillsd.sweeps.findings import findings
 from skillsd.sweeps.plan import Cell, Sweep, may_use_fewer_episodes
 from skillsd.sweeps.state import curve, evaluated, state
 
@@ -179,6 +180,7 @@ def summarise(sweep: Sweep) -> dict[str, Any]:
         "against": sweep.against,
         "budgets": budgets,
         "left_out": odd,
+        "findings": findings(sweep, odd),
         "made_with": _made_with(sweep, odd),
     }
 

@@ -23,6 +23,7 @@ from skillsd.report.progress import Bars, training_note
 from skillsd.report.writer import METRICS
 from skillsd.sweeps.plan import Cell, Sweep, remember
 from skillsd.sweeps.state import steps
+from skillsd.training.health import symptoms
 
 POLL_SECONDS = 0.3
 TAIL_LINES = 12
@@ -236,7 +237,7 @@ def _watch(sweep: Sweep, cell: Cell, commands: Sequence[Sequence[str]]) -> Calla
         last = last_record(cell.folder / METRICS)
         if last is None:
             return (0, cell.iterations[-1], "starting")
-        return (last["iteration"], cell.iterations[-1], training_note(last))
+        return (last["iteration"], cell.iterations[-1], training_note(last, symptoms(last)))
 
     return progress
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from skillsd.report.pictures import cost_curves
 from skillsd.report.progress import duration
 from skillsd.report.tables import percent, table
+from skillsd.sweeps.findings import in_words
 from skillsd.sweeps.plan import BASE, Sweep
 from skillsd.sweeps.state import curve
 
@@ -83,6 +84,7 @@ def tables(sweep: Sweep, summary: Mapping[str, Any]) -> list[Table]:
 def notes(summary: Mapping[str, Any]) -> list[str]:
     """Caveats below the tables, a line each."""
     lines = [f"Left out: {name}: {reason}" for name, reason in summary["left_out"].items()]
+    lines += [in_words(finding) for finding in summary["findings"]]
     made = {"commit": summary["made_with"]["commits"], **summary["made_with"]["versions"]}
     if mixed := [f"{what} {', '.join(found)}" for what, found in made.items() if len(found) > 1]:
         lines.append(f"Made with more than one version: {'; '.join(mixed)}")

@@ -13,6 +13,7 @@ from skillsd.report import manifest
 from skillsd.report.tables import table
 from skillsd.report.writer import write_whole
 from skillsd.runs.lifecycle import read_manifest
+from skillsd.sweeps.findings import warnings
 from skillsd.sweeps.plan import Sweep
 from skillsd.sweeps.results import check, left_out, summarise
 from skillsd.sweeps.runner import jobs_at_once, run_cells
@@ -40,6 +41,8 @@ def run_table(sweep: Sweep, console: Console, *, jobs: int | None = None) -> boo
     )
     for name, reason in odd.items():
         console.print(f"leaving out {name}: {reason}", highlight=False, soft_wrap=True)
+    for warning in warnings(sweep):
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     failures = run_cells(sweep, console, jobs=jobs, leave_out=odd)
     check(sweep)
     summary = write(sweep, console)
@@ -98,6 +101,8 @@ def show_plan(sweep: Sweep, console: Console) -> None:
     console.print(table(str(sweep.out), ["cell", "state", "iterations"], rows, caption, words=("state",)))
     for name, reason in odd.items():
         console.print(f"{name} is left out: {reason}", highlight=False, soft_wrap=True)
+    for warning in warnings(sweep):
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True)
     for command in commands:
         console.print(command, highlight=False, soft_wrap=True)
 
