@@ -172,9 +172,19 @@ def test_training_shows_progress(skillsd: Command, run: Path, tmp_path: Path) ->
     result = skillsd("train", run / "toy.yaml", "training.iterations=1", "--out", "[bold]run[/]")
     assert result.code == 0, result
     assert result.err == ""
-    assert "training: 1/1" in result.out
+    assert "training: 1/1 train accuracy " in result.out
+    assert ", no skill yet, " in result.out
     assert "after 28 episodes: accuracy" in result.out
-    assert "done: [bold]run[/]/" in result.out
+    *_, work, gain, warning, places, done, empty = result.out.split("\n")
+    assert work.startswith("28 episodes in 1 iterations, ")
+    assert " skills from 28 trajectories" in work
+    assert work.endswith("; 0 of 7 groups with a teacher")
+    assert gain.startswith("accuracy [95 % over tasks] on 4 tune tasks: before ")
+    assert ", after 28 episodes " in gain
+    assert warning.startswith("warning: no group had a teacher in 1 iterations, so the run is plain GRPO")
+    assert places.startswith("in [bold]run[/]/: metrics.jsonl")
+    assert done.startswith("done: [bold]run[/]/")
+    assert empty == ""
     assert (tmp_path / "[bold]run[/]" / "checkpoints" / "step-1").is_dir()
 
 

@@ -32,7 +32,9 @@ def train(
     """Train a policy with a recipe."""
     from skillsd.report.progress import Bars, summaries_note, training_note
     from skillsd.report.tables import percent
+    from skillsd.runs.closing import closing
     from skillsd.runs.lifecycle import default_folder, run_training
+    from skillsd.training.health import symptoms
 
     config = configs.load(configs.RunConfig, recipe, overrides or ())
     note_ineffective([config], overrides)
@@ -45,7 +47,8 @@ def train(
         nonlocal spent
         if kind == "iteration":
             spent = summaries_note(record)
-            bars.update("training", record["iteration"], config.training.iterations, training_note(record))
+            note = training_note(record, symptoms(record))
+            bars.update("training", record["iteration"], config.training.iterations, note)
         else:
             accuracy = percent(record["eval/accuracy"], record["eval/interval"])
             completion = percent(record["eval/completion"])
@@ -58,8 +61,8 @@ def train(
         finished = run_training(
             config, folder, resume=resume, on_record=on_record, on_note=lambda text: bars.print(f"  note: {text}")
         )
-    if spent:
-        console.print(spent, highlight=False)
+    for line in [*([spent] if spent else []), *closing(folder)]:
+        console.print(line, highlight=False, soft_wrap=True)
     if finished:
         console.print(f"done: {folder}/  (next: skillsd eval {folder})")
     else:
