@@ -90,7 +90,7 @@ def _songs() -> dict[str, Song]:
     titles = [f"{first} {second}" for first in texts.SONG_FIRST for second in texts.SONG_SECOND]
     rng.shuffle(titles)
     songs = {}
-    for artist, genre in texts.ARTISTS.items():
+    for artist, genre in (item for artists in texts.ARTISTS.values() for item in artists.items()):
         for _ in range(6):
             title = titles.pop()
             year, plays = rng.randrange(1990, 2023), rng.randrange(50, 900)
@@ -101,26 +101,28 @@ def _songs() -> dict[str, Song]:
 def _life(person: Person, people: dict[str, Person], songs: dict[str, Song]) -> Life:
     rng = random.Random(f"life/{person.email}")
     life = Life(balance=rng.randrange(120, 900))
-    for artist in rng.sample(list(texts.ARTISTS), 5):
+    for artist in rng.sample(list(texts.ARTISTS[person.pool]), 5):
         by_artist = [song.title for song in songs.values() if song.artist == artist]
         life.library += rng.sample(by_artist, rng.randrange(1, 5))
     rng.shuffle(life.library)
     # Liked songs are not in the library, so tasks that like library songs never find one already liked.
     life.liked = rng.sample(sorted(set(songs) - set(life.library)), rng.randrange(2, 6))
 
-    for title in rng.sample(list(texts.FACTS), 4):
-        fact = texts.FACTS[title].format(n=rng.randrange(100, 1000), d=rng.randrange(1, 10))
+    for title in rng.sample(list(texts.FACTS[person.pool]), 4):
+        fact = texts.FACTS[person.pool][title].format(n=rng.randrange(100, 1000), d=rng.randrange(1, 10))
         life.notes[title] = fact
         life.facts.append(title)
-    for event, email in zip(rng.sample(texts.EVENTS, 3), rng.sample(list(person.contacts), 3), strict=True):
+    events = rng.sample(texts.EVENTS[person.pool], 3)
+    for event, email in zip(events, rng.sample(list(person.contacts), 3), strict=True):
         dollars = rng.randrange(11, 90)
         life.notes[event] = f"Share for {people[email].name}: ${dollars}"
         life.debts[event] = (email, dollars)
     for title in rng.sample(list(texts.OTHER_NOTES), 2):
         life.notes[title] = texts.OTHER_NOTES[title]
 
-    for project in rng.sample(list(texts.TODOS), 3):
-        titles = rng.sample(texts.TODOS[project], rng.randrange(5, 8))
+    todos, folders = texts.TODOS[person.pool], texts.FOLDERS[person.pool]
+    for project in rng.sample(list(todos), 3):
+        titles = rng.sample(todos[project], rng.randrange(5, 8))
         # Two to four tasks are open with high priority; the others vary.
         urgent = set(rng.sample(titles, rng.randrange(2, 5)))
         life.projects[project] = [
@@ -129,8 +131,8 @@ def _life(person: Person, people: dict[str, Person], songs: dict[str, Song]) -> 
             else Todo(title, rng.choice(("medium", "low")), rng.random() < 0.3)
             for title in titles
         ]
-    for folder in rng.sample(list(texts.FOLDERS), 3):
-        names = rng.sample(texts.FOLDERS[folder], rng.randrange(2, 9))
+    for folder in rng.sample(list(folders), 3):
+        names = rng.sample(folders[folder], rng.randrange(2, 9))
         life.folders[folder] = [f"{name}.{texts.FILE_ENDINGS[folder]}" for name in names]
     return life
 
@@ -143,7 +145,7 @@ def _payments(people: dict[str, Person]) -> list[Payment]:
         per_contact = 30 // len(person.contacts)
         for email in person.contacts:
             for _ in range(rng.randrange(per_contact - 1, per_contact + 2)):
-                amount, note = rng.randrange(3, 60), rng.choice(texts.PAYMENT_NOTES)
+                amount, note = rng.randrange(3, 60), rng.choice(texts.PAYMENT_NOTES[person.pool])
                 payments.append(Payment(person.email, email, amount, note, rng.randrange(2, 300)))
     return sorted(payments, key=lambda payment: -payment.days_ago)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ from .people import Person
 from .scenarios import SCENARIOS, Scenario
 
 INSTANCES = 12
+MAX_DRAWS = 1000
+"""Attempts at unused parameters for a task."""
 SPLITS = ("train", "dev", "test", "dev_scenario", "test_scenario")
 # The 12 instances of a training scenario: 1 to 8 for training, then two each for dev and test.
 _INSTANCE_SPLITS = ("train",) * 8 + ("dev",) * 2 + ("test",) * 2
+_SHARED_PARAMETERS = {"direction", "relation"}
+"""Parameters with a few fixed values, which all splits use. Of the others, held-out tasks have values of their own."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,41 @@ class TaskSpec:
 
 
 def make_tasks(world: World) -> list[TaskSpec]:
-    """All tasks, scenario by scenario. No two tasks of a scenario share supervisor and parameters."""
-    tasks = []
+    """All tasks, scenario by scenario.
+
+    No two tasks of a scenario share supervisor and parameters, and no two splits of it share a parameter's value
+    (except `_SHARED_PARAMETERS`).
+
+    Raises:
+        ValueError: if a scenario has too few values for that, or `problems_of_splits` finds a shared text.
+    """
+    tasks: list[TaskSpec] = []
     for position, scenario in enumerate(SCENARIOS.values()):
-        taken: set[tuple[str, str]] = set()
+        made: list[TaskSpec] = []
         for number in range(1, INSTANCES + 1):
             split, person = _place(world, scenario, position, number)
-            tasks.append(_make_task(world, scenario, split, person, number, taken))
+            made.append(_make_task(world, scenario, split, person, number, made))
+        tasks += made
+    if problems := problems_of_splits((spec.id, spec.split, spec.instruction, spec.solution) for spec in tasks):
+        raise ValueError("; ".join(problems))
     return tasks
+
+
+def problems_of_splits(tasks: Iterable[tuple[str, str, str, list[dict[str, str]]]]) -> list[str]:
+    """What two splits share: instructions or reference solutions, as sentences; empty if they share nothing.
+
+    Args:
+        tasks: id, split, instruction and solution of each task.
+    """
+    first: dict[tuple[str, str], tuple[str, str]] = {}
+    problems = []
+    for task_id, split, instruction, solution in tasks:
+        texts = {"instruction": instruction, "reference solution": "\n".join(turn["code"] for turn in solution)}
+        for kind, text in texts.items():
+            other_id, other_split = first.setdefault((kind, text), (task_id, split))
+            if other_split != split:
+                problems.append(f"{task_id} ({split}) has the {kind} of {other_id} ({other_split})")
+    return problems
 
 
 def _place(world: World, scenario: Scenario, position: int, number: int) -> tuple[str, Person]:
@@ -54,17 +86,17 @@ def _place(world: World, scenario: Scenario, position: int, number: int) -> tupl
 
 
 def _make_task(
-    world: World, scenario: Scenario, split: str, person: Person, number: int, taken: set[tuple[str, str]]
+    world: World, scenario: Scenario, split: str, person: Person, number: int, made: list[TaskSpec]
 ) -> TaskSpec:
     rng = random.Random(f"task/{scenario.id}/{number}")
-    for _ in range(100):
+    taken = [spec.parameters for spec in made if spec.supervisor == person]
+    elsewhere = {value for spec in made if spec.split != split for value in _own_values(spec.parameters)}
+    for _ in range(MAX_DRAWS):
         draw = scenario.draw(world, person, rng)
-        key = (person.email, repr(sorted(draw.parameters.items())))
-        if key not in taken:
-            taken.add(key)
+        if draw.parameters not in taken and not elsewhere.intersection(_own_values(draw.parameters)):
             break
     else:
-        raise ValueError(f"{scenario.id}_{number}: no unused parameters left for {person.name}")
+        raise ValueError(f"{scenario.id}_{number}: no unused parameters left for {person.name} in {split}")
     instruction = scenario.instructions[(number - 1) % len(scenario.instructions)]
     return TaskSpec(
         id=f"{scenario.id}_{number}",
@@ -77,6 +109,10 @@ def _make_task(
         answer=draw.answer,
         solution=[{"thought": turn.thought, "code": fill(turn.code, draw.parameters)} for turn in scenario.turns],
     )
+
+
+def _own_values(parameters: dict[str, Any]) -> set[tuple[str, Any]]:
+    return {item for item in parameters.items() if item[0] not in _SHARED_PARAMETERS}
 
 
 def fill(text: str, parameters: dict[str, Any]) -> str:

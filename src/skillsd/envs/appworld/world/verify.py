@@ -7,6 +7,8 @@ Run by AppWorld's Python. Checks for each task, each in its own process:
 - the solution with a wrong answer fails, if the task asks for an answer;
 - the solution with any of the scenario's harmful side effects fails, as does deleting the supervisor's account.
 
+Also checks, for the whole world, that no instruction and no reference solution of one split is in another.
+
 Exits with status 1 and lists the tasks that fail a check.
 """
 
@@ -35,6 +37,7 @@ def main() -> None:
     root = arguments.root.resolve()
     index = json.loads((root / "data" / "skillsd.json").read_text())
     ids = arguments.tasks or (index["splits"][arguments.split] if arguments.split else list(index["tasks"]))
+    shared = shared_texts(root, index)
     findings = verify(root, ids, arguments.workers)
     if arguments.json:
         arguments.json.write_text(json.dumps(findings, indent=1) + "\n")
@@ -43,7 +46,22 @@ def main() -> None:
     for task, reasons in failed.items():
         print(f"{task}: {'; '.join(reasons)}")
     print(f"{len(findings) - len(failed)} of {len(findings)} tasks pass all checks")
-    sys.exit(1 if failed else 0)
+    print("\n".join(shared) or "no instruction and no reference solution is in two splits")
+    sys.exit(1 if failed or shared else 0)
+
+
+def shared_texts(root: Path, index: dict[str, Any]) -> list[str]:
+    """What the splits in the built data share; see `tasks.problems_of_splits`."""
+    from world.tasks import problems_of_splits
+
+    def read(task: str, name: str) -> Any:
+        return json.loads((root / "data" / "tasks" / task / name).read_text())
+
+    return problems_of_splits(
+        (task, split, read(task, "specs.json")["instruction"], read(task, "ground_truth/solution.json"))
+        for split, ids in index["splits"].items()
+        for task in ids
+    )
 
 
 def verify(root: Path, ids: list[str], workers: int) -> dict[str, dict[str, Any]]:

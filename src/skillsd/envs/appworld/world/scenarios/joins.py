@@ -116,7 +116,7 @@ REQUEST_DEBT = Scenario(
 
 def draw_payment(world: World, person: Person, rng: Random) -> Draw:
     relation, other = draw_relation(world, person, rng)
-    amount, note = rng.randrange(5, 60), rng.choice(texts.PAYMENT_NOTES)
+    amount, note = rng.randrange(5, 60), rng.choice(texts.PAYMENT_NOTES[person.pool])
     return Draw(
         {"relation": relation, "amount": amount, "note": note},
         {"email": other.email, "amount": amount, "note": note},

@@ -15,8 +15,9 @@ STRAY_NOTE = 'apis.simple_note.create_note(title="Stray", content="", access_tok
 
 
 def draw_note(world: World, person: Person, rng: Random) -> Draw:
-    title = rng.choice(sorted(texts.NEW_NOTES))
-    note = {"title": title, "content": rng.choice(texts.NEW_NOTES[title])}
+    notes = texts.NEW_NOTES[person.pool]
+    title = rng.choice(sorted(notes))
+    note = {"title": title, "content": rng.choice(notes[title])}
     return Draw(note, note)
 
 

@@ -16,7 +16,8 @@ apis.venmo.remove_friend(user_email=friends[0]["email"], access_token=token)"""
 
 
 def draw_balance(world: World, person: Person, rng: Random) -> Draw:
-    return Draw({}, {}, world.lives[person.email].balance)
+    amount = rng.randrange(10, 110)  # less than any balance
+    return Draw({"amount": amount}, {}, world.lives[person.email].balance - amount)
 
 
 BALANCE = Scenario(
@@ -25,16 +26,16 @@ BALANCE = Scenario(
     apps=("venmo",),
     kind="train",
     instructions=(
-        "What is my Venmo balance?",
-        "How much money is in my Venmo account?",
-        "Tell me the current balance of my Venmo account.",
+        "How much money will be left in my Venmo account if I spend $<amount> of it?",
+        "What will my Venmo balance be once I have paid $<amount> from it?",
+        "Tell me the balance of my Venmo account minus $<amount>.",
     ),
     draw=draw_balance,
     turns=(
         login("venmo"),
         Turn(
-            "I look up the balance.",
-            'answer = apis.venmo.show_venmo_balance(access_token=token)["venmo_balance"]\nprint(answer)',
+            "I look up the balance and subtract the amount.",
+            'answer = apis.venmo.show_venmo_balance(access_token=token)["venmo_balance"] - <amount>\nprint(answer)',
         ),
         ANSWER,
     ),
@@ -47,7 +48,8 @@ def draw_total(world: World, person: Person, rng: Random) -> Draw:
     direction = rng.choice(("sent", "received"))
     role = "sender" if direction == "sent" else "receiver"
     amounts = [payment.amount for payment in world.payments if getattr(payment, role) == person.email]
-    return Draw({"direction": direction}, {}, sum(amounts))
+    least = rng.randrange(5, 30)
+    return Draw({"direction": direction, "least": least}, {}, sum(amount for amount in amounts if amount >= least))
 
 
 TOTAL = Scenario(
@@ -56,18 +58,18 @@ TOTAL = Scenario(
     apps=("venmo",),
     kind="train",
     instructions=(
-        "How much money have I <direction> on Venmo in total?",
-        "Add up all the money that I have <direction> on Venmo.",
-        "What is the sum of all the Venmo payments I have <direction>?",
+        "How much money have I <direction> on Venmo in total, counting only payments of $<least> or more?",
+        "Add up all the payments of at least $<least> that I have <direction> on Venmo.",
+        "What is the sum of all the Venmo payments I have <direction> that are not below $<least>?",
     ),
     draw=draw_total,
     turns=(
         login("venmo"),
         Turn(
-            "I add up all pages of transactions.",
+            "I add up all pages of these transactions.",
             "answer = 0\nfor page in range(5):\n"
             '    for t in apis.venmo.show_transactions(access_token=token, direction="<direction>", page_index=page, '
-            "page_limit=20):\n"
+            "page_limit=20, min_amount=<least>):\n"
             '        answer += t["amount"]\nprint(answer)',
         ),
         ANSWER,
@@ -79,7 +81,7 @@ TOTAL = Scenario(
 
 def draw_payment(world: World, person: Person, rng: Random) -> Draw:
     friend = world.people[rng.choice(sorted(person.contacts))]
-    amount, note = rng.randrange(5, 60), rng.choice(texts.PAYMENT_NOTES)
+    amount, note = rng.randrange(5, 60), rng.choice(texts.PAYMENT_NOTES[person.pool])
     return Draw(
         {"name": friend.name, "amount": amount, "note": note},
         {"email": friend.email, "amount": amount, "note": note},
