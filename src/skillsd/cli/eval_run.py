@@ -118,7 +118,9 @@ def run_eval(
         raise UserError("--at is for a run's checkpoints, not for a model")
     else:
         config = configs.load(RunConfig, recipe, overrides)
-        load_task_set(config).tasks(split)  # report an unknown split before a model is loaded
+        task_set = load_task_set(config)
+        task_set.tasks(split)  # report an unknown split before a model is loaded
+        task_set.check_machine()
         if endpoint is not None and episodes is None:
             episodes = Path("runs") / f"eval-{_as_file(model)}-{config.environment.name}-{split}.jsonl"
             _check_apart(episodes, json_out)

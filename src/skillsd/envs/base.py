@@ -94,9 +94,20 @@ class TaskSet(ABC):
     def tasks(self, split: str) -> Sequence[Task]:
         """The tasks of a split, in a fixed order. Raises UserError for an unknown split."""
 
+    def check_machine(self) -> None:  # noqa: B027 (most environments run everywhere)
+        """Check that this machine can play episodes; called before a run, a warm start or an evaluation starts.
+
+        Raises:
+            UserError: if something is missing, with what to do.
+        """
+
     @abstractmethod
     def make(self) -> Environment:
-        """Create an environment."""
+        """Create an environment.
+
+        Raises:
+            UserError: if this machine can't play episodes; other errors count as infrastructure failures.
+        """
 
     def fingerprint(self, split: str) -> str:
         """Hash of a split's tasks and rules (16 hex digits). Results are comparable only if fingerprints match."""

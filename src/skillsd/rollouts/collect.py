@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from skillsd.envs.base import TaskSet
+from skillsd.errors import UserError
 from skillsd.rollouts.episode import run_episode
 from skillsd.rollouts.policy import Budget, Policy
 from skillsd.seeds import derive_seed
@@ -59,6 +60,7 @@ async def collect(
 
     Raises:
         Exception: whatever the policy raises, other than `PolicyFailedError`.
+        UserError: if an environment can't be made on this machine.
     """
     collected = Collected()
     slots = asyncio.Semaphore(concurrency)
@@ -78,6 +80,8 @@ async def collect(
             async with slots:
                 try:
                     environment = task_set.make()
+                except UserError:  # would fail in every episode alike
+                    raise
                 except Exception as error:  # an infrastructure failure, like one in `reset` or `step`
                     failed(Outcome.ENV_ERROR, f"make: {type(error).__name__}: {error}")
                     continue
@@ -105,7 +109,7 @@ async def collect(
                 for place, task in enumerate(tasks)
             ]
     except ExceptionGroup as failures:
-        # Environments can't raise out of an episode, so the policy failed, for all episodes alike: one error is enough.
+        # An environment's errors don't end up here, so all episodes fail alike, and one error is enough.
         raise failures.exceptions[0] from None
     for task, members in zip(tasks, plays, strict=True):
         trajectories = [member.result() for member in members]

@@ -55,6 +55,7 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
     check_config(config)
     task_set = task_set or load_task_set(config)
     held_out = _check_tasks(config, task_set)
+    task_set.check_machine()
     curriculum = Curriculum(
         evenly_spaced(task_set.tasks(TRAIN_SPLIT), config.curriculum.tasks),
         config.curriculum,

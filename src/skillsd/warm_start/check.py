@@ -43,6 +43,7 @@ def run_sft(
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{str(folder)!r} is not empty: give another folder with --out")
     task_set = registry.load(config.environment.name, config.environment.options)
+    task_set.check_machine()
     folder.mkdir(parents=True, exist_ok=True)
     begin, cpu = time.perf_counter(), time.process_time()
     losses: list[float] = []

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +28,32 @@ MAX_MESSAGE_BYTES = 16 << 20
 SLACK_SECONDS = 20.0
 """Time a world may take beyond the code's time limit: to end the session, start another, and respond."""
 
+PROBE_SECONDS = 180.0
+"""Time for finding out which jails this machine allows. It takes one or two seconds if nothing else is running."""
+
 LIMITS: dict[str, Any] = {
     "memory_bytes": 1 << 30,  # of the model's code
-    "scratch_bytes": 64 << 20,  # of its scratch folder, and of any one file
+    "file_bytes": 64 << 20,  # of a file, where writing files is not prevented
     "world_bytes": 3 << 30,  # address space of a world; it needs about 1 GiB
     "start_seconds": 15,  # for a jail to start; less than SLACK_SECONDS
 }
 
 
 PROTECTIONS = {
-    "files": "AppWorld's data and your files are hidden; only a scratch folder is writable",
+    "files": "the code can read nothing but Python and its libraries, and can't write files",
+    "metadata": "the code can't see names, sizes and times of AppWorld's data",
     "network": "no network, including loopback",
-    "processes": "processes that the code starts end with its episode",
-    "user": "an unprivileged user that can't start more processes or threads",
+    "processes": "no new processes or threads, no effect on others; the code ends with its episode",
+    "user": "no privileges: neither root nor capabilities",
     "syscalls": "no shared memory, kernel keys, vsock, io_uring or tracing",
     "limits": "limits on memory, file size and open files",
 }
 """The protections of a jail (host/jail.py), by name, with a description for users."""
+
+
+def describe(missing: Iterable[str]) -> str:
+    """Protections with their descriptions, for a message."""
+    return "; ".join(f"{name} ({PROTECTIONS[name]})" for name in missing)
 
 
 class WorldBrokenError(Exception):
@@ -64,14 +73,25 @@ def _clean(value: Any) -> Any:
     return {_clean(key): _clean(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def protections(python: Path) -> list[str]:
-    """The protections available on this machine, as names from `PROTECTIONS`; empty if no jail starts."""
-    command = [str(python), str(HOST / "probe.py"), json.dumps(LIMITS)]
+def protections(python: Path, root: Path) -> list[str]:
+    """The protections available on this machine, as names from `PROTECTIONS`.
+
+    Args:
+        python: AppWorld's interpreter.
+        root: the folder that contains ``data``.
+
+    Raises:
+        WorldBrokenError: if no jail starts.
+    """
+    command = [str(python), str(HOST / "probe.py"), json.dumps(LIMITS), str(root)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
         return list(json.loads(done.stdout))
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return []
+    except subprocess.TimeoutExpired as error:
+        raise WorldBrokenError(f"no jail started within {PROBE_SECONDS:g} s") from error
+    except (OSError, ValueError) as error:
+        reason = done.stderr.strip().splitlines()[-1:] if isinstance(error, ValueError) else [str(error)]
+        raise WorldBrokenError(f"no jail starts: {' '.join(reason) or 'no reason given'}") from error
 
 
 class Host:
@@ -81,7 +101,7 @@ class Host:
         python: AppWorld's interpreter.
         root: the folder that contains ``data``.
         start_seconds: deadline for the server's start, including imports.
-        limits: overrides of `LIMITS`; ``namespaces: False`` disables namespaces, for machines that forbid them.
+        limits: overrides of `LIMITS`; ``kinds`` are the kinds of jails to try, strongest first (host/jail.py).
     """
 
     def __init__(

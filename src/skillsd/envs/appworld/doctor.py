@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from skillsd.envs.appworld import client, paths
+from skillsd.envs.appworld.environment import listed
 
 
 def report() -> list[str]:
@@ -10,9 +11,15 @@ def report() -> list[str]:
     engine = "installed" if paths.installed() else f"not installed ({paths.SETUP})"
     own = "built" if paths.built_by(paths.world_folder()) == paths.builder_version() else "not built"
     lines = [f"{engine}; our own tasks {own}; official data: {paths.official() or 'not found ($APPWORLD_ROOT)'}"]
-    if paths.installed():
-        found = client.protections(paths.python())
-        lines.append(f"jail for the model's code: {', '.join(found) or 'no protection'} (docs/appworld.md)")
-        missing = {name: text for name, text in client.PROTECTIONS.items() if name not in found}
-        lines += [f"MISSING PROTECTION: {name} ({text})" for name, text in missing.items()]
+    if not paths.installed():
+        return lines
+    try:
+        found, failure = client.protections(paths.python(), paths.official() or paths.world_folder()), ""
+    except client.WorldBrokenError as error:
+        found, failure = [], f" ({error})"
+    lines.append(f"jail for the model's code: {', '.join(found) or 'no protection'}{failure} (docs/appworld.md)")
+    missing = [name for name in client.PROTECTIONS if name not in found]
+    lines += [f"MISSING PROTECTION: {client.describe([name])}" for name in missing]
+    if missing:
+        lines.append(f"episodes are refused, except with environment.options.unsafe_without={listed(missing)}")
     return lines

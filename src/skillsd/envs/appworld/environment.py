@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,11 +28,12 @@ class AppWorldEnvironment(Environment):
 
         Raises:
             WorldBrokenError: if it does not open; the collector retries.
+            UserError: if its jail lacks a protection that is required.
         """
         await self.close()
         options = self._set
         self._world = await client.World.open(options.host(), task.payload["task_id"], options.open_seconds)
-        _warn_once(tuple(name for name in client.PROTECTIONS if name not in self._world.protections))
+        options.check_protections(self._world.protections)
         self._turns, self._reward, self._done = 0, 0.0, False
         return options.prompt(task)
 
@@ -98,6 +99,9 @@ class AppWorld(TaskSet):
         max_difficulty: use only tasks up to this difficulty.
         code_seconds: wall-clock limit of a code block.
         open_seconds: wall-clock limit for opening a world.
+        unsafe_without: protections of the jail for the model's code that may be missing, from
+            `skillsd.envs.appworld.client.PROTECTIONS`, or ``all``. By default all are required, and episodes are
+            refused on machines that lack one.
 
     Raises:
         UserError: for an invalid value, or if the tasks are not available.
@@ -114,6 +118,7 @@ class AppWorld(TaskSet):
         max_difficulty: int | None = None,
         code_seconds: float = 30.0,
         open_seconds: float = 60.0,
+        unsafe_without: Sequence[str] | str = (),
     ) -> None:
         if style not in prompt.STYLES:
             raise unknown_name("AppWorld prompt style", str(style), prompt.STYLES)
@@ -131,6 +136,7 @@ class AppWorld(TaskSet):
         self._max_turns, self.max_observation_chars = max_turns, max_observation_chars
         self.code_seconds, self.open_seconds = float(code_seconds), float(open_seconds)
         self.max_difficulty = max_difficulty
+        self._unsafe_without = _protection_names(unsafe_without)
         self.data = data.World(_root(root))
 
     @property
@@ -177,8 +183,39 @@ class AppWorld(TaskSet):
         """
         return client.host(paths.python(), self.data.root.absolute())
 
+    def check_machine(self) -> None:
+        """See `TaskSet.check_machine`.
+
+        Raises:
+            UserError: if AppWorld is not installed, or the jail lacks a protection that is required.
+        """
+        key = (paths.python(), self.data.root.absolute())
+        if key not in _protections:  # takes a second
+            try:
+                _protections[key] = client.protections(*key)
+            except client.WorldBrokenError as error:
+                raise UserError(f"can't run the model's code: {error} (`skillsd doctor`)") from error
+        self.check_protections(_protections[key])
+
+    def check_protections(self, found: Sequence[str]) -> None:
+        """Warn once about missing protections.
+
+        Raises:
+            UserError: if one of them is required.
+        """
+        missing = tuple(name for name in client.PROTECTIONS if name not in found)
+        if required := [name for name in missing if name not in self._unsafe_without]:
+            raise UserError(
+                f"on this machine the jail for the model's code lacks {client.describe(required)}. docs/appworld.md "
+                f"lists what provides it. To run nevertheless: environment.options.unsafe_without={listed(missing)}"
+            )
+        if missing and missing not in _warned:
+            _warned.add(missing)
+            text = f"the model's code runs without these protections: {client.describe(missing)} (docs/appworld.md)"
+            warnings.warn(text, stacklevel=2)
+
     def make(self) -> Environment:
-        self.host()  # raises here if AppWorld isn't installed, rather than in every episode
+        self.check_machine()
         return AppWorldEnvironment(self)
 
     def rules_in_words(self) -> Mapping[str, Any]:
@@ -264,12 +301,26 @@ def _root(given: str | None) -> Path:
     return root
 
 
-_warned: set[tuple[str, ...]] = set()
+def listed(names: Iterable[str]) -> str:
+    """Names as a YAML list, as in a recipe or on the command line."""
+    return f"[{','.join(names)}]"
 
 
-def _warn_once(missing: tuple[str, ...]) -> None:
-    if missing and missing not in _warned:
-        _warned.add(missing)
-        warnings.warn(
-            f"the model's code runs without these protections: {', '.join(missing)} (docs/appworld.md)", stacklevel=2
+def _protection_names(given: Sequence[str] | str) -> tuple[str, ...]:
+    if given == "all":
+        return tuple(client.PROTECTIONS)
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise UserError(
+            f"AppWorld option unsafe_without is {given!r}; expected 'all' or a list of protections, from "
+            f"{listed(client.PROTECTIONS)}"
         )
+    for name in given:
+        if name not in client.PROTECTIONS:
+            raise unknown_name("protection of AppWorld's jail", str(name), client.PROTECTIONS)
+    return tuple(given)
+
+
+_protections: dict[tuple[Path, Path], list[str]] = {}
+"""What `client.protections` found, by its arguments."""
+
+_warned: set[tuple[str, ...]] = set()

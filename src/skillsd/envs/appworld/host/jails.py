@@ -28,12 +28,8 @@ MAX_MESSAGE_BYTES = 4 << 20
 """Longest message accepted from a jail."""
 _MODULES = ("copy", "datetime")
 """Modules of ``appworld.common`` that the session gets: the date and time classes for the agent."""
-_KINDS: tuple[dict[str, bool], ...] = (
-    {"namespaces": True, "user": True},
-    {"namespaces": False, "user": True},
-    {"namespaces": False, "user": False},
-)
-"""Kinds of jails to try, strongest first."""
+_KINDS = ("namespaces", "landlock", "bare")
+"""Kinds of jails (jail.py) to try, strongest first."""
 _ATTEMPTS_PER_KIND = 3
 """So that a transient failure doesn't cost a protection."""
 
@@ -61,7 +57,7 @@ class Jails:
             listener.listen(1024)
             given = json.dumps({"listener": listener.fileno(), "parent": os.getpid(), "modules": modules})
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-s", str(HERE / "jail.py"), given],
+                [sys.executable, "-B", "-P", "-s", str(HERE / "jail.py"), given],
                 pass_fds=[listener.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -82,13 +78,13 @@ class Jails:
             JailBrokenError: if no kind of jail starts.
         """
         broken = JailBrokenError("no kind of jail is allowed")
-        for kind in _KINDS:
-            for _ in range(_ATTEMPTS_PER_KIND if kind["namespaces"] <= self._options.get("namespaces", True) else 0):
-                jail = Jail(self._options | kind)
+        for kind in self._options.get("kinds", _KINDS):
+            for _ in range(_ATTEMPTS_PER_KIND):
+                jail = Jail(self._options | {"kind": kind})
                 try:
                     jail.start()
                     jail.greet({"apis": {}, "datetime": "2023-05-18T12:00:00"})
-                    return self._options | kind | {"protections": jail.protections}
+                    return self._options | {"kind": kind, "protections": jail.protections}
                 except JailBrokenError as error:
                     broken = error
                 finally:
