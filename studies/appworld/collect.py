@@ -31,7 +31,7 @@ def tasks(root: Path) -> dict[str, Any]:
 
 
 def attacks(report: Path) -> dict[str, str]:
-    """Attack -> ``stopped`` if its test passed, ``open`` if it failed or this machine has no jail."""
+    """Attack -> ``stopped`` if its test passed, ``open`` if it failed or the jail lacks what stops it."""
     found = {}
     for case in ElementTree.parse(report).iter("testcase"):
         name = case.attrib["name"].removeprefix("test_attack_").removeprefix("by_").replace("_", " ")
@@ -41,6 +41,15 @@ def attacks(report: Path) -> dict[str, str]:
         else:
             found[name] = f"not tried: {kinds['skipped']}" if "skipped" in kinds else "stopped"
     return found
+
+
+def times(log: Path) -> dict[str, int]:
+    """Step of the study -> seconds, all its attempts together, without those that were killed."""
+    found: Counter[str] = Counter()
+    for line in log.read_text(encoding="utf-8").splitlines():
+        step, seconds, _ = line.split("\t")
+        found[step] += int(seconds)
+    return dict(found)
 
 
 def scenarios(table: Path) -> dict[str, Any]:
@@ -63,17 +72,17 @@ def main() -> None:
     collected = {
         "what": "AppWorld's real engine on tasks of our own; not the AppWorld benchmark",
         "task_world": tasks(paths.world()),
-        "protections": client.protections(paths.python()),
+        "protections": client.protections(paths.python(), paths.world()),
         "attacks": attacks(runs / "attacks.xml"),
         "warm_start": json.loads((BASE / "warm_start.json").read_text(encoding="utf-8")),
         "learning": json.loads(table.read_text(encoding="utf-8")),
         "uplift": json.loads((runs / "uplift.json").read_text(encoding="utf-8"))["summary"]["all"],
         "whole_scenarios": scenarios(table.parent),
-        "lambda_0.3": json.loads((runs / "appworld-lambda.json").read_text(encoding="utf-8")),
         "test_split": {
             path.stem: json.loads(path.read_text(encoding="utf-8"))
             for path in sorted((runs / "appworld-test").glob("*.json"))
         },
+        "seconds": times(runs / "times.tsv"),
         "speed": json.loads(speed.read_text(encoding="utf-8")),
         "commit": commit(),
         "processor": processor(),
