@@ -160,6 +160,9 @@ def test_attack_writing_files(tmp_path: Path, victim: Victim) -> None:
         "utime(M, (0, 0))",
         "rename(M, M + '2')",
         "link(M, '/x')",
+        "open(M, os.O_RDONLY | os.O_TRUNC)",
+        "open(M, os.O_ACCMODE | os.O_TRUNC)",
+        "open(os.__file__, os.O_RDONLY | os.O_TRUNC)",  # it can be read
     ):
         answer = victim(f"import os\nM = {mine!r}\nos.{call}").observation
         assert any(text in answer for text in DENIED), (call, answer)
@@ -194,6 +197,28 @@ def test_attack_on_other_processes(victim: Victim) -> None:
     assert "PermissionError" in victim(limited).observation
     assert "PermissionError" in victim("import os\nos.setpriority(os.PRIO_PROCESS, os.getppid(), 19)").observation
     assert "PermissionError" in victim("import os\nos.sched_setaffinity(os.getppid(), {0})").observation
+    other = subprocess.Popen(["sleep", "600"])
+    try:
+        for own in (
+            f"fcntl.fcntl(b, fcntl.F_SETOWN, {other.pid})",
+            f"fcntl.ioctl(b, 0x8901, struct.pack('i', {other.pid}))",  # FIOSETOWN
+        ):
+            signals = f"""
+                import fcntl, os, socket, struct
+                a, b = socket.socketpair()
+                for call in ({own!r}, "fcntl.fcntl(b, 10, 9)", "fcntl.fcntl(b, fcntl.F_SETFL, os.O_ASYNC)"):
+                    try: eval(call)
+                    except OSError as error: print(error)
+                a.send(b"x")  # the kernel sends signal 9 to the owner of b
+            """
+            assert "not permitted" in victim(textwrap.dedent(signals)).observation
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+    lock = "import fcntl, os\nfcntl.{}(open(os.__file__, 'rb'), {})"
+    for call, operation in (("flock", "fcntl.LOCK_EX"), ("lockf", "fcntl.LOCK_SH"), ("fcntl", "fcntl.F_SETLEASE, 1")):
+        assert "PermissionError" in victim(lock.format(call, operation)).observation, call
 
 
 @pytest.mark.parametrize("command", [[], ["unshare", "-Ur"]], ids=["as root or user", "as a namespace's root"])
@@ -246,8 +271,23 @@ def test_attack_network(victim: Victim) -> None:
         "socket.socket(socket.AF_UNIX).connect('\\0skillsd')",
         "socket.socket(socket.AF_VSOCK)",
         "socket.socket(socket.AF_NETLINK)",
+        "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",  # can send to others, such as /dev/log
     ):
         assert "not permitted" in victim(f"import socket\n{connect}").observation, connect
+
+
+def test_harmless_code_works(victim: Victim) -> None:
+    """Although it uses calls that are denied in part."""
+    for code, output in (
+        ("import asyncio\nasync def f(): return 5\nprint(asyncio.run(f()))", "5"),
+        ("import os\nwith open(os.devnull, 'w') as null: print(1, file=null)\nprint(null.name)", "/dev/null"),
+        ("import os, resource\nprint(os.isatty(0), resource.prlimit(0, resource.RLIMIT_CORE))", "False (0, 0)"),
+        (
+            "import os\na, b = os.pipe()\nos.set_blocking(a, False)\nos.set_inheritable(a, True)\nprint(os.dup(b) > b)",
+            "True",
+        ),
+    ):
+        assert victim(code).observation == output
 
 
 def test_attack_a_loop_that_swallows_the_timeout(victim: Victim) -> None:

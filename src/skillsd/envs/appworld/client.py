@@ -44,8 +44,8 @@ PROTECTIONS = {
     "metadata": "the code can't see names, sizes and times of AppWorld's data",
     "network": "no network, including loopback",
     "processes": "no new processes or threads, no effect on others; the code ends with its episode",
-    "user": "no privileges: neither root nor capabilities",
-    "syscalls": "no shared memory, kernel keys, vsock, io_uring or tracing",
+    "user": "no privileges (capabilities), and no way to gain any",
+    "syscalls": "no shared memory, kernel keys, locks, io_uring or tracing",
     "limits": "limits on memory, file size and open files",
 }
 """The protections of a jail (host/jail.py), by name, with a description for users."""

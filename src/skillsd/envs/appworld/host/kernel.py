@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 import platform
+import socket
 import struct
 from collections.abc import Iterable
 
@@ -127,21 +128,24 @@ _NUMBERS = {
         chmod 90 -, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452, chown 92 -, fchown 93 55, lchown 94 -,
         fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14, lremovexattr 198 15,
         fremovexattr 199 16, utime 132 -, utimes 235 -, futimesat 261 -, utimensat 280 88, truncate 76 45,
-        inotify_init 253 -, inotify_init1 294 26""",
+        inotify_init 253 -, inotify_init1 294 26, fanotify_init 300 262, flock 73 32, openat2 437 437""",
     "other programs": "execve 59 221, execveat 322 281",
     "new processes and threads": "fork 57 -, vfork 58 -, clone 56 220, clone3 435 435",
-    "in part": "prlimit64 302 261, prctl 157 167",
+    "in part": """
+        prlimit64 302 261, prctl 157 167, fcntl 72 25, ioctl 16 29, socketpair 53 199, open 2 -, openat 257 56""",
 }
-"""System calls that `filter_calls` denies, with their numbers on x86-64 and on 64-bit ARM, which lacks some."""
+"""System calls that `filter_calls` denies, some only with certain arguments; with their numbers on x86-64 and on 64-bit
+ARM, which lacks some."""
 
 _NEWEST = 463
 """The first number that was unused when the list was made (Linux 6.12). Python needs no newer calls."""
 
-LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-"""BPF operations: load a word; skip steps if it is equal to a number, at least it, or has one of its bits; return."""
+LOAD, EQUAL, AT_LEAST, ANY_BIT, AND, RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
+"""BPF operations: load a word; skip steps if it is equal to a number, at least it, or has one of its bits; keep only
+these bits; return."""
 ALLOW, DENY = 0x7FFF0000, 0x00050000
-FIRST_ARGUMENT = 16
-"""Where the lower half of a call's first argument is."""
+FIRST_ARGUMENT, ARGUMENT_BYTES = 16, 8
+"""Where the lower half of a call's first argument is, and the distance to the next."""
 
 Step = tuple[int, int, int, int]
 """A BPF instruction: operation, steps to skip if true and if false, number."""
@@ -157,10 +161,36 @@ def filter_calls() -> bool:
         answer = errno.EAGAIN if reason == "new processes and threads" else errno.EPERM
         for call in calls.split(",") if reason != "in part" else ():
             steps += on_call(call.split()[0], [(RETURN, 0, 0, DENY | answer)])
-    deny = (RETURN, 0, 0, DENY | errno.EPERM)
-    own_limits: list[Step] = [(LOAD, 0, 0, FIRST_ARGUMENT), (EQUAL, 1, 0, 0), deny, (RETURN, 0, 0, ALLOW)]
-    outlive: list[Step] = [(LOAD, 0, 0, FIRST_ARGUMENT), (EQUAL, 0, 1, _PR_SET_PDEATHSIG), deny, (RETURN, 0, 0, ALLOW)]
-    return install_filter([*steps, *on_call("prlimit64", own_limits), *on_call("prctl", outlive)])
+    allow, deny = (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, DENY | errno.EPERM)
+    truncates: list[Step] = [(ANY_BIT, 0, 4, os.O_TRUNC), (AND, 0, 0, os.O_ACCMODE), (EQUAL, 2, 0, os.O_WRONLY)]
+    truncates += [(EQUAL, 1, 0, os.O_RDWR), deny]  # older versions of Landlock miss it in other modes
+    in_part: dict[str, list[Step]] = {
+        "prlimit64": _only(0, 0),  # its own limits
+        "prctl": [_load(0), (EQUAL, 0, 1, _PR_SET_PDEATHSIG), deny],  # it would outlive its parent
+        "fcntl": _only(1, *_FCNTL),
+        "ioctl": _only(1, *_IOCTL, otherwise=errno.ENOTTY),
+        # Connected for good. A datagram socket can send to any other.
+        "socketpair": [*_only(0, socket.AF_UNIX), _load(1), (ANY_BIT, 0, 1, 0xF & ~socket.SOCK_STREAM), deny],
+        "open": [_load(1), *truncates],
+        "openat": [_load(2), *truncates],
+    }
+    return install_filter([*steps, *(step for name, part in in_part.items() for step in on_call(name, [*part, allow]))])
+
+
+_FCNTL = (0, 1, 2, 3, 4, 1030)
+"""Operations of fcntl that Python needs: duplicate; get and set flags. Others lock files, or send signals (SETOWN)."""
+_IOCTL = (0x5421, 0x5450, 0x5451)
+"""Operations of ioctl that Python needs: FIONBIO, FIONCLEX, FIOCLEX. Others send signals, or change a file's flags."""
+
+
+def _load(argument: int) -> Step:
+    return (LOAD, 0, 0, FIRST_ARGUMENT + ARGUMENT_BYTES * argument)
+
+
+def _only(argument: int, *values: int, otherwise: int = errno.EPERM) -> list[Step]:
+    """Steps that deny a call if one of its arguments, counted from 0, has none of these values."""
+    equal: list[Step] = [(EQUAL, len(values) - place, 0, value) for place, value in enumerate(values)]
+    return [_load(argument), *equal, (RETURN, 0, 0, DENY | otherwise)]
 
 
 def on_call(name: str, steps: list[Step]) -> list[Step]:
