@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A small model on our AppWorld tasks (the real engine, not the AppWorld benchmark): warm start, then the base model, GRPO
 # and Skill-SD on three seeds, uplift of the skills, attacks, speed, one JSON file.
-#   studies/appworld/run.sh RUNS
+#   studies/appworld/run.sh RUNS      # a new folder, or that of an interrupted study of the same tasks
 # Can be interrupted and run again at any point. RUNS/times.tsv has the seconds of each step that ended.
 # Estimate for two otherwise idle cores, from the times of the earlier study (docs/results/appworld.md): warm start 10
 # minutes; six trainings of 12 iterations of 110 s, two at a time, 70; their evaluation and the base's on dev, also two at
@@ -22,9 +22,23 @@ timed() {  # timed NAME COMMAND ...: run it, and note its seconds and exit statu
     return $status
 }
 
+base_is_current() {  # whether there is a warm start that ended, on the present tasks
+    .venv/bin/python - $base/warm_start.json <<'END'
+import json, sys
+from pathlib import Path
+from skillsd import config
+from skillsd.envs import registry
+from skillsd.warm_start.sft import demonstrations_fingerprint
+recipe = config.load(config.SftConfig, "appworld-smoke-base", ())
+tasks = registry.load(recipe.environment.name, recipe.environment.options)
+made = Path(sys.argv[1])
+sys.exit(not made.is_file() or json.loads(made.read_text()).get("demonstrations") != demonstrations_fingerprint(recipe, tasks))
+END
+}
+
 timed set-up $skillsd envs setup appworld
-if [ ! -f $base/warm_start.json ]; then
-    rm -rf $base  # of an interrupted warm start
+if ! base_is_current; then
+    rm -rf $base  # interrupted, or of other tasks
     timed warm-start $skillsd sft appworld-smoke-base --out $base
 fi
 timed table $skillsd table appworld-smoke log.tensorboard=false --methods "$methods" --seeds $seeds --split dev --samples 4 \
