@@ -16,6 +16,7 @@ from skillsd.engines.base import Engine, Sample, Sampler, SampleRequest, Weights
 from skillsd.engines.options import Capabilities
 from skillsd.engines.torch.engine import TorchEngine
 from skillsd.envs.base import Step
+from skillsd.errors import UserError
 from skillsd.prompting.renderer import ChatRenderer
 from skillsd.rollouts.collect import Collected, collect
 from skillsd.rollouts.engine_policy import EnginePolicy
@@ -310,6 +311,21 @@ def test_failed_episode_is_played_again_in_a_new_environment(
     assert all(len(environment.resets) == 1 for environment in toy.made)  # no environment was reused
     assert len(toy.made) == 9 + (0 if call == "make" else 2)
     assert set(toy.times_closed.values()) == {1}
+
+
+def test_environment_that_cannot_be_made_on_this_machine_stops_the_collection(
+    sampler: ScriptedSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy, attempts = Toy(), []
+
+    def refuse() -> ToyEnvironment:
+        attempts.append(1)
+        raise UserError("no jail here")
+
+    monkeypatch.setattr(toy, "make", refuse)
+    with pytest.raises(UserError, match="no jail here"):
+        gather(sampler, toy)
+    assert len(attempts) <= 9  # no episode was tried again
 
 
 def test_group_is_dropped_after_the_last_attempt(sampler: ScriptedSampler) -> None:

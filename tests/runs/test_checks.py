@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from toy_env import Toy
 
 from skillsd import config as configs
+from skillsd.cli.app import main
 from skillsd.config import RunConfig, SftConfig
+from skillsd.errors import UserError
+from skillsd.runs.build import build
 from skillsd.runs.checks import warm_start_note
+from skillsd.warm_start.check import run_sft
 
 PAIRS = {"sokoban-smollm2": "sokoban-smollm2-base", "appworld-smoke": "appworld-smoke-base"}
 """Recipe -> the recipe of its base model. That of `sokoban-nano` ships with its weights: `tests/test_nano_base.py`."""
@@ -66,3 +72,27 @@ def test_the_shipped_recipe_has_no_such_note() -> None:
     note = warm_start_note(configs.load(RunConfig, "sokoban-nano", [f"skills.place={other}"]))
     assert note is not None
     assert f"skills.place={config.skills.place}" in note
+
+
+def refuse(task_set: Toy) -> None:
+    raise UserError("no jail here")
+
+
+def test_a_machine_is_checked_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a run, a warm start, and an evaluation of a model."""
+    monkeypatch.setattr(Toy, "check_machine", refuse)
+    settings = {"name": "x", "model": {"name": str(tmp_path / "none")}, "environment": {"name": "toy_env:Toy"}}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    with pytest.raises(UserError, match="no jail here"):
+        build(RunConfig.model_validate(settings), tmp_path / "run")
+    with pytest.raises(UserError, match="no jail here"):
+        run_sft(SftConfig.model_validate(settings), tmp_path / "base", on_step=lambda progress: None)
+    assert not (tmp_path / "base").exists()
+    command = ["skillsd", "eval", "--model", str(tmp_path), "--recipe", str(recipe), "--split", "tune"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        main()
+    assert "no jail here" in "".join(capsys.readouterr())
