@@ -46,7 +46,7 @@ pytestmark = pytest.mark.timeout(240)
 
 def test_conforms_to_the_environment_interface(task_set: AppWorld) -> None:
     actions = ("print(apis.supervisor.show_profile())", "apis.supervisor.complete_task()", "1/0", "print('a' * 9999)")
-    assert_conforms(task_set, episodes=1, actions=actions)
+    assert_conforms(task_set, episodes=1, actions=actions, demonstrations=0)
 
 
 def test_reference_solutions_succeed_and_wrong_ones_fail(task_set: AppWorld) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from skillsd.envs.base import TaskSet
+from skillsd.envs.checked import EnvironmentFaultError, checked
 from skillsd.rollouts.episode import run_episode
 from skillsd.rollouts.policy import Budget, Policy
 from skillsd.seeds import derive_seed
@@ -60,7 +61,7 @@ async def collect(
     Raises:
         Exception: whatever the policy raises, other than `PolicyFailedError`.
     """
-    collected = Collected()
+    collected, environments = Collected(), checked(task_set)
     slots = asyncio.Semaphore(concurrency)
 
     def failed(outcome: Outcome, reason: str) -> None:
@@ -77,9 +78,9 @@ async def collect(
             name = f"{seed}/{place}/{task.id}/{member}/{attempt}"
             async with slots:
                 try:
-                    environment = task_set.make()
-                except Exception as error:  # an infrastructure failure, like one in `reset` or `step`
-                    failed(Outcome.ENV_ERROR, f"make: {type(error).__name__}: {error}")
+                    environment = environments.make()
+                except EnvironmentFaultError as error:  # an infrastructure failure, like one in `reset` or `step`
+                    failed(Outcome.ENV_ERROR, str(error))
                     continue
                 trajectory = await run_episode(
                     policy,
