@@ -23,7 +23,8 @@ LAYERS = (
     ("envs",),
     ("engines",),
     ("objective",),
-    ("methods", "options", "plugins", "cache"),
+    ("methods", "options", "plugins", "cache", "user_code"),
+    ("files",),
     ("errors", "metrics", "seeds", "types"),
 )
 """From the top down: a module imports from its own layer and those below it."""

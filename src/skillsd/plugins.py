@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from skillsd.errors import UserError, unknown_name
+from skillsd import user_code
+from skillsd.errors import EngineFailedError, UserError, unknown_name
 
 ENVIRONMENTS = "skillsd.environments"
 ENGINES = "skillsd.engines"
@@ -51,10 +52,33 @@ def find(kind: str, name: str, known: Iterable[str], targets: Mapping[str, str] 
     module, _, attribute = target.partition(":")
     if ":" in name and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # custom modules are usually in the current folder
+    user_code.brought_by_user(module)
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:  # ValueError: an empty module name
+        place = user_code.where(error)
         raise UserError(
-            f"{kind} {name!r} can't be imported: {error}. Expected module:Class, with the module on the Python path or "
-            "in the current folder"
+            f"{kind} {name!r} can't be imported: {error}{f' ({place})' if place else ''}. Expected module:Class, with "
+            "the module on the Python path or in the current folder"
         ) from error
+    except (Exception, SystemExit) as error:  # the module's own code runs when it is imported
+        user_code.record(f"importing {module}", error)
+        raise UserError(f"{kind} {name!r} can't be imported: {user_code.describe(error)}") from error
+
+
+def construct(what: str, given: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """Call a class or function that a user brought.
+
+    Args:
+        what, given: the object and its arguments, for error messages: "environment 'x'", "without arguments".
+
+    Raises:
+        UserError: for whatever it raises, with the file and line.
+    """
+    try:
+        return factory(**options)
+    except (UserError, EngineFailedError):
+        raise
+    except (Exception, SystemExit) as error:
+        user_code.record(f"the constructor of {what}", error)
+        raise UserError(f"{what} can't be constructed {given}: {user_code.describe(error)}") from error

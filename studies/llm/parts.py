@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from skillsd.files.write import write_whole
 from skillsd.report import manifest
-from skillsd.report.writer import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 VLLM = ROOT / "build" / "vllm" / "bin" / "python"

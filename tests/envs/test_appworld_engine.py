@@ -49,7 +49,7 @@ OPEN_SECONDS, CODE_SECONDS, WAIT_SECONDS = 200.0, 60.0, 100.0
 
 def test_conforms_to_the_environment_interface(task_set: AppWorld) -> None:
     actions = ("print(apis.supervisor.show_profile())", "apis.supervisor.complete_task()", "1/0", "print('a' * 9999)")
-    assert_conforms(task_set, episodes=1, actions=actions)
+    assert_conforms(task_set, episodes=1, actions=actions, demonstrations=0)
 
 
 def test_reference_solutions_succeed_and_wrong_ones_fail(task_set: AppWorld) -> None:

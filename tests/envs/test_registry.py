@@ -46,7 +46,7 @@ def test_shipped_environments_need_no_entry_points(monkeypatch: pytest.MonkeyPat
     """A source tree works without being installed."""
     monkeypatch.setattr(plugins, "entry_points", lambda group: [])
     assert registry.names() == ["appworld", "sokoban"]
-    assert isinstance(registry.load("sokoban"), Sokoban)
+    assert isinstance(registry.load("sokoban").inner, Sokoban)
 
 
 def test_a_third_party_registers_by_entry_point(third_party: Distribution) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from toy_env import Toy
 
 from skillsd.engines.base import Engine
@@ -55,6 +56,23 @@ def test_interval_of_other_means_is_students_t() -> None:
     # mean 0.5, standard error 0.1 (n = 5: s^2 = 0.05), t_0.975(4) = 2.776
     values = [0.5 - math.sqrt(0.1), 0.5, 0.5, 0.5, 0.5 + math.sqrt(0.1)]
     assert mean_interval(values) == pytest.approx((0.5 - 0.27764, 0.5 + 0.27764), abs=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 0.9, 1.0])
+def test_equal_values_do_not_make_a_narrow_interval(share: float) -> None:
+    """24 tasks at .5 once had [.5, .5]: the sample deviation is 0."""
+    low, high = mean_interval([share] * 24)
+    assert high - low > 0.1
+    same = round(share * 24)  # for a share of whole tasks it is the interval of as many successes
+    if same / 24 == share:
+        assert (low, high) == pytest.approx(mean_interval([1.0] * same + [0.0] * (24 - same)))
+
+
+def test_wilsons_interval() -> None:
+    for successes in (0, 1, 11, 24):
+        expected = stats.binomtest(successes, 24).proportion_ci(method="wilson")
+        found = mean_interval([1.0] * successes + [0.0] * (24 - successes))
+        assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 @settings(deadline=None)

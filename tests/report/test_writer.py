@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from skillsd.config import LogSection
+from skillsd.files.write import write_whole
 from skillsd.report.manifest import model, weights_fingerprint
 from skillsd.report.pictures import learning_curves
 from skillsd.report.progress import duration
 from skillsd.report.tables import percent
-from skillsd.report.writer import EVALUATIONS, METRICS, RunWriter, read, write_whole
+from skillsd.report.writer import EVALUATIONS, METRICS, RunWriter, read
 
 PLAIN = LogSection(tensorboard=False)
 

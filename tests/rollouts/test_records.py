@@ -20,32 +20,31 @@ values = st.recursive(st.none() | st.booleans() | st.integers() | floats | texts
 payloads = st.dictionaries(texts, values, max_size=3)
 tasks = st.builds(Task, texts, texts, texts, payloads, floats)
 messages = st.builds(Message, st.sampled_from(["system", "user", "assistant"]), texts)
-turns = st.builds(Turn, texts, texts, st.integers(0), st.integers(0), payloads)
 
 
-def tuples(elements: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
-    return st.lists(elements, max_size=5).map(tuple)
+@st.composite
+def trajectories(draw: st.DrawFn) -> Trajectory:
+    tokens = draw(st.lists(st.tuples(st.integers(0), st.booleans(), floats), max_size=5))
+    places = st.integers(0, len(tokens))
+    spans = draw(st.lists(st.tuples(texts, texts, st.tuples(places, places), payloads), max_size=3))
+    return Trajectory(
+        task=draw(tasks),
+        prompt=tuple(draw(st.lists(messages, max_size=3))),
+        tokens=tuple(token for token, _, _ in tokens),
+        action_mask=tuple(sampled for _, sampled, _ in tokens),
+        logprobs=tuple(logprob for _, _, logprob in tokens),
+        prompt_length=draw(places),
+        turns=tuple(Turn(action, answer, min(at), max(at), info) for action, answer, at, info in spans),
+        outcome=draw(st.sampled_from(Outcome)),
+        reward=draw(floats),
+        success=draw(st.booleans()),
+        seed=draw(st.integers()),
+        error=draw(texts),
+        versions=draw(st.none() | st.tuples(st.integers(0), st.integers(0))),
+    )
 
 
-trajectories = st.builds(
-    Trajectory,
-    task=tasks,
-    prompt=tuples(messages),
-    tokens=tuples(st.integers(0)),
-    action_mask=tuples(st.booleans()),
-    logprobs=tuples(floats),
-    prompt_length=st.integers(0),
-    turns=tuples(turns),
-    outcome=st.sampled_from(Outcome),
-    reward=floats,
-    success=st.booleans(),
-    seed=st.integers(),
-    error=texts,
-    versions=st.none() | st.tuples(st.integers(0), st.integers(0)),
-)
-
-
-@given(trajectories)
+@given(trajectories())
 def test_round_trip_is_exact(trajectory: Trajectory) -> None:
     line = json.dumps(trajectory_to_json(trajectory))
     assert "\n" not in line
@@ -83,6 +82,19 @@ TRAJECTORY = Trajectory(
         (lambda r: r.update(turns=3), "not a trajectory record"),
         (lambda r: r["task"].update(colour="red"), "colour"),
         (lambda r: r.update(prompt=["hello"]), "not a trajectory record"),
+        (lambda r: r.update(task=[]), "not a trajectory record"),
+        (lambda r: r.update(logprobs=[0.0]), "3 tokens, 3 in the mask, 1 log-probs"),
+        (lambda r: r.update(tokens=[1, 2, "3"]), "tokens are integers"),
+        (lambda r: r.update(logprobs=[None] * 3), "log-probs numbers"),
+        (lambda r: r.update(prompt_length=4), "a span is outside"),
+        (lambda r: r["turns"][0].update(end=4), "a span is outside"),
+        (lambda r: r["turns"][0].update(end=None), "not a trajectory record"),
+        (lambda r: r["turns"][0].update(action=3), "another type"),
+        (lambda r: r["turns"][0].update(info=None), "another type"),
+        (lambda r: r["task"].update(id=3), "another type"),
+        (lambda r: r.update(reward="1"), "another type"),
+        (lambda r: r.update(seed=0.5), "another type"),
+        (lambda r: r.update(versions=[1]), "versions are"),
     ],
 )
 def test_invalid_record_is_refused(spoil: Callable[[dict[str, Any]], object], message: str) -> None:

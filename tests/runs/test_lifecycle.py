@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
+import errno
+import io
 import json
 import os
 import shutil
@@ -214,6 +217,160 @@ def test_failed_start_leaves_no_folder(
     assert run_training(changed(config, training={"iterations": 0}), tmp_path / "run")
 
 
+# -- a folder that another process uses, or whose run has not begun --------------------------------------------------
+
+
+def test_resume_beside_a_living_run_is_refused_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    slow = toy_settings(tiny_model, environment={"options": {"delay": 0.2}}, training={"iterations": 50})
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(yaml.safe_dump(slow))
+    process = skillsd_process(["-m", "skillsd", "train", str(recipe), "--out", str(folder)])
+    try:
+        deadline = time.monotonic() + 120
+        while not records(folder) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        before = (folder / METRICS).read_bytes()
+        for resume in (True, False):
+            with pytest.raises(UserError, match=rf"process {process.pid} on .* is using the run '{folder}'"):
+                run_training(RunConfig.model_validate(slow), folder, resume=resume)
+        assert (folder / METRICS).read_bytes().startswith(before)
+    finally:
+        process.kill()
+        process.wait()
+    assert (folder / ".lock").exists()  # of the killed process; it holds nothing any more
+    short = changed(RunConfig.model_validate(slow), training={"iterations": 1}, environment={"options": {}})
+    with pytest.raises(UserError, match="holds a run already"):
+        run_training(short, folder)
+
+
+RAISING = """
+from toy_env import Toy
+
+class Broken(Toy):
+    def make(self):
+        environment = super().make()
+        async def reset(task, seed):
+            raise ValueError("the level is missing")
+        environment.reset = reset
+        return environment
+"""
+
+
+def test_a_run_that_never_finished_an_iteration_does_not_block_the_corrected_command(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "broken_toy.py").write_text(RAISING)
+    folder, seen, notes = tmp_path / "run", [], []
+    wrong = changed(config, environment={"name": "broken_toy:Broken"})
+    with pytest.raises(UserError, match="every episode of the evaluation on 'tune' failed") as error:
+        run_training(wrong, folder, on_record=lambda kind, record: seen.append(kind), on_note=notes.append)
+    assert seen == []  # no "accuracy nan % on 0 tasks"
+    assert "ValueError: the level is missing" in str(error.value)
+    assert "broken_toy.py:8" in str(error.value)
+    assert any("errors.log" in note for note in notes)
+    full = (folder / "errors.log").read_text()
+    assert "Traceback" in full
+    assert 'raise ValueError("the level is missing")' in full
+
+    short = changed(config, training={"iterations": 1})
+    for resume in (False, True):
+        assert (folder / "config.yaml").exists()
+        assert run_training(short, folder, resume=resume, on_note=notes.append)
+        assert sorted(path.name for path in folder.iterdir()) == [
+            *("checkpoints", "config.yaml", "evaluations.jsonl", "manifest.json", "metrics.jsonl", "skills.sqlite"),
+            "trajectories",
+        ]
+        if not resume:
+            assert notes[-1].endswith("had not finished an iteration: it starts anew")
+            shutil.rmtree(folder)
+            with pytest.raises(UserError):
+                run_training(wrong, folder)
+
+
+def test_a_constructor_that_raises_leaves_its_traceback_and_blocks_nothing(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "broken_set.py").write_text("def build():\n    return {}['x']\n")
+    with pytest.raises(UserError, match=r"broken_set\.py:2"):
+        run_training(changed(config, environment={"name": "broken_set:build"}), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["errors.log"]
+    assert "KeyError: 'x'" in (tmp_path / "run" / "errors.log").read_text()
+    assert run_training(changed(config, training={"iterations": 1}), tmp_path / "run")
+    assert not (tmp_path / "run" / "errors.log").exists()
+
+
+# -- a full disk -----------------------------------------------------------------------------------------------------
+
+
+def fail_writes(patch: pytest.MonkeyPatch, part: str, after: int = 0) -> None:
+    """From the given time on, opening a file whose path contains `part` for writing fails as on a full disk."""
+    real, seen = builtins.open, 0
+
+    def full(file: Any, mode: str = "r", *args: Any, **more: Any) -> Any:
+        nonlocal seen
+        if part in str(file) and set(mode) & set("wax+"):
+            seen += 1
+            if seen > after:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        return real(file, mode, *args, **more)
+
+    patch.setattr(builtins, "open", full)
+    patch.setattr(io, "open", full)
+
+
+@pytest.mark.parametrize(
+    ("part", "after"),
+    [
+        ("metrics.jsonl", 0),
+        ("metrics.jsonl", 3),
+        ("evaluations.jsonl", 2),
+        ("iteration-00004", 0),
+        ("state.json", 1),
+        ("tokenizer_config.json", 1),
+        ("model.safetensors", 1),
+        ("engine.pt", 1),
+        ("skills.sqlite.partial", 1),
+    ],
+)
+def test_a_full_disk_is_one_line_and_resume_continues(
+    part: str, after: int, config: RunConfig, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        fail_writes(patch, part, after)
+        if part in ("model.safetensors", "engine.pt"):
+            name = "save_weights" if part == "model.safetensors" else "save_state"
+            patch.setattr(TorchEngine, name, failing(getattr(TorchEngine, name), after))
+        with pytest.raises(UserError, match=r"No space left|iostream error|No such file") as error:
+            run_training(config, folder)
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+    assert "make room there, then resume with --resume" in str(error.value)
+    assert not list(folder.rglob("*.partial"))
+    for found in checkpoint.iterations(folder):
+        asyncio.run(load_trained(folder, found))[0].close()
+    assert run_training(config, folder, resume=True)
+    assert_same_run(folder, uninterrupted)
+
+
+def failing(method: Any, after: int) -> Any:
+    """A save that fails half-way, with a library's own exception."""
+    calls = 0
+
+    def save(self: Any, folder: Path) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            folder.mkdir(exist_ok=True)
+            (folder / "half").write_bytes(b"0" * 100)
+            raise RuntimeError("basic_ios::clear: iostream error")
+        return method(self, folder)
+
+    return save
+
+
 # -- checkpoints ----------------------------------------------------------------------------------------------------
 
 
@@ -235,19 +392,11 @@ def test_newest_checkpoint_is_the_highest_number(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path / "nothing") is None
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"iteration"', "is not a checkpoint of a run"),
-        ("[]", "state.json is no JSON object"),
-        ('{"iteration": 1}', r"state.json lacks best_successes, pending_summaries"),
-    ],
-)
-def test_damaged_checkpoint_is_refused(config: RunConfig, tmp_path: Path, content: str, message: str) -> None:
+def test_checkpoint_of_another_version_is_refused(config: RunConfig, tmp_path: Path) -> None:
     short = changed(config, training={"iterations": 1})
     run_training(short, tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "step-1" / "state.json").write_text(content)
-    with pytest.raises(UserError, match=message):
+    (tmp_path / "run" / "checkpoints" / "step-1" / "state.json").write_text('{"iteration": 1}')
+    with pytest.raises(UserError, match=r"state.json lacks best_successes, pending_summaries"):
         run_training(short, tmp_path / "run", resume=True)
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
 
+from skillsd import user_code
 from skillsd.rollouts.records import trajectory_to_json
 from skillsd.skills.background import BackgroundSummaries
 from skillsd.skills.bank import Bank, HeldOutTaskError
 from skillsd.skills.summarise import RuleSummariser, Summariser
-from skillsd.types import Outcome, Skill, Trajectory
+from skillsd.types import Outcome, Skill, Task, Trajectory
 
 Make = Callable[..., Trajectory]
 
@@ -172,6 +174,22 @@ def raises_at_once(trajectory: Trajectory) -> Skill:
     raise KeyError("task")
 
 
+async def exits(trajectory: Trajectory) -> Skill:
+    raise SystemExit("bye")
+
+
+async def returns_a_dict(trajectory: Trajectory) -> dict[str, str]:
+    return {"success_analysis": "", "mistake_analysis": "", "golden_workflow": "up"}
+
+
+async def returns_numbers(trajectory: Trajectory) -> Skill:
+    return Skill("", "", 3)  # type: ignore[arg-type]
+
+
+async def returns_half_a_surrogate(trajectory: Trajectory) -> Skill:
+    return Skill("", "", "\ud83d")
+
+
 @pytest.mark.parametrize(
     ("fault", "counted_as"),
     [
@@ -186,6 +204,10 @@ def raises_at_once(trajectory: Trajectory) -> Skill:
         (returns_none, "no_skill"),
         (not_async, "failed"),
         (raises_at_once, "failed"),
+        (exits, "failed"),
+        (returns_a_dict, "rejected_malformed"),
+        (returns_numbers, "rejected_malformed"),
+        (returns_half_a_surrogate, "rejected_malformed"),
     ],
 )
 def test_fault_is_counted_and_stops_nothing_else(
@@ -211,6 +233,61 @@ def test_fault_is_counted_and_stops_nothing_else(
     asyncio.run(main())
     assert skills(bank) == ["skill 1", "skill 2"]
     assert "never retrieved" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fault", "note"),
+    [
+        (raises, r"the summariser raised RuntimeError: server error \(.*test_background\.py:\d+\)"),
+        (exits, r"the summariser raised SystemExit: bye \(.*test_background\.py:\d+\)"),
+        (returns_text, r"the summariser returned 'Sure! Here is the skill:' \(str\), expected a Skill or None"),
+        (returns_a_dict, r"the summariser returned {.*\(dict\), expected a Skill or None"),
+        (returns_numbers, r"the summariser returned a Skill whose golden_workflow is int, expected text"),
+        (returns_half_a_surrogate, r"not valid Unicode"),
+        (hangs, r"took more than 0\.05 s \(skills\.timeout_seconds\): abandoned"),
+    ],
+)
+def test_a_fault_is_noted_once(bank: Bank, trajectory_with: Make, fault: Any, note: str) -> None:
+    notes: list[str] = []
+
+    async def main() -> None:
+        work = background(bank, Async(fault), timeout=0.05)
+        for seed in range(5):
+            work.submit(trajectory_with(seed=seed), source="s", iteration=0)
+        assert await work.drain(timeout=3)
+
+    with user_code.logged_in(user_code.FaultLog(None, notes.append)):
+        asyncio.run(main())
+    [only] = notes
+    assert re.search(note, only), only
+    assert "only counted" in only
+
+
+def test_secrets_that_cannot_be_read_reject_the_skill(bank: Bank, trajectory: Trajectory) -> None:
+    def secrets(task: Task) -> list[str]:
+        raise LookupError(task.id)
+
+    async def main() -> dict[str, int]:
+        work = background(bank, RuleSummariser(by_seed), secrets=secrets)
+        work.submit(trajectory, source="s", iteration=0)
+        await work.drain()
+        assert work.collect() == 0
+        return work.stats()
+
+    assert asyncio.run(main())["failed"] == 1
+
+
+def test_a_rule_that_turns_out_to_be_async_is_awaited(bank: Bank, trajectory: Trajectory) -> None:
+    async def rule(trajectory: Trajectory) -> Skill:
+        return by_seed(trajectory)
+
+    async def main() -> int:
+        work = background(bank, RuleSummariser(rule))  # type: ignore[arg-type]
+        work.submit(trajectory, source="s", iteration=0)
+        await work.drain()
+        return work.collect()
+
+    assert asyncio.run(main()) == 1
 
 
 def test_duplicates_are_counted(bank: Bank, trajectory: Trajectory) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -12,12 +13,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 from skillsd.errors import UserError
-from skillsd.skills import ucb
+from skillsd.files.read import DamagedError
+from skillsd.files.write import WriteFailedError
+from skillsd.skills import bank_file, ucb
 from skillsd.skills.bank import Bank, HeldOutTaskError, StoredSkill
 from skillsd.types import Outcome, Skill, Task
 
@@ -273,7 +277,7 @@ class TestFile:
         with Bank(path) as bank, Bank(path) as other:
             other._db.execute("PRAGMA busy_timeout = 10")
             with bank.batch():
-                with pytest.raises(UserError, match="other process"):
+                with pytest.raises(UserError, match="another process"):
                     put(other, task)
                 put(bank, task)
             put(other, task)
@@ -352,6 +356,126 @@ class TestFile:
         assert caught
 
 
+class TestLocked:
+    """Another connection with an open transaction: a database viewer, a backup, `sqlite3` in a shell."""
+
+    @pytest.fixture(autouse=True)
+    def short_wait(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bank_file, "WAIT_SECONDS", 0.2)
+
+    @staticmethod
+    @contextmanager
+    def another(path: Path, begin: str) -> Iterator[sqlite3.Connection]:
+        with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as db:
+            db.execute(begin)
+            db.execute("SELECT * FROM skills").fetchall()
+            yield db
+
+    def test_a_commit_beside_a_reader(self, tmp_path: Path, task: Task) -> None:
+        path = tmp_path / "skills.sqlite"
+        with Bank(path) as bank:
+            put(bank, task, "a")
+            with self.another(path, "BEGIN"), pytest.raises(UserError, match="another process has locked"):
+                put(bank, task, "b")
+            assert len(bank) == 1
+            assert put(bank, task, "b") == 2
+
+    def test_a_commit_waits(self, tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bank_file, "WAIT_SECONDS", 30.0)
+        path = tmp_path / "skills.sqlite"
+        with Bank(path) as bank, self.another(path, "BEGIN") as db:
+            timer = threading.Timer(0.3, db.rollback)
+            timer.start()
+            put(bank, task, "a")
+            timer.join()
+            assert len(bank) == 1
+
+    def test_everything_beside_a_writer(self, tmp_path: Path, task: Task) -> None:
+        path, copy = tmp_path / "skills.sqlite", tmp_path / "copy.sqlite"
+        with Bank(path) as bank:
+            put(bank, task)
+            bank.snapshot(copy)
+            before = copy.read_bytes()
+            with self.another(path, "BEGIN EXCLUSIVE"):
+                for call in (
+                    bank.skills,
+                    bank.counts,
+                    bank.__len__,
+                    lambda: bank.peek(task, c=1.0),
+                    lambda: bank.record_pick(1),
+                    lambda: bank.snapshot(copy),
+                    lambda: bank.restore(copy),
+                    lambda: Bank(path),
+                ):
+                    with pytest.raises(UserError, match="another process has locked"):
+                        call()
+            assert copy.read_bytes() == before
+            assert [skill.picks for skill in bank.skills()] == [0]
+
+    def test_a_restore_beside_a_reader(self, tmp_path: Path, task: Task) -> None:
+        path = tmp_path / "skills.sqlite"
+        with Bank(path) as bank:
+            bank.snapshot(tmp_path / "empty.sqlite")
+            put(bank, task)
+            with self.another(path, "BEGIN"), pytest.raises(UserError, match="another process has locked"):
+                bank.restore(tmp_path / "empty.sqlite")
+            assert len(bank) == 1
+
+
+def test_a_full_disk_undoes_the_call(tmp_path: Path, task: Task) -> None:
+    with Bank(tmp_path / "skills.sqlite") as bank:
+        put(bank, task, "a")
+        bank._db.execute("PRAGMA max_page_count = 6")
+        with pytest.raises(WriteFailedError, match=r"full.*make room there"):
+            put(bank, task, "b" * 100_000)
+        assert len(bank) == 1
+        bank._db.execute("PRAGMA max_page_count = 1000000")
+        put(bank, task, "b" * 100_000)
+
+
+def test_a_snapshot_on_a_full_disk_keeps_the_one_before(tmp_path: Path, bank: Bank, task: Task) -> None:
+    bank.snapshot(tmp_path / "copy.sqlite")
+    put(bank, task, "a" * 100_000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(WriteFailedError):
+            bank.snapshot(tmp_path / "copy.sqlite")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    with Bank(tmp_path / "copy.sqlite") as copy:
+        assert len(copy) == 0
+
+
+@pytest.mark.parametrize("cut", [0.1, 0.5, 0.9, 0.99])
+def test_a_truncated_bank(cut: float, tmp_path: Path, task: Task) -> None:
+    path = tmp_path / "skills.sqlite"
+    with Bank(path) as bank, bank.batch():
+        for i in range(300):
+            put(bank, task, f"{i} " * 30)
+    path.write_bytes(path.read_bytes()[: int(cut * path.stat().st_size)])
+    with pytest.raises(DamagedError, match=r"skills\.sqlite' is damaged"):
+        Bank(path)
+    with Bank(":memory:") as other, pytest.raises(DamagedError):
+        other.restore(path)
+
+
+@pytest.mark.parametrize(
+    "change", ["source_outcome = 'won'", "golden_workflow = x'ff'", "reward_sum = 'much'", "task = CAST(x'ff' AS TEXT)"]
+)
+def test_values_of_another_type(change: str, tmp_path: Path, task: Task) -> None:
+    path = tmp_path / "skills.sqlite"
+    with Bank(path) as bank:
+        put(bank, task)
+    with closing(sqlite3.connect(path)) as db:
+        db.execute(f"UPDATE skills SET {change}")
+        db.commit()
+    with pytest.raises(DamagedError, match="is damaged"), Bank(path) as bank:
+        bank.skills()
+
+
 class TestSnapshot:
     def test_restore_is_exact(self, tmp_path: Path, task: Task) -> None:
         with Bank(tmp_path / "live.sqlite", max_per_task=1) as bank:
@@ -385,7 +509,7 @@ class TestSnapshot:
         for name, message in [
             ("text", "not a database"),
             ("empty", "not a skill"),
-            ("none", "no skill bank at"),
+            ("none", "is missing"),
         ]:
             with pytest.raises(UserError, match=message):
                 bank.restore(tmp_path / name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -115,3 +116,38 @@ def test_best_is_the_highest_mean_and_among_equals_the_newest() -> None:
 def test_error_for_an_unknown_rule_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"'ubc'.*Did you mean 'ucb'"):
         ucb.picking_rule("ubc")
+
+
+# -- rules of your own ----------------------------------------------------------------------------------------------
+
+
+class Odd:
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+
+    def __call__(self, arms: object, c: float) -> object:
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
+ARMS = arms_of((0, 0.0), (1, 0.5), (2, 0.5))
+
+
+@pytest.mark.parametrize("answer", [0, 2, np.int64(1), np.uint8(2), None])
+def test_an_index_is_any_integer_or_none(answer: object) -> None:
+    chosen = ucb.choose(Odd(answer), ARMS, 1.0)  # type: ignore[arg-type]
+    assert chosen == answer
+    assert type(chosen) in (int, type(None))
+
+
+@pytest.mark.parametrize("answer", [3, -1, True, np.bool_(True), 1.0, "1", np.int64(7), [0], np.array([0, 1]), ARMS[0]])
+def test_anything_else_is_an_error_with_the_rules_file(answer: object) -> None:
+    with pytest.raises(UserError, match=r"'Odd' returned .* expected an index from 0 to 2, or None .*test_ucb\.py:\d+"):
+        ucb.choose(Odd(answer), ARMS, 1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), SystemExit(3), ZeroDivisionError()])
+def test_a_rule_that_raises_is_an_error_with_its_line(error: BaseException) -> None:
+    with pytest.raises(UserError, match=rf"'Odd' raised {type(error).__name__}.*test_ucb\.py:\d+"):
+        ucb.choose(Odd(error), ARMS, 1.0)  # type: ignore[arg-type]

@@ -137,7 +137,9 @@ def test_a_schedule_is_allowed_for_one_budget_or_without_a_teacher(make_sweep: A
     ("variants", "expected"),
     [
         ("a: [", "not readable YAML"),
-        ("- a", "are a list"),
+        ("", "is empty"),
+        ("- a", "contains a list"),
+        ("a: {}\na: {}", "the key 'a' is given twice"),
         ("grpo: {seed: 1}", "has the name of a method"),
         ("base: {}", "has the name of a method"),
         ("a/b: {}", "not usable as a folder name"),

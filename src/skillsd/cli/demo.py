@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 
 from skillsd.errors import UserError
+from skillsd.files.write import write_whole
 from skillsd.report.pictures import learning_curves
 from skillsd.report.progress import duration
 from skillsd.report.tables import percent, table
-from skillsd.report.writer import write_whole
 from skillsd.skills.bank import Bank
 from skillsd.sweeps.findings import findings, in_words
 from skillsd.sweeps.plan import BASE, Sweep, plan

@@ -9,6 +9,7 @@ import typer
 
 from skillsd.cli.common import console
 from skillsd.errors import UserError, unknown_name
+from skillsd.files.read import YamlError, parse_yaml
 from skillsd.types import TRAIN_SPLIT
 
 app = typer.Typer(help="List, play or set up environments.", no_args_is_help=True)
@@ -46,8 +47,6 @@ def envs_play(
     task: Annotated[str, typer.Option(help="Index of the task in the split, or its id.")] = "0",
 ) -> None:
     """Play a task by hand."""
-    import yaml
-
     from skillsd.envs import registry
     from skillsd.envs.play import play
 
@@ -57,9 +56,11 @@ def envs_play(
         if not equals:
             raise UserError(f"{option!r} is not an option: write option=value, e.g. preset=paper")
         try:
-            given[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"the value of {option!r} is not readable as YAML") from error
+            given[key] = parse_yaml(value)
+        except YamlError as error:
+            raise UserError(
+                f"the value of {option!r} is not readable as YAML: {' '.join(str(error).split())}"
+            ) from error
     if levels is not None:
         if "levels" in given:
             raise UserError(f"levels is given twice: as {given['levels']!r} and with --levels {str(levels)!r}")

@@ -22,10 +22,10 @@ from skillsd.engines.endpoint_options import EndpointOptions
 from skillsd.errors import UserError
 from skillsd.evaluation.episode_log import EpisodeLog
 from skillsd.evaluation.evaluate import Evaluation
+from skillsd.files.write import write_whole
 from skillsd.report import manifest
 from skillsd.report.progress import Bars, duration
 from skillsd.report.tables import percent, table
-from skillsd.report.writer import write_whole
 from skillsd.rollouts.policy import Budget
 from skillsd.runs.build import load_task_set
 from skillsd.runs.lifecycle import is_run
@@ -104,6 +104,8 @@ def run_eval(
         episodes: log finished episodes in this file and resume from it. A remote model always has such a file.
     """
     _check_apart(episodes, json_out)
+    if json_out and append:
+        replace_records([], json_out)  # a damaged file is reported now, not after the episodes
     if run is not None:
         if not is_run(run):
             raise UserError(f"{run!r} is not a run's folder. For a model: skillsd eval --model NAME --recipe RECIPE")
@@ -131,14 +133,16 @@ def run_eval(
     try:
         _play(console, case, log, temperatures, results, split=split, samples=samples, limit=limit)
     finally:
-        if log is not None:
-            log.close(case.counts)
-        if case.engine is not None:
-            case.engine.close()
-        if results:  # of the finished passes, even if a later one failed
-            _show(console, results, case, split)
-            if json_out:
-                _write(json_out, results, case, run=run, samples=samples, append=append)
+        try:
+            if case.engine is not None:
+                case.engine.close()
+            if results:  # of the finished passes, even if a later one failed
+                _show(console, results, case, split)
+                if json_out:
+                    _write(json_out, results, case, run=run, samples=samples, append=append)
+        finally:
+            if log is not None:
+                log.close(case.counts)
 
 
 def _check_apart(episodes: Path | None, json_out: Path | None) -> None:

@@ -122,11 +122,11 @@ def evaluate(
 
 
 def _mapping(text: str | None) -> dict[str, Any]:
-    import yaml
+    from skillsd.files.read import YamlError, parse_yaml
 
     try:
-        value = yaml.safe_load(text or "{}")
-    except yaml.YAMLError:
+        value = parse_yaml(text or "{}")
+    except YamlError:
         value = None
     if not isinstance(value, dict):
         raise UserError(f"--request is {text!r}: expected keys and values, e.g. '{{reasoning_effort: low}}'")

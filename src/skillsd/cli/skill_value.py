@@ -18,6 +18,7 @@ from rich.console import Console
 from skillsd.engines.base import Learner, Weights
 from skillsd.errors import UserError, unknown_name
 from skillsd.evaluation.uplift import Measured, Uplift, by_kind, measure_uplift, summarise_uplift
+from skillsd.files.write import write_whole
 from skillsd.prompting.templates import render_skill
 from skillsd.report.progress import Bars
 from skillsd.report.tables import percent, short, table
@@ -132,7 +133,7 @@ def show_uplift(
             "summary": {kind: dataclasses.asdict(summarise_uplift(those)) for kind, those in groups.items()},
             "skills": [_uplift_record(stored, uplift) for stored, uplift in measured],
         }  # fmt: skip
-        json_out.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
+        write_whole(json_out, json.dumps(record, indent=2, ensure_ascii=False))
 
 
 def choose_skills(
@@ -267,7 +268,7 @@ def show_gap(
             **about,
             "rows": figures,
         }
-        json_out.write_text(json.dumps(record, indent=2), encoding="utf-8")
+        write_whole(json_out, json.dumps(record, indent=2))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import typer
 
 from skillsd.cli.common import JsonOut, RunFolder, check_writable, console
 from skillsd.errors import UserError
+from skillsd.files.write import write_whole
 
 app = typer.Typer(help="Inspect a run's skill bank.", no_args_is_help=True)
 
@@ -93,7 +94,7 @@ def skills_export(
     if to is None:
         sys.stdout.write(lines)
     else:
-        to.write_text(lines, encoding="utf-8")
+        write_whole(to, lines)
         console.print(f"{lines.count(chr(10))} skills -> {to}")
 
 

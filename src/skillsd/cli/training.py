@@ -49,6 +49,8 @@ def train(
             spent = summaries_note(record)
             note = training_note(record, symptoms(record))
             bars.update("training", record["iteration"], config.training.iterations, note)
+        elif not record["eval/tasks"]:
+            bars.print(f"  after {record['episodes']:,.0f} episodes: not measured, as no task could be played")
         else:
             accuracy = percent(record["eval/accuracy"], record["eval/interval"])
             completion = percent(record["eval/completion"])

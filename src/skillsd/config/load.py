@@ -14,6 +14,7 @@ from skillsd.config.problems import explain
 from skillsd.config.schema import RunConfig
 from skillsd.config.sft import SftConfig
 from skillsd.errors import UserError, unknown_name
+from skillsd.files.read import YamlError, parse_yaml, read_yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -61,12 +62,7 @@ def read(recipe: str) -> dict[str, Any]:
         if "/" in recipe or path.suffix:
             raise UserError(f"there is no recipe file {recipe!r}. Shipped recipes: {', '.join(recipes())}")
         raise unknown_name("recipe", recipe, recipes())
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"the recipe {str(path)!r} is not readable YAML: {' '.join(str(error).split())}") from error
-    except OSError as error:
-        raise UserError(f"the recipe {str(path)!r} can't be read: {error.strerror}") from error
+    data = read_yaml(path, "the recipe")
     if not isinstance(data, dict):
         found = "is empty" if data is None else f"contains a {type(data).__name__}"
         raise UserError(f"the recipe {str(path)!r} {found}, expected keys and values")
@@ -109,9 +105,9 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"{override!r} is not an override: write key=value, e.g. training.learning_rate=1e-4")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"the value of {override!r} is not readable as YAML") from error
+        value = parse_yaml(text)
+    except YamlError as error:
+        raise UserError(f"the value of {override!r} is not readable as YAML: {' '.join(str(error).split())}") from error
     if isinstance(value, str) and _EXPONENT.fullmatch(value):
         value = float(value)
     *parents, leaf = key.split(".")

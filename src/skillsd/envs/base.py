@@ -1,7 +1,8 @@
 """The environment interface: `Environment` runs one episode, `TaskSet` lists the tasks.
 
 Environments don't depend on models, tokens, the skill bank or training methods. `skillsd.envs.conformance` checks an
-implementation against the contract documented here.
+implementation against the contract documented here, and `skillsd.envs.checked` applies the same checks in every run.
+Numbers and booleans may be numpy's or torch's: they are converted.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+from skillsd.errors import UserError
 from skillsd.types import Demonstration, Message, Skill, Task, Trajectory
 
 T = TypeVar("T")
@@ -157,4 +159,4 @@ class TaskSet(ABC):
 
     def demonstrations(self, split: str, *, seed: int, **options: Any) -> Iterator[Demonstration]:
         """An infinite stream of demonstrations for the warm start."""
-        raise NotImplementedError(f"environment {self.name!r} has no demonstrations")
+        raise UserError(f"the environment {self.name!r} has no demonstrations to train on")

@@ -1,20 +1,25 @@
 """Checks an environment against the contract in `skillsd.envs.base`. For authors of environments.
 
-Call ``assert_conforms(MyTaskSet())`` in a test. Each problem states what was expected and what was found.
+Call ``assert_conforms(MyTaskSet())`` in a test. Each problem states what was expected and what was found. Values are
+checked as in a run (`skillsd.envs.values`): numbers and booleans of numpy and torch are fine.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from skillsd.envs.base import Environment, Step, TaskSet
+from skillsd import user_code
+from skillsd.envs import values
+from skillsd.envs.base import Environment, TaskSet
+from skillsd.envs.checked import CheckedTaskSet
 from skillsd.errors import UserError
-from skillsd.types import TRAIN_SPLIT, Message, Task
+from skillsd.types import TRAIN_SPLIT, Task
+
+T = TypeVar("T")
 
 BAD_ACTIONS = ("", "   \n", "word " * 20_000, "\N{SNOWMAN}\u202e\x00", "<action>", "no such action at all")
 """Invalid actions of the kind that models produce. `step` has to respond with an observation, not an exception."""
@@ -43,6 +48,7 @@ def check(
     episodes: int = 3,
     seed: int = 0,
     actions: Sequence[str] = (),
+    demonstrations: int = 2,
 ) -> list[Problem]:
     """Run all checks. Returns the violations found; empty if there are none.
 
@@ -52,15 +58,20 @@ def check(
         seed: seed of the episodes and of the choice of actions.
         actions: valid actions in this environment. Without them only invalid actions are tried, which covers little
             of the environment. The actions in ``task_set.shortcuts``, if any, are added.
+        demonstrations: number of demonstrations to check, if the environment has any.
     """
+    if isinstance(task_set, CheckedTaskSet):
+        task_set = task_set.inner  # the checks are made here
     checker = _Checker(task_set)
     checker.check_tasks()
     if checker.problems:
         return list(checker.problems)  # the episode checks rely on valid tasks
-    tasks = list(task_set.tasks(split or TRAIN_SPLIT))[:episodes]
+    split = split or TRAIN_SPLIT
+    tasks = values.tasks(task_set.tasks(split), split)[:episodes]
     shortcuts: dict[str, str] = dict(getattr(task_set, "shortcuts", {}))
     useful = [*actions, *shortcuts.values()] or ["no such action"]
     asyncio.run(checker.check_episodes(tasks, seed, useful))
+    checker.check_warm_start(tasks[0], demonstrations, seed)
     return list(checker.problems)
 
 
@@ -83,31 +94,49 @@ class _Checker:
         if not holds:
             self.problems[Problem(name, f"expected {expected}; found {found!s:.200}")] = None
 
+    def _valid(self, name: str, work: Callable[[], T]) -> T | None:
+        """The result of a check in `skillsd.envs.values`; None if the value is invalid or the call raises."""
+        try:
+            return work()
+        except values.InvalidError as error:
+            self._expect(False, error.check, error.expected, f"{error.where} is {error.found}")
+        except (Exception, SystemExit) as error:
+            self._expect(False, name, "no exception", user_code.describe(error))
+        return None
+
     def check_tasks(self) -> None:
         """Checks that need no episode."""
-        turns, splits = self._task_set.max_turns, self._task_set.splits
-        self._expect(isinstance(turns, int) and turns > 0, "max_turns", "a positive int", repr(turns))
+        given = self._task_set
+        self._valid("name", lambda: values.text(getattr(given, "name", None), "name", empty=False))
+        self._valid("max_turns", lambda: values.count(given.max_turns, "max_turns"))
+        self._valid("slowest_call", lambda: values.number(given.slowest_call, "slowest_call", low=0))
+        self._valid("rules_in_words", lambda: values.json_object(given.rules_in_words(), "rules_in_words"))
+        self._valid("summariser", lambda: values.optional_function(given.summariser(), "summariser"))
+        splits = self._valid("splits", lambda: values.splits(given.splits)) or ()
         self._expect(TRAIN_SPLIT in splits, "splits", f"{TRAIN_SPLIT!r} among the splits", splits)
         self._check_unknown_split()
         owner: dict[str, str] = {}
         for split in splits:
-            tasks = list(self._task_set.tasks(split))
-            ids = [task.id for task in tasks]
-            shared = sorted(set(ids) & owner.keys())
-            again = list(self._task_set.tasks(split))
-            self._expect(bool(tasks), "tasks", f"tasks in split {split!r}", "none")
-            self._expect(len(set(ids)) == len(ids), "unique_ids", f"unique ids in split {split!r}", "repeats")
-            self._expect(again == tasks, "stable_tasks", f"the same {split!r} tasks on every call", "different tasks")
-            self._expect(not shared, "disjoint", "no task in two splits", f"{shared[:3]} in {split!r} too")
-            owner.update(dict.fromkeys(ids, split))
-            for task in tasks:
-                self._expect(task.split == split, "task_split", f"task.split {split!r}", repr(task.split))
-                self._expect(_is_json(task.payload), "payload", "a JSON-serialisable payload", repr(task.payload))
-                secrets = self._task_set.secrets(task)
-                texts = not isinstance(secrets, str) and all(isinstance(secret, str) for secret in secrets)
-                self._expect(
-                    texts, "secrets", "a sequence of strings", repr(secrets)
-                )  # a plain string would pass as a sequence
+            self._check_split(split, owner)
+
+    def _check_split(self, split: str, owner: dict[str, str]) -> None:
+        tasks = self._valid("tasks", lambda: values.tasks(self._task_set.tasks(split), split))
+        if tasks is None:
+            return
+        again = self._valid("tasks", lambda: values.tasks(self._task_set.tasks(split), split))
+        shared = sorted({task.id for task in tasks} & owner.keys())
+        self._expect(bool(tasks), "tasks", f"tasks in split {split!r}", "none")
+        self._expect(again == tasks, "stable_tasks", f"the same {split!r} tasks on every call", "different tasks")
+        self._expect(not shared, "disjoint", "no task in two splits", f"{shared[:3]} in {split!r} too")
+        owner.update({task.id: split for task in tasks})
+        for task in tasks:
+            self._check_task(task)
+
+    def _check_task(self, task: Task) -> None:
+        given, whose = self._task_set, f"of task {task.id!r}"
+        self._valid("secrets", lambda: values.texts(given.secrets(task), "secrets", f"secrets {whose}"))
+        self._valid("oracle", lambda: values.optional_text(given.oracle(task), "oracle", f"oracle {whose}"))
+        self._valid("scenario", lambda: values.optional_text(given.scenario(task), "scenario", f"scenario {whose}"))
 
     def _check_unknown_split(self) -> None:
         found = "no error"
@@ -116,13 +145,26 @@ class _Checker:
         except UserError:
             return
         except Exception as error:
-            found = repr(error)
+            found = user_code.describe(error)
         self._expect(False, "unknown_split", "UserError for an unknown split", found)
+
+    def check_warm_start(self, task: Task, demonstrations: int, seed: int) -> None:
+        """Checks of what only `skillsd sft` uses, and which may be slow."""
+        given = self._task_set
+        self._valid("golden_skill", lambda: values.skill(given.golden_skill(task), "golden_skill", "the result"))
+        if type(given).demonstrations is TaskSet.demonstrations:
+            return
+        stream = self._valid("demonstrations", lambda: given.demonstrations(TRAIN_SPLIT, seed=seed))
+        for _ in range(demonstrations if stream else 0):
+            self._valid("demonstrations", lambda: values.demonstration(next(stream)))  # type: ignore[arg-type]
 
     async def check_episodes(self, tasks: list[Task], seed: int, useful: list[str]) -> None:
         """Play each task twice in new environments, twice in a reused one, and with invalid actions."""
         make = self._task_set.make
         reused = make()
+        if not isinstance(reused, Environment):
+            self._expect(False, "make", "an Environment from make()", repr(reused))
+            return
         for number, task in enumerate(tasks):
             rng = random.Random(seed + number)
             script = [useful[int(rng.random() * len(useful))] for _ in range(self._task_set.max_turns)]
@@ -146,46 +188,28 @@ class _Checker:
             await reused.close()
             await reused.close()
         except Exception as error:
-            self._expect(False, "close", "close() to be idempotent", repr(error))
+            self._expect(False, "close", "close() to be idempotent", user_code.describe(error))
 
     async def _attempt(
         self, name: str, environment: Environment, task: Task, seed: int, script: Sequence[str]
     ) -> list[Any] | None:
         try:
             return await self._play(environment, task, seed, script)
-        except Exception as error:
-            self._expect(False, name, "no exception from reset() or step(), whatever the action", repr(error))
-            return None
+        except values.InvalidError as error:
+            self._expect(False, error.check, error.expected, f"{error.where} is {error.found}")
+        except (Exception, SystemExit) as error:
+            expected = "no exception from reset() or step(), whatever the action"
+            self._expect(False, name, expected, user_code.describe(error))
+        return None
 
     async def _play(self, environment: Environment, task: Task, seed: int, script: Sequence[str]) -> list[Any]:
         """Play the script and check every step. Returns the prompt and the steps."""
-        prompt = await environment.reset(task, seed)
-        good = isinstance(prompt, tuple) and bool(prompt) and all(isinstance(m, Message) for m in prompt)
-        self._expect(good, "prompt", "a non-empty tuple of Message from reset()", repr(prompt))
-        results: list[Any] = [prompt]
+        results: list[Any] = [values.messages(await environment.reset(task, seed))]
         for action in script:
-            step = await environment.step(action)
+            step = values.step(await environment.step(action))
+            shown = step.observation.strip()
+            self._expect(bool(shown), "observation", "a non-empty text as the observation", repr(step.observation))
             results.append(step)
-            self._check_step(step)
-            if not isinstance(step, Step) or step.done:
+            if step.done:
                 break
         return results
-
-    def _check_step(self, step: Any) -> None:
-        if not isinstance(step, Step):
-            self._expect(False, "step", "a Step from step()", repr(step))
-            return
-        has_text = isinstance(step.observation, str) and bool(step.observation.strip())
-        self._expect(has_text, "observation", "a non-empty text as the observation", repr(step.observation))
-        self._expect(0 <= step.reward <= 1, "reward", "a reward in [0, 1]", step.reward)
-        if step.success:
-            self._expect(step.done and step.reward == 1, "success", "done and reward 1 with success", step)
-        self._expect(_is_json(step.info), "info", "a JSON-serialisable info", repr(step.info))
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(dict(value))
-    except (TypeError, ValueError):
-        return False
-    return True

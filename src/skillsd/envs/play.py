@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from skillsd.envs.base import Step, TaskSet
+from skillsd.envs.checked import checked
 from skillsd.errors import UserError, unknown_name
 from skillsd.types import Message, Task
 
@@ -58,6 +59,7 @@ def play(
     Raises:
         UserError: if the task does not exist.
     """
+    task_set = checked(task_set)
     task = find_task(task_set, split, index_or_id)
     return asyncio.run(_play(task_set, task, input, print, seed))
 

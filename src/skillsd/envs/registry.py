@@ -9,10 +9,13 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from skillsd import plugins
-from skillsd.envs.base import TaskSet
+from skillsd.envs import values
+from skillsd.envs.base import Environment, TaskSet
+from skillsd.envs.checked import CheckedTaskSet, checked
 from skillsd.errors import UserError, unknown_name
 
 
@@ -66,21 +69,36 @@ def _hook(target: str, module: str, function: str) -> Callable[..., Any] | None:
     return hook
 
 
-def load(name: str, options: dict[str, Any] | None = None) -> TaskSet:
+def load(name: str, options: dict[str, Any] | None = None) -> CheckedTaskSet:
     """Create the task set registered as `name`, or given as ``module:Class``, with `options`.
 
     Raises:
-        UserError: if the environment does not exist or does not accept the options.
+        UserError: if the environment does not exist, is no task set, does not accept the options or can't be created.
     """
     targets = plugins.registered(plugins.ENVIRONMENTS)
     factory = plugins.find("environment", name, targets, targets)
-    taken = inspect.signature(factory).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
-    for option in options or {}:
-        if option not in taken and not takes_any:
-            raise unknown_name(f"option of the environment {name!r}", str(option), taken)
+    if not callable(factory) or (isinstance(factory, type) and not issubclass(factory, TaskSet)):
+        raise _no_task_set(name, factory)
+    with suppress(TypeError, ValueError):  # some callables have no signature
+        taken = inspect.signature(factory).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        for option in options or {}:
+            if option not in taken and not takes_any:
+                raise unknown_name(f"option of the environment {name!r}", str(option), taken)
+    given = options or {}
+    made = plugins.construct(f"environment {name!r}", f"with environment.options {given}", factory, given)
+    if not isinstance(made, TaskSet):
+        raise _no_task_set(name, made)
     try:
-        task_set: TaskSet = factory(**(options or {}))
-    except TypeError as error:
-        raise UserError(f"environment {name!r} does not take the options {options}: {error}") from error
-    return task_set
+        values.text(getattr(made, "name", None), "name", empty=False)
+    except values.InvalidError as error:
+        raise UserError(f"the environment {name!r}: {error} (the attribute {type(made).__name__}.name)") from None
+    return checked(made)
+
+
+def _no_task_set(name: str, found: object) -> UserError:
+    kind = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
+    hint = ""
+    if isinstance(found, Environment) or (isinstance(found, type) and issubclass(found, Environment)):
+        hint = ". It runs an episode: give the task set that makes it"
+    return UserError(f"environment {name!r} is {kind}, expected a subclass of skillsd.envs.base.TaskSet{hint}")

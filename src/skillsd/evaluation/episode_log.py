@@ -6,12 +6,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from skillsd.errors import UserError
+from skillsd.files.write import make_folder, writing
 from skillsd.rollouts.records import trajectory_from_json, trajectory_to_json
 from skillsd.types import Trajectory
 
@@ -40,7 +42,7 @@ class EpisodeLog:
         self.spent: Counter[str] = Counter()
         self._episodes: dict[tuple[int | None, float], dict[int, Trajectory]] = {}
         settings = json.loads(json.dumps(settings, default=str))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self._lock = FileLock(path.with_name(f"{path.name}.lock"))
         try:
             self._lock.acquire(timeout=0)
@@ -50,8 +52,9 @@ class EpisodeLog:
             ) from None
         try:
             whole = self._read(settings) if path.exists() else 0
-            self._file = open(path, "ab")  # noqa: SIM115 (closed by `close`)
-            self._file.truncate(whole)
+            with writing(path):
+                self._file = open(path, "ab")  # noqa: SIM115 (closed by `close`)
+                self._file.truncate(whole)
             if not whole:
                 self._write({"format": FORMAT, "settings": settings})
         except BaseException:
@@ -85,14 +88,16 @@ class EpisodeLog:
         try:
             if self.spent != spent:
                 self._write({"spent": dict(spent)})
-            self._file.close()
         finally:
+            with suppress(OSError):  # the rest of a write that has failed
+                self._file.close()
             self._lock.release()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.spent = Counter(record.get("spent", {}))
 
     def _read(self, settings: Mapping[str, Any]) -> int:
@@ -114,7 +119,7 @@ class EpisodeLog:
                     episode = trajectory_from_json(record["episode"])
                     self._episodes.setdefault((record["iteration"], record["temperature"]), {})[episode.seed] = episode
             theirs = dict(head["settings"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{str(self.path)!r} is not an episode log ({error}): give another file or delete it"
             ) from error

@@ -11,6 +11,7 @@ from typing import Any
 from scipy import stats
 
 from skillsd.envs.base import TaskSet, evenly_spaced
+from skillsd.envs.checked import checked
 from skillsd.rollouts.collect import collect, outcome_counts
 from skillsd.rollouts.policy import Budget, Policy
 from skillsd.types import Group, Task, Trajectory
@@ -34,6 +35,7 @@ class Evaluation:
         scenario_accuracy: share of scenarios in which all tasks were solved (AppWorld's SGC), the mean over samples;
             None if the environment's tasks are not grouped into scenarios.
         outcomes: number of episodes by outcome (`skillsd.types.Outcome`), without zeros.
+        failure: the last infrastructure failure, if nothing could be played.
         successes, rewards: the mean over each task's episodes, in the panel's order. None for a task lost to
             infrastructure failures.
     """
@@ -53,6 +55,7 @@ class Evaluation:
     outcomes: Mapping[str, int] = field(default_factory=dict)
     successes: tuple[float | None, ...] = ()
     rewards: tuple[float | None, ...] = ()
+    failure: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that are single numbers or names."""
@@ -62,22 +65,32 @@ class Evaluation:
         return figures
 
     def with_tasks(self) -> dict[str, Any]:
-        """All fields, those per task included."""
-        return asdict(self)
+        """All figures, those per task included."""
+        figures = asdict(self)
+        del figures["failure"]
+        return figures
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of `values` in [0, 1].
 
-    For 0/1 values Wilson's interval, whose coverage holds near 0 and 1; otherwise Student's t. (nan, nan) if empty.
+    For 0/1 values Wilson's interval, whose coverage holds near 0 and 1; otherwise Student's t. For equal values, whose
+    deviation says nothing, Wilson's for their mean. (nan, nan) if empty.
     """
     n = len(values)
     if n == 0:
         return (math.nan, math.nan)
-    if all(value in (0.0, 1.0) for value in values):
-        wilson = stats.binomtest(round(sum(values)), n).proportion_ci(method="wilson")
-        return (float(wilson.low), float(wilson.high))
+    if all(value in (0.0, 1.0) for value in values) or (n > 1 and len(set(values)) == 1):
+        return _wilson(sum(values) / n, n)
     return student(values) or (0.0, 1.0)
+
+
+def _wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval (1927). `share` need not be a multiple of 1 / n."""
+    z2 = float(stats.norm.ppf(0.975)) ** 2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    reach = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return (0.0 if share == 0 else centre - reach, 1.0 if share == 1 else centre + reach)
 
 
 def student(values: Sequence[float], bounds: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float] | None:
@@ -114,7 +127,9 @@ async def evaluate(
             tested under the plain prompt.
         retries, concurrency, finished, on_episode: see `skillsd.rollouts.collect.collect`.
     """
+    task_set = checked(task_set)
     tasks = list(evenly_spaced(task_set.tasks(split), limit))
+    scenarios = {task.id: task_set.scenario(task) for task in tasks}  # a fault shows before the episodes are played
     begin = time.perf_counter()
     collected = await collect(
         policy,
@@ -147,17 +162,18 @@ async def evaluate(
         split=split,
         fingerprint=task_set.fingerprint(split) + (f":{limit} spread" if limit else ""),
         temperature=policy.temperature,
-        scenario_accuracy=_scenario_accuracy(collected.groups, task_set, samples),
+        scenario_accuracy=_scenario_accuracy(collected.groups, scenarios, samples),
         outcomes={outcome.value: count for outcome, count in outcome_counts(collected.groups).items() if count},
         successes=tuple(None if place is None else successes[place] for place in places),
         rewards=tuple(None if place is None else rewards[place] for place in places),
+        failure="" if collected.groups else collected.reason,
     )
 
 
-def _scenario_accuracy(groups: Sequence[Group], task_set: TaskSet, samples: int) -> float | None:
+def _scenario_accuracy(groups: Sequence[Group], names: Mapping[str, str | None], samples: int) -> float | None:
     scenarios: dict[str, list[Group]] = {}
     for group in groups:
-        name = task_set.scenario(group.task)
+        name = names[group.task.id]
         if name is not None:
             scenarios.setdefault(name, []).append(group)
     if not scenarios:

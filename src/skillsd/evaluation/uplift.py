@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from skillsd.envs.base import TaskSet
+from skillsd.envs.checked import checked
 from skillsd.evaluation.evaluate import mean_interval
 from skillsd.rollouts.collect import collect
 from skillsd.rollouts.policy import Budget, Policy
@@ -82,6 +83,7 @@ async def measure_uplift(
     Raises:
         HeldOutTaskError: for a task that is not a training task; nothing is played then.
     """
+    task_set = checked(task_set)
     _guard(task_set, (task for task, _ in contexts))
     known = plain or {}
     wanted: dict[tuple[str, str], Task] = {}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from skillsd import plugins
 from skillsd.errors import UserError
+from skillsd.objective.checked import pair_of, per_token
 from skillsd.objective.logprobs import TokenLogprobs, at_least_float32, log_difference
 
 
@@ -65,7 +66,8 @@ def sampled_token(equation: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -
 
     def terms(student: TokenLogprobs, teacher: TokenLogprobs, old_logprobs: Tensor) -> DistillationTerms:
         ratio = log_difference(student.chosen, teacher.chosen)
-        weight, value = equation(log_difference(student.chosen, old_logprobs), ratio)
+        result = equation(log_difference(student.chosen, old_logprobs), ratio)
+        weight, value = pair_of(_name(equation), result, len(ratio))
         return DistillationTerms(weight * at_least_float32(student.chosen), value)
 
     return Estimator(terms, needs_distribution=False)
@@ -84,10 +86,15 @@ def whole_distribution(equation: Callable[[Tensor, Tensor], Tensor]) -> Estimato
             raise ValueError(
                 f"an exact divergence needs distributions [tokens, vocab] of student and teacher; got shapes {got}"
             )
-        value = equation(at_least_float32(p), at_least_float32(q.detach()))
+        found = equation(at_least_float32(p), at_least_float32(q.detach()))
+        value = per_token(found, f"the value of the estimator {_name(equation)!r}", len(p))
         return DistillationTerms(value, value.detach())
 
     return Estimator(terms, needs_distribution=True)
+
+
+def _name(equation: Callable[..., object]) -> str:
+    return getattr(equation, "__name__", type(equation).__name__)
 
 
 @sampled_token
@@ -193,7 +200,7 @@ def find_estimator(name: str) -> Estimator:
         return ESTIMATORS[name]
     found = plugins.find("estimator", name, ESTIMATORS)
     if isinstance(found, type):
-        found = found()
+        found = plugins.construct(f"estimator {name!r}", "without arguments", found, {})
     if not isinstance(found, Estimator):
         raise UserError(
             f"estimator {name!r} is {type(found).__name__}, expected an Estimator: decorate an equation with "
@@ -230,5 +237,11 @@ class Distillation:
         if self.estimator is None:
             return torch.zeros_like(ratio), logged
         keep = ~clamped
-        terms = find_estimator(self.estimator).terms(student.at(keep), teacher.at(keep), old[keep])
+        kept = student.at(keep)
+        terms = find_estimator(self.estimator).terms(kept, teacher.at(keep), old[keep])
+        if not isinstance(terms, DistillationTerms):
+            raise UserError(
+                f"the estimator {self.estimator!r} returned {type(terms).__name__}, expected DistillationTerms"
+            )
+        per_token(terms.surrogate, f"the surrogate of the estimator {self.estimator!r}", len(kept.chosen))
         return terms.surrogate, {**logged, "distil_value": terms.value}

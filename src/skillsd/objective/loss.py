@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from skillsd.metrics import BINS_PER_DECADE, INFINITE_BIN, ZERO_BIN, Histogram, Mean, Metrics
+from skillsd.objective.checked import losses_of
 from skillsd.objective.logprobs import CHOSEN, TokenLogprobs, Want, at_least_float32, log_difference
 
 ACTION_MASK = "action_mask"
@@ -100,14 +101,14 @@ class Loss:
             # Select instead of multiplying by the mask: the values at other tokens, even nan, are never used.
             everywhere = present == len(mask)
             of_term = signals if everywhere else {name: signal[mask] for name, signal in signals.items()}
-            result = term.fn(student if everywhere else student.at(mask), of_term)
-            losses, logged = result if isinstance(result, tuple) else (result, {term.name: result})
+            own = student if everywhere else student.at(mask)
+            losses, logged = losses_of(term.name, term.fn(own, of_term), own.chosen, term.weight)
             part = term.weight * losses.sum() / max(count, 1)
             total = part if total is None else total + part
             metrics |= means(logged)
         if self.compare_with_sampler and bool(signals[ACTION_MASK].any()):
-            own = signals[ACTION_MASK]
-            metrics[SAMPLER_DIFF] = histogram(log_difference(student.chosen[own], signals["old_logprobs"][own]))
+            acted = signals[ACTION_MASK]
+            metrics[SAMPLER_DIFF] = histogram(log_difference(student.chosen[acted], signals["old_logprobs"][acted]))
         return student.chosen.sum() * 0.0 if total is None else total, metrics
 
 

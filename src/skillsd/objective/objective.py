@@ -110,7 +110,8 @@ def find_term(name: str, fn: str, weight: float, mask: str, normaliser: str | No
         UserError: if it can't be imported or called.
     """
     found = plugins.find("loss term", fn, ())
-    found = found() if isinstance(found, type) else found
+    if isinstance(found, type):
+        found = plugins.construct(f"loss term {fn!r}", "without arguments", found, {})
     if not callable(found):
         raise UserError(f"loss term {fn!r} is {type(found).__name__}, expected a function (student, signals) -> losses")
     return LossTerm(name, weight, mask, found, normaliser)

@@ -16,6 +16,7 @@ from typing import Any
 
 from skillsd.config import RunConfig
 from skillsd.envs.base import TaskSet
+from skillsd.files.write import write_whole
 from skillsd.methods import method
 from skillsd.prompting.templates import load_template
 from skillsd.skills.summary_prompt import load_prompt
@@ -185,5 +186,5 @@ def write(folder: Path, config: RunConfig, task_set: TaskSet) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    write_whole(folder / "manifest.json", json.dumps(manifest, indent=2))
     return manifest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import Any
 
 from skillsd.config import LogSection
 from skillsd.errors import UserError
+from skillsd.files.read import read_records
+from skillsd.files.write import append, make_folder, write_whole, writing
 from skillsd.rollouts.records import trajectory_to_json
 from skillsd.types import Group
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+TRAJECTORIES = "trajectories"
+TENSORBOARD = "tensorboard"
 
 
 class RunWriter:
@@ -58,66 +63,46 @@ class RunWriter:
         every = self._options.trajectories_every
         if not every or (iteration - 1) % every:
             return
-        folder = self._folder / "trajectories"
-        folder.mkdir(exist_ok=True)
-        with open(folder / f"iteration-{iteration:05d}.jsonl", "w", encoding="utf-8") as file:
-            for group in groups:
-                for trajectory in group.trajectories:
-                    file.write(json.dumps(trajectory_to_json(trajectory)) + "\n")
+        folder = self._folder / TRAJECTORIES
+        make_folder(folder)
+        lines = (json.dumps(trajectory_to_json(t)) + "\n" for group in groups for t in group.trajectories)
+        write_whole(folder / f"iteration-{iteration:05d}.jsonl", "".join(lines))
 
     def note(self, text: str) -> None:
         self._on_note(text)
 
     def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def _write(self, file: str, record: Mapping[str, Any]) -> None:
-        with open(self._folder / file, "a", encoding="utf-8") as out:
-            out.write(json.dumps(_jsonable(record)) + "\n")
+        append(self._folder / file, json.dumps(_jsonable(record)) + "\n")
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and math.isfinite(v)}
         step = int(record["iteration"])
         if self._tensorboard is not None:
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(key, value, step)
-            self._tensorboard.flush()
+            self._tensorboard.add(numbers, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file, without a last line that was cut short by a crash."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """The records of `METRICS` or `EVALUATIONS`, without a last line that was cut short by a crash.
 
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically. Non-regular files (e.g. /dev/stdout) are written directly."""
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
-        return
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    Raises:
+        DamagedError: if another line is damaged.
+    """
+    return read_records(path, ("iteration",))
 
 
 def keep_until(path: Path, iteration: int) -> None:
-    """Drop the records of later iterations from a file."""
-    records = read(path)
-    kept = [record for record in records if record["iteration"] <= iteration]
+    """Drop the records of later iterations from a file.
+
+    Raises:
+        DamagedError: if a line is damaged. The file is unchanged then.
+    """
+    kept = [record for record in read(path) if record["iteration"] <= iteration]
     if path.exists():
-        aside = path.with_suffix(".partial")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        aside.replace(path)
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _jsonable(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,12 +110,38 @@ def _jsonable(record: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
-def _tensorboard(folder: Path, resumed_at: int | None) -> Any:
-    from tensorboardX import SummaryWriter
+class EventFile:
+    """TensorBoard's event file. Written at once and not by a thread, so that a full disk is an error here.
 
-    # Later iterations are repeated: hide their old values.
-    purge = None if resumed_at is None else resumed_at + 1
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+    Args:
+        purge: hide the values of earlier files from this step on, as those iterations are repeated.
+    """
+
+    def __init__(self, folder: Path, purge: int | None) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        self._folder, self._event = folder, event_pb2.Event
+        make_folder(folder)
+        with writing(folder):
+            self._file = EventsWriter(str(folder / "events"))
+            if purge is not None:
+                start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                self._file.write_event(self._event(wall_time=time.time(), step=purge, file_version="brain.Event:2"))
+                self._file.write_event(self._event(wall_time=time.time(), step=purge, session_log=start))
+            self._file.flush()
+
+    def add(self, numbers: Mapping[str, float], step: int) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in numbers.items()]
+        with writing(self._folder):
+            self._file.write_event(self._event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+            self._file.flush()
+
+
+def _tensorboard(folder: Path, resumed_at: int | None) -> EventFile:
+    return EventFile(folder / TENSORBOARD, None if resumed_at is None else resumed_at + 1)
 
 
 def _wandb(folder: Path, project: str, name: str) -> Any:
@@ -141,5 +152,5 @@ def _wandb(folder: Path, project: str, name: str) -> Any:
     # Keep the id of the W&B run in the folder, so that a resumed run continues it.
     kept = folder / "wandb-id"
     if not kept.exists():
-        kept.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
+        write_whole(kept, uuid.uuid4().hex[:16])
     return wandb.init(project=project, name=name, id=kept.read_text(), dir=str(folder), resume="allow")

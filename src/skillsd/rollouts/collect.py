@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from skillsd.envs.base import TaskSet
-from skillsd.errors import UserError
+from skillsd.envs.checked import EnvironmentFaultError, checked
 from skillsd.rollouts.episode import run_episode
 from skillsd.rollouts.policy import Budget, Policy
 from skillsd.seeds import derive_seed
@@ -62,7 +62,7 @@ async def collect(
         Exception: whatever the policy raises, other than `PolicyFailedError`.
         UserError: if an environment can't be made on this machine.
     """
-    collected = Collected()
+    collected, environments = Collected(), checked(task_set)
     slots = asyncio.Semaphore(concurrency)
 
     def failed(outcome: Outcome, reason: str) -> None:
@@ -79,11 +79,9 @@ async def collect(
             name = f"{seed}/{place}/{task.id}/{member}/{attempt}"
             async with slots:
                 try:
-                    environment = task_set.make()
-                except UserError:  # would fail in every episode alike
-                    raise
-                except Exception as error:  # an infrastructure failure, like one in `reset` or `step`
-                    failed(Outcome.ENV_ERROR, f"make: {type(error).__name__}: {error}")
+                    environment = environments.make()
+                except EnvironmentFaultError as error:  # an infrastructure failure, like one in `reset` or `step`
+                    failed(Outcome.ENV_ERROR, str(error))
                     continue
                 trajectory = await run_episode(
                     policy,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from skillsd.engines.base import Engine, SampleRequest, Weights
+from skillsd.errors import UserError
 from skillsd.prompting.renderer import ChatRenderer
-from skillsd.rollouts.policy import Budget, EpisodeState
+from skillsd.rollouts.policy import Budget, EpisodeState, PolicyFailedError
 from skillsd.seeds import derive_seed
 from skillsd.types import Message
 
@@ -23,7 +24,10 @@ class EnginePolicy:
     def begin(
         self, prompt: tuple[Message, ...], budget: Budget, *, seed: int, session: str, context: str = ""
     ) -> TokenEpisode:
-        return TokenEpisode(self, prompt, budget, seed=seed, session=session, context=context)
+        try:
+            return TokenEpisode(self, prompt, budget, seed=seed, session=session, context=context)
+        except UserError as error:  # the chat template refuses the roles of this task's prompt
+            raise PolicyFailedError(str(error)) from error
 
 
 class TokenEpisode(EpisodeState):
@@ -73,7 +77,10 @@ class TokenEpisode(EpisodeState):
         return self._policy.renderer.text(sample.tokens)
 
     def observe(self, observation: str) -> None:
-        self._observation = self._policy.renderer.observation(observation, self.tokens[-1])
+        try:
+            self._observation = self._policy.renderer.observation(observation, self.tokens[-1])
+        except UserError as error:  # the chat template writes this observation in another way
+            raise PolicyFailedError(str(error)) from error
 
     def end(self) -> None:
         self._sampler.end_session(self._session)

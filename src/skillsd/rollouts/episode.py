@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import math
 from collections.abc import Awaitable
 from typing import TypeVar
 
-from skillsd.envs.base import Environment, Step
+from skillsd.envs.base import Environment
+from skillsd.envs.checked import EnvironmentFaultError, checked_environment
+from skillsd.rollouts.deadline import DeadlineMissedError, within
 from skillsd.rollouts.policy import Budget, EpisodeState, Policy, PolicyFailedError
 from skillsd.types import Message, Outcome, Task, Trajectory, Turn
 
@@ -29,8 +29,8 @@ async def run_episode(
 ) -> Trajectory:
     """Play one episode of `task`.
 
-    An exception or a missed deadline in the environment does not raise: it ends the episode with the outcome
-    ``env_error`` or ``timeout``, which carries no reward. So does a `PolicyFailedError`.
+    An exception, an invalid value or a missed deadline in the environment does not raise: it ends the episode with the
+    outcome ``env_error`` or ``timeout``, which carries no reward. So does a `PolicyFailedError`.
 
     Args:
         seed: for sampling.
@@ -42,6 +42,7 @@ async def run_episode(
     prompt: tuple[Message, ...] = ()
     state: EpisodeState = _NotStarted()
     turns: list[Turn] = []
+    environment = checked_environment(environment)
     reward, success, error = 0.0, False, ""
     outcome = Outcome.TRUNCATED_TURNS
     try:
@@ -52,16 +53,16 @@ async def run_episode(
             if action is None:
                 outcome = Outcome.TRUNCATED_TOKENS
                 break
-            step = await _in_time(_checked(environment.step(action)), budget.step_seconds, f"step {number}")
+            step = await _in_time(environment.step(action), budget.step_seconds, f"step {number}")
             turns.append(Turn(action, step.observation, *state.action_span, step.info))
             reward, success = step.reward, step.success
             if step.done:
                 outcome = Outcome.SOLVED if success else Outcome.FAILED
                 break
             state.observe(step.observation)
-    except _DeadlineMissedError as missed:
+    except DeadlineMissedError as missed:
         outcome, error = Outcome.TIMEOUT, str(missed)
-    except (_EnvironmentFailedError, PolicyFailedError) as failed:
+    except (EnvironmentFaultError, PolicyFailedError) as failed:
         outcome, error = Outcome.ENV_ERROR, str(failed)
     finally:
         state.end()
@@ -93,46 +94,22 @@ class _NotStarted(EpisodeState):
         pass
 
 
-class _EnvironmentFailedError(Exception):
-    pass
-
-
-class _DeadlineMissedError(Exception):
-    pass
-
-
 async def _in_time(call: Awaitable[T], seconds: float, what: str) -> T:
-    """The call's result; failures are raised as one of the two exceptions above."""
-    deadline = asyncio.timeout(seconds)
+    """The call's result; its failure is one of two exceptions."""
     try:
-        async with deadline:
-            return await call
+        return await within(seconds, call)
+    except DeadlineMissedError as missed:
+        raise DeadlineMissedError(f"{what} took longer than {seconds:g} s") from missed
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise  # this episode is cancelled; otherwise the exception is the environment's own
-        raise _EnvironmentFailedError(f"{what}: cancelled") from error
-    except Exception as error:
-        if deadline.expired():
-            raise _DeadlineMissedError(f"{what} took longer than {seconds:g} s") from error
-        raise _EnvironmentFailedError(f"{what}: {type(error).__name__}: {error}") from error
-
-
-async def _checked(call: Awaitable[Step]) -> Step:
-    """The environment's step, validated."""
-    step = await call
-    if not isinstance(step, Step):
-        raise TypeError(f"expected a Step, got {type(step).__name__}")
-    if not isinstance(step.observation, str):
-        raise TypeError(f"the observation is {type(step.observation).__name__}, expected str")
-    step.observation.encode()  # raises for lone surrogates, which tokenizers refuse
-    json.dumps(dict(step.info))  # trajectories are stored as JSON
-    if not (math.isfinite(step.reward) and 0 <= step.reward <= 1):
-        raise ValueError(f"the reward is {step.reward}, expected 0 to 1")
-    return step
+        raise EnvironmentFaultError(what, "cancelled by the environment itself") from error
+    except EnvironmentFaultError as error:
+        raise EnvironmentFaultError(what, error.reason) from error
 
 
 async def _close(environment: Environment, seconds: float) -> None:
     # The episode is over, so a failure to close does not change its trajectory.
-    with contextlib.suppress(_DeadlineMissedError, _EnvironmentFailedError):
+    with contextlib.suppress(DeadlineMissedError, EnvironmentFaultError):
         await _in_time(environment.close(), seconds, "close")

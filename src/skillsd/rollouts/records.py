@@ -65,8 +65,29 @@ def trajectory_from_json(record: Mapping[str, Any]) -> Trajectory:
         fields["turns"] = tuple(Turn(**turn) for turn in fields["turns"])
         fields["outcome"] = Outcome(fields["outcome"])
         fields["versions"] = fields["versions"] and tuple(fields["versions"])
-        return Trajectory(**fields)
+        trajectory = Trajectory(**fields)
+        _check(trajectory)
+        return trajectory
     except KeyError as error:
         raise ValueError(f"not a trajectory record: {error} is missing") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"not a trajectory record: {error}") from error
+
+
+def _check(trajectory: Trajectory) -> None:
+    """Raise ValueError if the parts don't fit together."""
+    t, count = trajectory, len(trajectory.tokens)
+    if not len(t.action_mask) == len(t.logprobs) == count:
+        raise ValueError(f"{count} tokens, {len(t.action_mask)} in the mask, {len(t.logprobs)} log-probs")
+    if not all(type(token) is int for token in t.tokens) or not all(isinstance(p, int | float) for p in t.logprobs):
+        raise ValueError("tokens are integers, log-probs numbers")
+    if not 0 <= t.prompt_length <= count or not all(0 <= turn.start <= turn.end <= count for turn in t.turns):
+        raise ValueError("a span is outside of the tokens")
+    texts = [t.task.id, t.task.env, t.task.split, t.error, *(m.content for m in t.prompt)]
+    texts += [text for turn in t.turns for text in (turn.action, turn.observation)]
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(turn.info, dict) for turn in t.turns):
+        raise ValueError("something that is text has another type")
+    if not isinstance(t.reward, int | float) or type(t.success) is not bool or type(t.seed) is not int:
+        raise ValueError("reward, success or seed has another type")
+    if t.versions is not None and (len(t.versions) != 2 or not all(type(version) is int for version in t.versions)):
+        raise ValueError(f"versions are {t.versions}")

@@ -10,6 +10,7 @@ from skillsd.engines.base import Engine
 from skillsd.engines.endpoint import check_access
 from skillsd.envs import registry
 from skillsd.envs.base import TaskSet, evenly_spaced
+from skillsd.envs.checked import checked
 from skillsd.errors import UserError
 from skillsd.methods import method
 from skillsd.prompting.renderer import ChatRenderer
@@ -53,7 +54,7 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
     """
     row = method(config.method)
     check_config(config)
-    task_set = task_set or load_task_set(config)
+    task_set = checked(task_set or load_task_set(config))
     held_out = _check_tasks(config, task_set)
     task_set.check_machine()
     curriculum = Curriculum(
@@ -134,6 +135,9 @@ def _check_tasks(config: RunConfig, task_set: TaskSet) -> set[str]:
             f"method {config.method!r} puts a reference solution into the teacher's prompt, but the environment "
             f"{name!r} has none for some of its training tasks: choose another method or environment"
         )
+    if method(config.method).uses_skills:
+        for task in train:
+            task_set.secrets(task)  # a fault shows now, not in every summary
     return held_out
 
 

@@ -13,6 +13,7 @@ from skillsd.engines.options import EngineSpec, LoraOptions
 from skillsd.errors import UserError
 from skillsd.methods import method
 from skillsd.prompting.templates import load_template
+from skillsd.runs.trial import try_objective, try_rule
 from skillsd.seeds import derive_seed
 from skillsd.skills import ucb
 from skillsd.skills.summarise import find_summariser
@@ -51,7 +52,9 @@ def check_config(config: RunConfig) -> None:
     options = config.objective
     if options.reward_weight == 0 and not (row.lambda_sdl or row.imitation_weight):
         refuse("objective.reward_weight", 0, f"method {row.name!r} has nothing else to learn from")
-    objective_of(config, row)
+    objective = objective_of(config, row)
+    if options.terms or ":" in options.estimator:
+        try_objective(objective)
     config.engine.check(engine_spec(config))
     load_template(skills.template)
     if not row.uses_skills:
@@ -64,7 +67,9 @@ def check_config(config: RunConfig) -> None:
         refuse("skills.credit", "uplift", f"method {row.name!r} plays no episodes without the skill to compare with")
     if skills.content == "shuffled" and config.rollout.tasks_per_iteration == 1:
         refuse("skills.content", "shuffled", "rollout.tasks_per_iteration is 1: there is no other task's skill")
-    ucb.picking_rule(skills.pick)
+    rule = ucb.picking_rule(skills.pick)
+    if ":" in skills.pick:
+        try_rule(rule, skills.ucb_c)
     _check_summariser(config)
 
 

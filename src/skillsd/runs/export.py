@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from skillsd.errors import UserError
+from skillsd.files.write import writing
 from skillsd.runs.checks import engine_spec
 from skillsd.runs.lifecycle import load_config
 from skillsd.runs.sync import run_blocking
@@ -37,15 +38,17 @@ def export(run: str | Path, out: Path, *, iteration: int | None = None, merge: b
 
     async def write() -> None:
         await checkpoint.load_weights(engine.learner, path)
-        await engine.learner.export(aside, merge=merge)
+        with writing(out, by_library=True):
+            await engine.learner.export(aside, merge=merge)
 
     try:
         run_blocking(write())
-        if out.is_dir():  # keep the folder itself: it may be a shell's current folder
-            for file in aside.iterdir():
-                file.rename(out / file.name)
-        else:
-            aside.rename(out)
+        with writing(out):
+            if out.is_dir():  # keep the folder itself: it may be a shell's current folder
+                for file in aside.iterdir():
+                    file.rename(out / file.name)
+            else:
+                aside.rename(out)
     finally:
         engine.close()
         shutil.rmtree(aside, ignore_errors=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,23 +13,23 @@ from typing import Any
 from skillsd import config as configs
 from skillsd.config import RunConfig
 from skillsd.errors import UserError
+from skillsd.files.read import DamagedError, read_json_object
+from skillsd.files.write import write_whole
 from skillsd.report import manifest
 from skillsd.report.writer import EVALUATIONS, METRICS, RunWriter, read
 from skillsd.runs.build import BANK, build
 from skillsd.runs.checks import check_engine, comparable, warm_start_note
+from skillsd.runs.folder import CONFIG, EARLY, ERRORS, LOCK, clear, in_use, never_began, remove_early_files
 from skillsd.runs.sync import run_blocking
 from skillsd.training import checkpoint
 from skillsd.training.health import health, never_revisited
 from skillsd.training.loop import train
 from skillsd.training.run import Run
 
-CONFIG = "config.yaml"
 BEFORE = "before-restart"
 """Folder for the files of a run that started again, as it had ended before its first checkpoint."""
 OnRecord = Callable[[str, Mapping[str, Any]], None]
 """("iteration" or "evaluation", its record) -> None."""
-_BEFORE_CONFIG = (BANK, "manifest.json", "tensorboard", "wandb", f".{CONFIG}.partial")
-"""Names (or their beginnings) of files that are written before `CONFIG`. Only with `CONFIG` is a folder a run's."""
 
 
 def default_folder(config: RunConfig) -> Path:
@@ -93,9 +91,23 @@ async def run_training_async(
         True if the last iteration is done, False if `should_stop` ended training earlier.
 
     Raises:
-        UserError: if settings do not fit, or the folder holds a run that `resume` does not allow to continue.
+        UserError: if settings do not fit, the folder holds a run that `resume` does not allow to continue, another
+            process trains in it, or a file can't be written.
     """
-    new = not folder.exists()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{str(folder)!r} is a file, but a run needs a folder: give another one with --out")
+    with in_use(folder, on_note):
+        return await _train_in(folder, config, resume, on_record, on_note, should_stop)
+
+
+async def _train_in(
+    folder: Path,
+    config: RunConfig,
+    resume: bool,
+    on_record: OnRecord,
+    on_note: Callable[[str], None],
+    should_stop: Callable[[], bool],
+) -> bool:
     saved = _prepare(config, folder, resume, on_note)
     run: Run | None = None
     writer: RunWriter | None = None
@@ -126,22 +138,20 @@ async def run_training_async(
         if run is not None:
             run.close()
         if not (folder / CONFIG).exists():  # the run did not start: leave the folder as it was
-            _remove_early_files(folder)
-            if new:
-                with suppress(OSError):  # not empty
-                    folder.rmdir()
+            remove_early_files(folder)
 
 
 def _prepare(config: RunConfig, folder: Path, resume: bool, note: Callable[[str], None]) -> list[Path]:
     """Check the folder; returns the checkpoints to resume from, the newest first. If there are none, the run starts."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{str(folder)!r} is a file, but a run needs a folder: give another one with --out")
     if not (folder / CONFIG).exists():
-        left = list(folder.iterdir()) if folder.exists() else []
-        if any(not (resume and path.name.startswith(_BEFORE_CONFIG)) for path in left):
+        left = [path.name for path in folder.iterdir() if path.name not in (LOCK, ERRORS)]
+        if any(not (resume and name.startswith(EARLY)) for name in left):
             raise UserError(f"{str(folder)!r} holds files that are not a run's: give another folder with --out")
-        _remove_early_files(folder)  # of a run that was killed while it was being set up
-        folder.mkdir(parents=True, exist_ok=True)
+        clear(folder)  # of a run that was killed while it was being set up
+        return []
+    if never_began(folder):
+        note(f"the run in {folder} had not finished an iteration: it starts anew")
+        clear(folder)
         return []
     if not resume:
         raise UserError(
@@ -185,11 +195,11 @@ async def _restore(run: Run, saved: Sequence[Path], note: Callable[[str], None])
     Raises:
         UserError: if none can be read.
     """
-    damaged: list[tuple[Path, UserError]] = []
+    damaged: list[tuple[Path, DamagedError]] = []
     for path in saved:
         try:
             await checkpoint.load(run, path)
-        except UserError as error:
+        except DamagedError as error:
             damaged.append((path, error))
             continue
         for other, reason in damaged:
@@ -230,13 +240,6 @@ def _note_findings(config: RunConfig, folder: Path, on_record: OnRecord, note: C
     return watch
 
 
-def _remove_early_files(folder: Path) -> None:
-    """Delete the files that are written before `CONFIG`."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.startswith(_BEFORE_CONFIG):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def check_settings(config: RunConfig, folder: Path) -> None:
     """Check that the run in `folder` can be resumed with `config`.
 
@@ -253,9 +256,7 @@ def check_settings(config: RunConfig, folder: Path) -> None:
 
 def _write_config(config: RunConfig, folder: Path) -> None:
     """Written for a resumed run as well, since its length, for example, may have changed."""
-    aside = folder / f".{CONFIG}.partial"
-    aside.write_text(configs.dump(config), encoding="utf-8")
-    aside.replace(folder / CONFIG)
+    write_whole(folder / CONFIG, configs.dump(config))
 
 
 def _check_inputs(run: Run, folder: Path) -> None:
@@ -297,10 +298,11 @@ def check_texts(config: RunConfig, folder: Path) -> None:
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """A run's manifest; empty if it is not readable."""
     try:
-        found = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json_object(Path(folder) / "manifest.json", "")
+    except DamagedError:
         return {}
-    return found if isinstance(found, dict) else {}
+    parts = [found.get(key, {}) for key in ("panels", "texts", "model", "adapter", "teacher")]
+    return found if all(isinstance(part, dict) for part in parts) else {}
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 
 from skillsd.config import RunConfig
 from skillsd.errors import UserError
+from skillsd.files.read import DamagedError, read_json_object, read_lines
 from skillsd.report.writer import EVALUATIONS, METRICS, read
 from skillsd.rollouts.records import trajectory_from_json
 from skillsd.runs.build import BANK
@@ -59,11 +59,7 @@ class OpenRun:
         Raises:
             UserError: if the file is missing or unreadable.
         """
-        try:
-            found: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{str(self.folder)!r} has no readable manifest.json: {error}") from error
-        return found
+        return read_json_object(self.folder / "manifest.json", "restore it from a copy")
 
     @property
     def iterations_with_trajectories(self) -> list[int]:
@@ -82,13 +78,12 @@ class OpenRun:
             if not path.is_file():
                 known = ", ".join(map(str, self.iterations_with_trajectories)) or "none"
                 raise UserError(f"{str(self.folder)!r} has no trajectories of iteration {number}; it has: {known}")
-            for place, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-                if not line.endswith("\n"):
-                    break  # the run is writing it
+            remedy = "remove the damaged line, or restore the file"
+            for place, record in read_lines(path, remedy):
                 try:
-                    yield trajectory_from_json(json.loads(line))
+                    yield trajectory_from_json(record)
                 except ValueError as error:
-                    raise UserError(f"{str(path)!r}, line {place}: {error}") from error
+                    raise DamagedError(path, f"is damaged (line {place}: {error})", remedy) from error
 
     @property
     def episodes(self) -> Records:

@@ -14,6 +14,7 @@ from skillsd.engines.base import Engine
 from skillsd.engines.endpoint import Endpoint
 from skillsd.errors import UserError
 from skillsd.evaluation.evaluate import Evaluation, evaluate
+from skillsd.files.read import DamagedError, read_json
 from skillsd.prompting.renderer import ChatRenderer
 from skillsd.report import manifest
 from skillsd.rollouts.endpoint_policy import EndpointPolicy
@@ -187,20 +188,31 @@ _IDENTITY = (
 
 
 def replace_records(records: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """The file's records of other evaluations, followed by `records`."""
+    """The file's records of other evaluations, followed by `records`.
+
+    Raises:
+        DamagedError: if the file holds something else, which writing it would lose.
+    """
     new = {_identity(record) for record in records}
-    return [*(record for record in read_records(path) if _identity(record) not in new), *records]
+    return [*(record for record in _stored(path) if _identity(record) not in new), *records]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records that `skillsd eval --json` wrote; empty if the file does not exist or holds something else."""
+    try:
+        return _stored(path)
+    except DamagedError:
+        return []
+
+
+def _stored(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():  # reading from a device could block
         return []
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    return [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
+    remedy = "give another file, or move that one away"
+    records = read_json(path, remedy)
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise DamagedError(path, "holds something else than evaluations", remedy)
+    return records
 
 
 def _identity(record: Mapping[str, Any]) -> str:

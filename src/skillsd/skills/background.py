@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from skillsd import user_code
+from skillsd.rollouts.deadline import finished
 from skillsd.rollouts.records import trajectory_from_json, trajectory_to_json
 from skillsd.skills.bank import Bank
 from skillsd.skills.summarise import Summariser, SummaryError, check_skill
@@ -142,14 +144,10 @@ class BackgroundSummaries:
             HeldOutTaskError: for a record of a task that is not a training task.
             ValueError: if a record was not written by `pending`.
         """
-        for record in records:
-            try:
-                trajectory = trajectory_from_json(record["trajectory"])
-                skill = None if record["skill"] is None else Skill(**record["skill"])
-                job = _Job(trajectory, record["source"], record["iteration"], skill)
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"not a record of a pending summary: {error!r}") from error
-            self._bank.guard(trajectory.task)
+        jobs = [_job(record) for record in records]
+        for job in jobs:
+            self._bank.guard(job.trajectory.task)
+        for job in jobs:
             self._stats["resumed"] += 1
             self._start(job)
 
@@ -188,18 +186,26 @@ class BackgroundSummaries:
         writing = asyncio.ensure_future(self._call(job.trajectory))
         try:
             # Not `asyncio.timeout`, which would wait for ever on a summariser that swallows its cancellation.
-            await asyncio.wait([writing], timeout=self._timeout)
-            if not writing.done():
-                log.warning("the summary of %s took more than %g s: abandoned", job.source, self._timeout)
+            if not await finished(writing, self._timeout):
+                took = f"the summary of {job.source} took more than {self._timeout:g} s (skills.timeout_seconds)"
+                user_code.mention("the summariser: timeout", f"{took}: abandoned")
                 return "timeout"
             if writing.cancelled():
+                user_code.mention("the summariser: cancelled", f"the summary of {job.source} cancelled itself")
                 return "failed"
             skill = writing.result()
+            if isinstance(skill, SystemExit):
+                raise skill
             if skill is None:
                 return "no_skill"
             secrets = self._secrets(job.trajectory.task)
             reason = check_skill(skill, job.trajectory, max_chars=self._max_chars, secrets=secrets)
-            return skill if reason is None else f"rejected_{reason}"
+            if reason == "malformed":
+                user_code.mention("the summariser: malformed", f"the summariser returned {_shown(skill)}")
+            if reason is None:
+                assert isinstance(skill, Skill)
+                return skill
+            return f"rejected_{reason}"
         except SummaryError as error:
             if error.reason not in self._logged:
                 self._logged.add(error.reason)
@@ -207,16 +213,46 @@ class BackgroundSummaries:
                     "no skill from %s: %s (further ones are only counted, as %s)", job.source, error, error.reason
                 )
             return error.reason
-        except Exception as error:
-            log.warning("the summary of %s failed: %s: %s", job.source, type(error).__name__, error)
+        except (Exception, SystemExit) as error:
+            user_code.record("the summariser", error)
             return "failed"
         finally:
             writing.cancel()
             writing.add_done_callback(_look_at)
 
-    async def _call(self, trajectory: Trajectory) -> Skill | None:
+    async def _call(self, trajectory: Trajectory) -> object:
         # Wrapped in a coroutine so that any fault of the summariser (e.g. it returns no awaitable) ends up in the task.
-        return await self._summariser.summarise(trajectory)
+        try:
+            return await self._summariser.summarise(trajectory)
+        except SystemExit as error:  # leaving the task, it would end the whole process
+            return error
+
+
+def _shown(skill: object) -> str:
+    """What a summariser returned instead of a skill, in words."""
+    if not isinstance(skill, Skill):
+        return f"{skill!a:.80} ({type(skill).__name__}), expected a Skill or None"
+    wrong = [f.name for f in dataclasses.fields(Skill) if not isinstance(getattr(skill, f.name), str)]
+    if not wrong:
+        return "a Skill with text that is not valid Unicode (half a surrogate pair)"
+    return f"a Skill whose {wrong[0]} is {type(getattr(skill, wrong[0])).__name__}, expected text"
+
+
+def _job(record: Mapping[str, Any]) -> _Job:
+    """The job of a record that `pending` gave."""
+    try:
+        trajectory, source, iteration = (
+            trajectory_from_json(record["trajectory"]),
+            record["source"],
+            record["iteration"],
+        )
+        skill = None if record["skill"] is None else Skill(**record["skill"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a record of a pending summary: {error!r}") from error
+    texts = (source, *(dataclasses.astuple(skill) if skill else ()))
+    if not isinstance(iteration, int) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("not a record of a pending summary: something in it has another type")
+    return _Job(trajectory, source, iteration, skill)
 
 
 def _look_at(task: asyncio.Future[Any]) -> None:

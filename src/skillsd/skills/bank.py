@@ -14,37 +14,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from skillsd.errors import UserError
-from skillsd.skills import ucb
+from skillsd.files.read import DamagedError
+from skillsd.files.write import writing
+from skillsd.skills import bank_file, ucb
 from skillsd.types import TRAIN_SPLIT, Outcome, Skill, Task
 
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x534B5344  # "SKSD" in the file's header marks an SQLite file as a skill bank
-
-_SCHEMA = """
-CREATE TABLE skills (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never reused, so it is also the order of creation
-    env TEXT NOT NULL,
-    task TEXT NOT NULL,
-    success_analysis TEXT NOT NULL,
-    mistake_analysis TEXT NOT NULL,
-    golden_workflow TEXT NOT NULL,
-    source TEXT NOT NULL,
-    iteration INTEGER NOT NULL,
-    source_reward REAL NOT NULL,
-    source_outcome TEXT NOT NULL,
-    picks INTEGER NOT NULL DEFAULT 0,
-    credited INTEGER NOT NULL DEFAULT 0,
-    reward_sum REAL NOT NULL DEFAULT 0,
-    UNIQUE (env, task, success_analysis, mistake_analysis, golden_workflow)
-)
-"""
 _COLUMNS = (
     "id, env, task, success_analysis, mistake_analysis, golden_workflow, source, iteration, source_reward, "
     "source_outcome, picks, credited, reward_sum"
 )
-_REMEDY = "Give another path, or move that file away."
+_TYPES = (int, str, str, str, str, str, str, int, float, str, int, int, float)
 
 
 class HeldOutTaskError(RuntimeError):
@@ -120,10 +102,10 @@ class Bank:
         self._max_per_task = max_per_task
         self._in_batch = False
         if self.path != ":memory:":
-            _check_header(Path(self.path))
-        self._db = _connect(self.path)
+            bank_file.check_header(Path(self.path))
+        self._db = bank_file.connect(self.path)
         try:
-            _prepare(self._db, self.path)
+            bank_file.prepare(self._db, self.path)
             self._check_held_out(self._db, self.path)
         except BaseException:
             self._db.close()
@@ -168,13 +150,14 @@ class Bank:
 
         Raises:
             HeldOutTaskError: for a task that is not a training task.
+            UserError: if a picking rule of your own raises or returns no index.
             ValueError: if `c` is negative or not finite.
         """
         self.guard(task)
         if not (math.isfinite(c) and c >= 0):
             raise ValueError(f"UCB's c is {c}; expected a finite number >= 0")
         arms = self._of(task)
-        index = self._rule(arms, c) if arms else None
+        index = ucb.choose(self._rule, arms, c) if arms else None
         return None if index is None else arms[index]
 
     def record_pick(self, skill_id: int) -> None:
@@ -214,20 +197,20 @@ class Bank:
 
     def counts(self) -> dict[str, int]:
         """For the metrics: tasks with a skill, skills, skills ever picked, picks, credited rollouts."""
-        row = self._db.execute(
+        [row] = self._query(
             "SELECT COUNT(DISTINCT env || char(31) || task), COUNT(*), TOTAL(picks > 0), TOTAL(picks), "
             "TOTAL(credited) FROM skills"
-        ).fetchone()
+        )
         return dict(zip(("tasks", "skills", "picked", "picks", "credited"), map(int, row), strict=True))
 
     @property
     def created(self) -> int:
         """Number of skills ever stored, replaced ones included."""
-        row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'skills'").fetchone()
-        return int(row[0]) if row else 0
+        rows = self._query("SELECT seq FROM sqlite_sequence WHERE name = 'skills'")
+        return int(rows[0][0]) if rows else 0
 
     def __len__(self) -> int:
-        return int(self._db.execute("SELECT COUNT(*) FROM skills").fetchone()[0])
+        return int(self._query("SELECT COUNT(*) FROM skills")[0][0])
 
     def guard(self, task: Task) -> None:
         """Refuse held-out tasks. Every call that takes a task starts with this.
@@ -248,27 +231,26 @@ class Bank:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """Make one transaction of the calls inside the block: an exception undoes all of them."""
+        """Make one transaction of the calls inside the block: an exception undoes all of them.
+
+        Raises:
+            UserError: if another process keeps the file locked, or it can't be written, e.g. on a full disk.
+        """
         if self._in_batch:
             yield
             return
-        try:
+        with bank_file.guarded(self.path):
             self._db.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError as error:
-            raise UserError(
-                f"cannot write to the skill bank {self.path}: {error}. Stop the other process that uses it, "
-                "or give this run another folder."
-            ) from error
-        self._in_batch = True
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-        finally:
-            self._in_batch = False
+            self._in_batch = True
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+            finally:
+                self._in_batch = False
 
     def snapshot(self, path: str | Path) -> None:
         """Copy the bank into the file `path`, atomically: written under another name, fsynced, renamed.
@@ -280,12 +262,13 @@ class Bank:
             raise RuntimeError("a batch may still be rolled back: end it before the snapshot")
         target = Path(path)
         aside = target.with_name(target.name + ".partial")
-        aside.unlink(missing_ok=True)
-        with closing(_connect(str(aside))) as copy:
-            self._db.backup(copy)
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        aside.replace(target)
+        with writing(target):
+            aside.unlink(missing_ok=True)
+            with closing(bank_file.connect(str(aside))) as copy:
+                bank_file.copy(self._db, copy, self.path)
+            with aside.open("rb+") as file:
+                os.fsync(file.fileno())
+            aside.replace(target)
 
     def restore(self, path: str | Path) -> None:
         """Replace the bank's whole content by a snapshot's; on an error the bank stays as it was.
@@ -297,11 +280,11 @@ class Bank:
         if self._in_batch:
             raise RuntimeError("a batch may still be rolled back: end it before the restore")
         if not Path(path).is_file():
-            raise UserError(f"no skill bank at {path}; expected a checkpoint's skills.sqlite")
-        with closing(_connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)) as snapshot:
-            _check(snapshot, str(path))
+            raise DamagedError(Path(path), "is missing", "expected a checkpoint's skills.sqlite")
+        with closing(bank_file.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)) as snapshot:
+            bank_file.check(snapshot, str(path))
             self._check_held_out(snapshot, str(path))
-            snapshot.backup(self._db)
+            bank_file.copy(snapshot, self._db, self.path)
 
     def close(self) -> None:
         """Close the file. Closing twice is harmless."""
@@ -317,11 +300,20 @@ class Bank:
         return self._select("WHERE env = ? AND task = ?", task.env, task.id)
 
     def _select(self, where: str = "", *values: object) -> list[StoredSkill]:
-        rows = self._db.execute(f"SELECT {_COLUMNS} FROM skills {where} ORDER BY id", values)
-        return [
-            StoredSkill(row[0], row[1], row[2], Skill(*row[3:6]), row[6], row[7], row[8], Outcome(row[9]), *row[10:])
-            for row in rows
-        ]
+        rows = self._query(f"SELECT {_COLUMNS} FROM skills {where} ORDER BY id", *values)
+        return [self._stored(row) for row in rows]
+
+    def _stored(self, row: Sequence[Any]) -> StoredSkill:
+        # SQLite's columns take values of any type.
+        if tuple(map(type, row)) != _TYPES or row[9] not in set(Outcome):
+            raise DamagedError(Path(self.path), f"is damaged (the skill {row[0]!r})", bank_file.RESTORE)
+        id, env, task, success, mistakes, workflow, source, iteration, reward, outcome, *counts = row
+        skill = Skill(success, mistakes, workflow)
+        return StoredSkill(id, env, task, skill, source, iteration, reward, Outcome(outcome), *counts)
+
+    def _query(self, sql: str, *values: object) -> list[Any]:
+        with bank_file.guarded(self.path):
+            return self._db.execute(sql, values).fetchall()
 
     def _make_room(self, task: Task) -> None:
         if self._max_per_task is None:
@@ -334,63 +326,11 @@ class Bank:
             self._db.execute("DELETE FROM skills WHERE id = ?", (leaving.id,))
 
     def _check_held_out(self, db: sqlite3.Connection, path: str) -> None:
-        stored = {task for (task,) in db.execute("SELECT DISTINCT task FROM skills")}
+        with bank_file.guarded(path):
+            stored = {task for (task,) in db.execute("SELECT DISTINCT task FROM skills")}
         if leaked := sorted(stored & self._held_out):
             raise UserError(
                 f"the skill bank {path} holds skills of {len(leaked)} evaluation tasks, e.g. {leaked[0]!r}. "
                 "Training on it would invalidate the evaluation: give a bank made from this environment's training "
                 "tasks."
             )
-
-
-def _check_header(path: Path) -> None:
-    """Raise UserError for a file that is not SQLite's. (SQLite itself would overwrite a very short one.)"""
-    if not path.exists():
-        return
-    try:
-        with path.open("rb") as file:
-            header = file.read(16)
-    except OSError as error:
-        raise UserError(f"cannot open the skill bank {path}: {error}. {_REMEDY}") from error
-    if header not in (b"", b"SQLite format 3\0"):
-        raise UserError(f"{path} is not a database, so not a skill bank. {_REMEDY}")
-
-
-def _connect(path: str, *, uri: bool = False) -> sqlite3.Connection:
-    try:
-        return sqlite3.connect(path, isolation_level=None, uri=uri)  # transactions are started in `batch`
-    except sqlite3.OperationalError as error:
-        raise UserError(f"cannot open the skill bank {path}: {error}. Does its folder exist?") from error
-
-
-def _prepare(db: sqlite3.Connection, path: str) -> None:
-    """Create the table of a new bank, or check an existing one."""
-    try:
-        if db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0:
-            db.execute("BEGIN IMMEDIATE")
-            db.execute(_SCHEMA)
-            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            db.execute("COMMIT")
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"cannot use {path} as a skill bank: {error}. {_REMEDY}") from error
-    _check(db, path)
-
-
-def _check(db: sqlite3.Connection, path: str) -> None:
-    """Raise UserError unless `db` is a skill bank of this version."""
-    try:
-        application = db.execute("PRAGMA application_id").fetchone()[0]
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        state = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"{path} is not a skill bank: {error}. {_REMEDY}") from error
-    if application != APPLICATION_ID:
-        raise UserError(f"{path} is an SQLite file, but not a skill bank. {_REMEDY}")
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"the skill bank {path} has schema version {version}, this skillsd reads {SCHEMA_VERSION}. "
-            "Use the skillsd that wrote it, or start with a new bank."
-        )
-    if state != "ok":
-        raise UserError(f"the skill bank {path} is damaged: {state}. Restore it from a checkpoint.")

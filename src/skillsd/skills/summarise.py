@@ -60,7 +60,8 @@ class RuleSummariser:
         self._fn = fn
 
     async def summarise(self, trajectory: Trajectory) -> Skill | None:
-        return self._fn(trajectory)
+        result = self._fn(trajectory)
+        return await result if inspect.isawaitable(result) else result
 
 
 def load_summariser(target: str, options: Mapping[str, Any]) -> Summariser:
@@ -76,12 +77,8 @@ def load_summariser(target: str, options: Mapping[str, Any]) -> Summariser:
     """
     found = find_summariser(target)
     if isinstance(found, type):
-        try:
-            made: Summariser = found(**options)
-        except TypeError as error:
-            raise UserError(
-                f"summariser {target!r} can't be constructed with summariser.options {dict(options)}: {error}"
-            ) from error
+        given = f"with summariser.options {dict(options)}"
+        made: Summariser = plugins.construct(f"summariser {target!r}", given, found, options)
         return made
     if hasattr(found, "summarise"):
         summariser: Summariser = found

@@ -7,11 +7,12 @@ sqrt 2, is a second-hand value) nor the order among skills that were never picke
 from __future__ import annotations
 
 import math
+import operator
 import random
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from skillsd import plugins
+from skillsd import plugins, user_code
 from skillsd.errors import UserError
 from skillsd.seeds import derive_seed
 
@@ -81,6 +82,38 @@ def random_rule(seed: int) -> PickingRule:
     return choose
 
 
+def choose(rule: PickingRule, arms: Sequence[Arm], c: float) -> int | None:
+    """The rule's choice: the index of one of `arms`, or None.
+
+    Raises:
+        UserError: if the rule, which may be a user's own, raises or returns anything else.
+    """
+    name = getattr(rule, "__qualname__", type(rule).__qualname__)
+    try:
+        given = rule(arms, c)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        user_code.record(f"the picking rule {name!r}", error)
+        raise UserError(f"the picking rule {name!r} raised {user_code.describe(error)}") from error
+    # A numpy integer is an index as well; True is none.
+    index = None if given is None or isinstance(given, bool) else _index(given)
+    if given is not None and (index is None or not 0 <= index < len(arms)):
+        place = user_code.defined(rule if hasattr(rule, "__code__") else type(rule).__call__)
+        raise UserError(
+            f"the picking rule {name!r} returned {given!r:.80} for {len(arms)} skills, expected an index from 0 to "
+            f"{len(arms) - 1}, or None for no skill{f' ({place})' if place else ''}"
+        )
+    return index
+
+
+def _index(given: object) -> int | None:
+    try:
+        return operator.index(given)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def picking_rule(name: str, *, seed: int = 0) -> PickingRule:
     """The rule called `name`: ``ucb``, ``random``, ``last``, ``best``, or your own as ``module:function`` or
     ``module:Class`` (constructed without arguments; its instances are called).
@@ -96,10 +129,7 @@ def picking_rule(name: str, *, seed: int = 0) -> PickingRule:
         return rules[name]
     found = plugins.find("picking rule", name, rules)
     if isinstance(found, type):
-        try:
-            found = found()
-        except TypeError as error:
-            raise UserError(f"picking rule {name!r} can't be constructed without arguments: {error}") from error
+        found = plugins.construct(f"picking rule {name!r}", "without arguments", found, {})
     if not callable(found):
         raise UserError(f"picking rule {name!r} is {type(found).__name__}, expected a function (skills, c) -> index")
     rule: PickingRule = found

@@ -17,8 +17,9 @@ from skillsd import config as configs
 from skillsd.config import RunConfig
 from skillsd.envs import registry
 from skillsd.errors import UserError, unknown_name
+from skillsd.files.read import read_yaml
+from skillsd.files.write import write_whole
 from skillsd.methods import METHODS
-from skillsd.report.writer import write_whole
 from skillsd.runs.checks import check_config
 from skillsd.training import checkpoint
 
@@ -244,12 +245,10 @@ def load_variants(name: str) -> dict[str, list[tuple[str, Any]]]:
             if "/" in name or path.suffix:
                 raise UserError(f"there is no variants file {name!r}. Shipped: {', '.join(known) or '(none)'}")
             raise unknown_name("variants file", name, known)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"the variants {str(path)!r} are not readable YAML: {' '.join(str(error).split())}") from error
+    data = read_yaml(path, "the variants file")
     if not isinstance(data, dict) or not data:
-        raise UserError(f"the variants {str(path)!r} are a {type(data).__name__}, expected labels with settings")
+        content = f"contains a {type(data).__name__}" if data else "is empty"
+        raise UserError(f"the variants file {str(path)!r} {content}, expected labels with settings")
     found = {}
     for label, settings in data.items():
         if not isinstance(label, str) or not _LABEL.fullmatch(label):

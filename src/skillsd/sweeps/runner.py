@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -219,11 +219,10 @@ def last_record(path: Path) -> Mapping[str, Any] | None:
     except OSError:
         return None
     for line in reversed(lines):
-        try:
-            record: Mapping[str, Any] = json.loads(line)
-        except ValueError:
-            continue
-        return record
+        with suppress(ValueError, RecursionError):
+            record: object = json.loads(line)
+            if isinstance(record, dict):
+                return record
     return None
 
 

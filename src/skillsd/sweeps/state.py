@@ -9,7 +9,8 @@ from skillsd import config as configs
 from skillsd.config import RunConfig
 from skillsd.errors import UserError
 from skillsd.report.writer import EVALUATIONS, METRICS, read
-from skillsd.runs.lifecycle import CONFIG, check_settings, check_texts
+from skillsd.runs.folder import CONFIG, never_began
+from skillsd.runs.lifecycle import check_settings, check_texts
 from skillsd.runs.subjects import local_settings, read_records, started
 from skillsd.sweeps.plan import Cell, Sweep, scheduled_on_length
 from skillsd.training import checkpoint
@@ -27,7 +28,7 @@ def state(sweep: Sweep, cell: Cell) -> str:
         UserError: if the cell's folder contains a different run than the sweep's, or a checkpoint of a budget is gone.
     """
     if cell.trained:
-        if not (cell.folder / CONFIG).is_file():
+        if not (cell.folder / CONFIG).is_file() or never_began(cell.folder):
             return MISSING
         check_settings(cell.config, cell.folder)
         check_texts(cell.config, cell.folder)

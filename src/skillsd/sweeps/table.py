@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
+from skillsd.files.write import write_whole
 from skillsd.report import manifest
 from skillsd.report.tables import table
-from skillsd.report.writer import write_whole
 from skillsd.runs.lifecycle import read_manifest
 from skillsd.sweeps.findings import warnings
 from skillsd.sweeps.plan import Sweep

@@ -6,29 +6,62 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from skillsd.engines.base import Engine, Learner
 from skillsd.errors import UserError
+from skillsd.files.read import DamagedError, read_json_object
+from skillsd.files.write import make_folder, writing
 from skillsd.training.run import Run
 
 _NAME = re.compile(r"step-(\d+)")
-_KEYS = {"iteration", "totals", "visits", "pending_summaries", "summary_stats", "best_successes"}
-"""Keys of state.json."""
+_KEYS: Mapping[str, type] = {
+    "iteration": int,
+    "totals": dict,
+    "visits": dict,
+    "pending_summaries": list,
+    "summary_stats": dict,
+    "best_successes": dict,
+}
+"""Keys of state.json, with their types."""
+_REMEDY = "it can't be used"
 
 
 async def save(run: Run) -> Path:
     """Write ``checkpoints/step-N``: weights, optimiser, random state, task visits, bank with UCB's counts, pending
-    summaries and successes to imitate. Deletes checkpoints beyond ``checkpoint.keep``."""
+    summaries and successes to imitate. Deletes checkpoints beyond ``checkpoint.keep``.
+
+    Raises:
+        WriteFailedError: if it can't be written, e.g. on a full disk. Earlier checkpoints are unchanged.
+    """
     parent = run.folder / "checkpoints"
-    parent.mkdir(exist_ok=True)
+    make_folder(parent)
     target = parent / f"step-{run.iteration}"
     aside = parent / f".step-{run.iteration}.partial"
     for left in parent.glob(".step-*.partial"):  # of a process that was killed while writing
         shutil.rmtree(left)
-    aside.mkdir()
-    await run.learner.save_state(aside)
-    run.bank.snapshot(aside / "skills.sqlite")
+    try:
+        with writing(target, by_library=True):
+            aside.mkdir()
+            await run.learner.save_state(aside)
+            run.bank.snapshot(aside / "skills.sqlite")
+            _write_state(run, aside)
+            _sync(aside)
+            if not target.exists():
+                aside.rename(target)
+                _sync_folder(parent)
+    finally:  # after a failure, or if it is the same step again after a resume, which is identical
+        shutil.rmtree(aside, ignore_errors=True)
+    for old in _all(run.folder)[: -run.config.checkpoint.keep]:
+        going = parent / f".{old.name}.partial"
+        old.rename(going)  # a half-deleted folder must not look like a checkpoint
+        shutil.rmtree(going)
+    return target
+
+
+def _write_state(run: Run, aside: Path) -> None:
     state = {
         "iteration": run.iteration,
         "totals": run.totals,
@@ -38,17 +71,6 @@ async def save(run: Run) -> Path:
         "best_successes": run.best.state() if run.best else {},
     }
     (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    _sync(aside)
-    if target.exists():  # the same step again, after a resume: identical
-        shutil.rmtree(aside)
-        return target
-    aside.rename(target)
-    _sync_folder(parent)
-    for old in _all(run.folder)[: -run.config.checkpoint.keep]:
-        going = parent / f".{old.name}.partial"
-        old.rename(going)  # a half-deleted folder must not look like a checkpoint
-        shutil.rmtree(going)
-    return target
 
 
 def latest(folder: Path) -> Path | None:
@@ -83,45 +105,61 @@ def find(folder: Path, iteration: int | None = None) -> Path:
     return folder / "checkpoints" / f"step-{known[-1] if iteration is None else iteration}"
 
 
+async def load_weights(engine: Engine | Learner, path: Path) -> None:
+    """Load the engine's part of a checkpoint.
+
+    Raises:
+        DamagedError: if it is missing or damaged, with the run's other checkpoints.
+        UserError: if it belongs to another model.
+    """
+    try:
+        await engine.load_state(path)
+    except DamagedError as error:
+        others = [str(other) for other in iterations(path.parents[1]) if other != number(path)]
+        remedy = f"give one of the run's other checkpoints with --at: {', '.join(others)}"
+        raise DamagedError(error.path, error.fault, remedy if others else "the run has no other checkpoint") from error
+
+
 async def load(run: Run, path: Path) -> None:
     """Restore a checkpoint, so that training continues bit for bit. Pending summaries are started again.
 
     Raises:
-        UserError: if it is not a checkpoint, or is damaged.
+        DamagedError: if a file of it is missing or damaged.
+        UserError: if it is of another version, model or task set.
     """
-    try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} is not a checkpoint of a run: {error}") from error
-    if not isinstance(state, dict) or (missing := sorted(_KEYS - state.keys())):
-        lacks = f"lacks {', '.join(missing)}" if isinstance(state, dict) else "is no JSON object"
-        raise UserError(
-            f"{str(path)!r} is not a checkpoint that this version of skillsd can resume: state.json {lacks}"
-        )
+    state = _read_state(path)
     await run.engine.load_state(path)
     run.bank.restore(path / "skills.sqlite")
+    run.iteration, run.totals, run.visits = state["iteration"], state["totals"], state["visits"]
     try:
-        run.iteration, run.totals, run.visits = int(state["iteration"]), dict(state["totals"]), dict(state["visits"])
         if run.best:
             run.best.restore(state["best_successes"])
         if run.summaries:
             run.summaries.restore_stats(state["summary_stats"])
             run.summaries.resume(state["pending_summaries"])  # last: it starts them
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"{str(path)!r} is damaged: state.json has other content than expected ({error})") from error
+    except ValueError as error:
+        raise DamagedError(path / "state.json", f"is damaged ({error})", _REMEDY) from error
 
 
-async def load_weights(engine: Engine | Learner, path: Path) -> None:
-    """Load the engine's part of a checkpoint.
-
-    Raises:
-        UserError: if it can't be read, with the run's other checkpoints.
-    """
-    try:
-        await engine.load_state(path)
-    except UserError as error:
-        others = [f"step-{other}" for other in iterations(path.parent.parent) if other != number(path)]
-        raise UserError(f"{error}. Other checkpoints of this run: {', '.join(others) or 'none'}") from error
+def _read_state(path: Path) -> dict[str, Any]:
+    file = path / "state.json"
+    state = read_json_object(file, _REMEDY)
+    if missing := sorted(_KEYS.keys() - state.keys()):
+        raise UserError(
+            f"{str(path)!r} is not a checkpoint that this version of skillsd can resume: state.json lacks "
+            f"{', '.join(missing)}"
+        )
+    for key, kind in _KEYS.items():
+        if not isinstance(state[key], kind):
+            raise DamagedError(file, f"is damaged ({key!r} is a {type(state[key]).__name__})", _REMEDY)
+    if state["iteration"] != number(path):
+        raise DamagedError(file, f"is damaged (it is of iteration {state['iteration']})", _REMEDY)
+    for key, numbers in (("totals", float | int), ("visits", int), ("summary_stats", int)):
+        if not all(isinstance(value, numbers) and not isinstance(value, bool) for value in state[key].values()):
+            raise DamagedError(file, f"is damaged ({key!r} holds something else than numbers)", _REMEDY)
+    if not {"episodes", "sampled_tokens", "seconds"} <= state["totals"].keys():
+        raise DamagedError(file, "is damaged ('totals' is incomplete)", _REMEDY)
+    return state
 
 
 def _all(folder: Path) -> list[Path]:

@@ -54,12 +54,12 @@ async def train(run: Run, reporter: Reporter, should_stop: Callable[[], bool] = 
     saved = run.iteration if checkpoint.latest(run.folder) else None
     await run.engine.publish()
     if run.iteration == 0 and saved is None:  # with a checkpoint at 0, it was measured before the stop
-        reporter.evaluation(await measure(run))
+        reporter.evaluation(await measure(run, reporter))
     while run.iteration < last and not should_stop():
         rollouts = await rollout_phase(run, run.iteration, reporter)
         reporter.iteration(await learn_phase(run, rollouts, reporter))
         if run.iteration == last or _due(config.evaluation.every, run.iteration):
-            reporter.evaluation(await measure(run))
+            reporter.evaluation(await measure(run, reporter))
         if run.iteration == last or _due(config.checkpoint.every, run.iteration):
             await checkpoint.save(run)
             saved = run.iteration
@@ -206,8 +206,12 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
     }
 
 
-async def measure(run: Run) -> Record:
-    """A point of the learning curve: the student under the plain prompt on held-out tasks."""
+async def measure(run: Run, reporter: Reporter) -> Record:
+    """A point of the learning curve: the student under the plain prompt on held-out tasks.
+
+    Raises:
+        UserError: if no episode can be played, and none could be before.
+    """
     options = run.config.evaluation
     record: Record = {"iteration": run.iteration, **run.totals}
     kinds = [("eval", run.config.rollout.temperature, options.samples)]
@@ -225,6 +229,11 @@ async def measure(run: Run) -> Record:
             retries=run.config.rollout.retries,
             concurrency=run.config.rollout.concurrency,
         )
+        if not figures.tasks:
+            lost = f"every episode of the evaluation on {options.split!r} failed: {figures.failure}"
+            if not run.totals["episodes"]:
+                raise UserError(f"{lost}. Retries failed as well")
+            reporter.note(lost)
         record |= {f"{name}/{key}": value for key, value in figures.as_dict().items()}
     return record
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from skillsd.engines.base import TrainItem
+from skillsd.files.write import make_folder, replacing
 from skillsd.metrics import Histogram, Mean, Metrics, add_metrics
 from skillsd.objective import SAMPLER_DIFF, Objective
 from skillsd.seeds import derive_seed
@@ -70,7 +71,7 @@ def _figures(metrics: Metrics) -> dict[str, float]:
 
 
 def _save_minibatch(items: Sequence[TrainItem], path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    torch.save(
-        [{"tokens": i.sequence.tokens, "mask": i.sequence.mask, "signals": dict(i.signals)} for i in items], path
-    )
+    content = [{"tokens": i.sequence.tokens, "mask": i.sequence.mask, "signals": dict(i.signals)} for i in items]
+    make_folder(path.parent)
+    with replacing(path, by_library=True) as aside:
+        torch.save(content, aside)

@@ -17,6 +17,7 @@ from skillsd.envs import registry
 from skillsd.envs.base import TaskSet, evenly_spaced
 from skillsd.errors import UserError
 from skillsd.evaluation.evaluate import evaluate
+from skillsd.files.write import make_folder, write_whole
 from skillsd.prompting.renderer import ChatRenderer
 from skillsd.prompting.templates import Place, load_template, render_skill
 from skillsd.report.manifest import commit, processor, versions
@@ -44,7 +45,7 @@ def run_sft(
         raise UserError(f"{str(folder)!r} is not empty: give another folder with --out")
     task_set = registry.load(config.environment.name, config.environment.options)
     task_set.check_machine()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     begin, cpu = time.perf_counter(), time.process_time()
     losses: list[float] = []
 
@@ -77,8 +78,8 @@ def run_sft(
         "commit": commit(),
         "versions": versions(),
     }
-    (folder / "warm_start.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-    (folder / "recipe.yaml").write_text(configs.dump(config), encoding="utf-8")
+    write_whole(folder / "warm_start.json", json.dumps(report, indent=2))
+    write_whole(folder / "recipe.yaml", configs.dump(config))
     return figures
 
 

@@ -12,6 +12,7 @@ from transformers.utils import logging as hf_logging
 
 from skillsd.config import ArchitectureSection
 from skillsd.errors import UserError
+from skillsd.files.write import writing
 
 PAD = "<|pad|>"
 
@@ -80,5 +81,6 @@ def make_model(
     )
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with writing(folder, by_library=True):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -21,7 +21,9 @@ from skillsd.config import SftConfig
 from skillsd.engines.base import TokenSequence, TrainItem
 from skillsd.engines.torch.engine import TorchEngine
 from skillsd.envs.base import TaskSet
+from skillsd.envs.checked import checked
 from skillsd.errors import UserError
+from skillsd.files.write import writing
 from skillsd.metrics import Mean, Metrics
 from skillsd.objective import TokenLogprobs
 from skillsd.prompting.renderer import ChatRenderer
@@ -140,7 +142,8 @@ async def train(
         loss = metrics["loss"]
         assert isinstance(loss, Mean)
         on_step(SftProgress(step + 1, options.steps, loss.value))
-    engine.save_weights(folder)
+    with writing(folder, by_library=True):
+        engine.save_weights(folder)
     return engine
 
 
@@ -159,10 +162,7 @@ def demonstrations_fingerprint(config: SftConfig, task_set: TaskSet) -> str:
 
 def _demonstrations(config: SftConfig, task_set: TaskSet, purpose: str) -> Iterator[Demonstration]:
     seed = derive_seed(config.seed, purpose)
-    try:
-        return task_set.demonstrations(TRAIN_SPLIT, seed=seed, **config.warm_start.demonstrations)
-    except (NotImplementedError, TypeError) as error:
-        raise UserError(f"the environment {config.environment.name!r} gives no demonstrations: {error}") from error
+    return checked(task_set).demonstrations(TRAIN_SPLIT, seed=seed, **config.warm_start.demonstrations)
 
 
 def _words(demonstrations: Iterator[Demonstration], template: str, place: Place) -> tuple[list[str], list[str]]:

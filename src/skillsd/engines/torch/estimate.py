@@ -99,7 +99,7 @@ def adapter_form(lora: LoraOptions | None) -> LoraOptions | None:
     try:
         form = json.loads((Path(lora.adapter).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
         return LoraOptions(form["r"], form["lora_alpha"], form["target_modules"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"no adapter in {lora.adapter!r} (model.adapter): expected a folder with adapter_config.json, as peft "
             "writes it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from skillsd.engines.torch.optimiser import MasterAdamW
 from skillsd.errors import UserError
+from skillsd.files.read import DamagedError
 
 FILE = "engine.pt"
+_KEYS = ("weights", "version", "optimiser", "teacher", "teacher_averages", "student_moved", "rng")
 
 
 class Trained(Protocol):
@@ -53,12 +56,7 @@ def load(engine: Trained, path: Path) -> None:
     Raises:
         UserError: if there is no such file, it is damaged, or it belongs to another model or kind of teacher.
     """
-    if not path.is_file():
-        raise UserError(f"no engine state in {str(path.parent)!r}: expected the file {path.name} of a checkpoint")
-    try:
-        state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise almost anything: RuntimeError, EOFError, KeyError ...
-        raise UserError(f"{str(path)!r} is damaged ({type(error).__name__})") from error
+    state = _read(path)
     if _forms(state["weights"]) != _forms(engine.trainable):
         raise UserError(
             f"the checkpoint {str(path.parent)!r} is of a different model: its weights have other names, shapes or "
@@ -82,6 +80,24 @@ def load(engine: Trained, path: Path) -> None:
     torch.set_rng_state(state["rng"]["cpu"].cpu())
     if engine.device.type == "cuda" and "cuda" in state["rng"]:
         torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), engine.device)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """The content of the file. Its checksums are compared, which `torch.load` does not do."""
+    if not path.is_file():
+        raise DamagedError(path, "is missing", "it can't be loaded")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"checksum of {damaged}")
+        state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        _forms(state["weights"])
+        _forms(state["teacher"] or {})
+        _forms(state["teacher_averages"])
+        return {key: state[key] for key in _KEYS}
+    except Exception as error:  # damaged bytes raise almost anything: RuntimeError, EOFError, KeyError ...
+        reason = " ".join(str(error).split()[:12]) or type(error).__name__
+        raise DamagedError(path, f"is damaged ({reason})", "it can't be loaded") from error
 
 
 def _copies(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
