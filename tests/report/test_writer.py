@@ -68,12 +68,16 @@ def test_tensorboard_event_files(tmp_path: Path) -> None:
 
 def test_percentages_and_durations() -> None:
     assert percent(0.5123, (0.469, 0.555)) == "51.2 % [46.9, 55.5]"
-    assert [duration(s) for s in (-1, 59.4, 60, 3599, 3660)] == [
+    day = 24 * 3600
+    assert [duration(s) for s in (-1, 59.4, 60, 3599, 3660, 2 * day - 1, 2 * day, 6552 * day)] == [
         "0 s",
         "59 s",
         "1 min 00 s",
         "59 min 59 s",
         "1 h 01 min",
+        "47 h 59 min",
+        "2 days",
+        "18 years",
     ]
 
 

@@ -29,6 +29,8 @@ EXTRAS = {
 FILL = 0.9
 """Share of the free memory to plan with: fragmentation and some kernels are not modelled."""
 
+MONTH = 30 * 86400.0
+
 
 def examine(console: Console, config: RunConfig | None) -> None:
     """Print versions and devices, and for a recipe an estimate of memory and time."""
@@ -62,7 +64,7 @@ def examine(console: Console, config: RunConfig | None) -> None:
 def _examine_recipe(console: Console, config: RunConfig) -> None:
     """Print memory and time by phase, and what to change if the recipe does not fit."""
     task_set = load_task_set(config)
-    task_set.tasks(config.evaluation.split)
+    registry.tasks_of(task_set, config.evaluation.split, "evaluation.split")
     spec = engine_spec(config)
     config.engine.check(spec)
     estimator = config.engine.estimator(spec, workload(config, task_set.max_turns))
@@ -100,7 +102,9 @@ def _examine_recipe(console: Console, config: RunConfig) -> None:
         times = ", ".join(f"{phase} {_time(seconds)}" for phase, seconds in found.seconds.items())
         whole = sum(found.seconds.values())
         console.print(f"  time per iteration, about: {_time(whole)} ({times})", highlight=False)
-        console.print(f"  time of the run, about: {duration(whole * config.training.iterations)}, without evaluations")
+        run = whole * config.training.iterations
+        hint = ". Too slow here: use a smaller model or a faster device" if run > MONTH else ""
+        console.print(f"  time of the run, about: {duration(run)}, on an idle machine, without evaluations{hint}")
 
 
 def remedies(config: RunConfig, free: float, need: Callable[[RunConfig], int]) -> tuple[list[tuple[str, int]], int]:

@@ -19,6 +19,7 @@ from skillsd.config import RunConfig
 from skillsd.engines.base import Engine
 from skillsd.engines.endpoint import Endpoint
 from skillsd.engines.endpoint_options import EndpointOptions
+from skillsd.envs import registry
 from skillsd.errors import UserError
 from skillsd.evaluation.episode_log import EpisodeLog
 from skillsd.evaluation.evaluate import Evaluation
@@ -127,7 +128,7 @@ def run_eval(
     else:
         config = configs.load(RunConfig, recipe, overrides)
         task_set = load_task_set(config)
-        task_set.tasks(split)  # report an unknown split before a model is loaded
+        registry.tasks_of(task_set, split, "--split")  # before a model is loaded
         task_set.check_machine()
         if endpoint is not None and episodes is None:
             episodes = Path("runs") / f"eval-{_as_file(model)}-{config.environment.name}-{split}.jsonl"

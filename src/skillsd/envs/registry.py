@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from skillsd import plugins
 from skillsd.envs.base import TaskSet
 from skillsd.errors import UserError, unknown_name
+from skillsd.types import TRAIN_SPLIT, Task
+
+EXPECTED = "expected a subclass of skillsd.envs.TaskSet, or a function that returns one (docs/environments.md)"
 
 
 def names() -> list[str]:
@@ -74,6 +77,8 @@ def load(name: str, options: dict[str, Any] | None = None) -> TaskSet:
     """
     targets = plugins.registered(plugins.ENVIRONMENTS)
     factory = plugins.find("environment", name, targets, targets)
+    if not callable(factory):
+        raise UserError(f"environment.name is {name!r}, a {type(factory).__name__}: {EXPECTED}")
     taken = inspect.signature(factory).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
     for option in options or {}:
@@ -83,4 +88,25 @@ def load(name: str, options: dict[str, Any] | None = None) -> TaskSet:
         task_set: TaskSet = factory(**(options or {}))
     except TypeError as error:
         raise UserError(f"environment {name!r} does not take the options {options}: {error}") from error
+    if not isinstance(task_set, TaskSet):
+        raise UserError(f"environment.name is {name!r}, which makes a {type(task_set).__name__}: {EXPECTED}")
     return task_set
+
+
+def tasks_of(task_set: TaskSet, split: str, key: str) -> Sequence[Task]:
+    """The tasks of a split.
+
+    Args:
+        key: the setting that names the split, for the message.
+
+    Raises:
+        UserError: for a split that the environment does not have, with those it has.
+    """
+    try:
+        return task_set.tasks(split)
+    except Exception as error:
+        if split in task_set.splits:
+            raise
+        others = ", ".join(name for name in task_set.splits if name != TRAIN_SPLIT) or "none"
+        reason = str(error) if isinstance(error, UserError) else "the environment has no such split"
+        raise UserError(f"{key} is {split!r}: {reason}. Held-out splits of {task_set.name!r}: {others}") from error

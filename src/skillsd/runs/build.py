@@ -70,7 +70,7 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
     if config.rollout.trajectory_tokens > engine.max_length:
         raise UserError(
             f"rollout.trajectory_tokens is {config.rollout.trajectory_tokens}, but the model takes sequences of at "
-            f"most {engine.max_length} tokens: lower it"
+            f"most {engine.max_length} tokens: set rollout.trajectory_tokens={engine.max_length}, or less"
         )
     bank = Bank(
         folder / BANK,
@@ -126,7 +126,8 @@ def _check_tasks(config: RunConfig, task_set: TaskSet) -> set[str]:
     if config.evaluation.split == TRAIN_SPLIT:
         others = ", ".join(split for split in task_set.splits if split != TRAIN_SPLIT)
         raise UserError(f"evaluation.split is {TRAIN_SPLIT!r}; give a held-out split: {others}")
-    task_set.tasks(config.evaluation.split)  # an unknown split is reported now, not after the first iterations
+    # An unknown split is reported now, not after the first iterations.
+    registry.tasks_of(task_set, config.evaluation.split, "evaluation.split")
     if (wanted := config.curriculum.tasks) and wanted > len(train):
         raise UserError(f"curriculum.tasks is {wanted}, but the environment has {len(train)} training tasks")
     if method(config.method).context == "oracle" and not all(task_set.oracle(task) for task in train):
