@@ -23,7 +23,7 @@ def test_the_demo_writes_a_summary_a_picture_and_its_runs(tmp_path: Path) -> Non
     shown = io.StringIO()
     run_demo(tmp_path / "demo", [0], SMALL, Console(file=shown, width=120))
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
-    for name, episodes in (("base", 0), ("grpo", 32), ("skill_sd", 32)):
+    for name, episodes in (("base", 0), ("grpo", 32), ("skill-sd", 32)):
         row = summary[name]
         assert row["episodes"] == episodes
         assert 0 <= row["interval"][0] <= row["accuracy"] <= row["interval"][1] <= 1
@@ -33,7 +33,7 @@ def test_the_demo_writes_a_summary_a_picture_and_its_runs(tmp_path: Path) -> Non
     assert (tmp_path / "demo" / "learning-curves.png").stat().st_size > 10_000
     text = shown.getvalue()
     assert "accuracy" in text
-    assert "skills written for its teacher" in text
+    assert "skills were written for the teacher" in text
     assert str(tmp_path) in text.replace("\n", "")
 
     # The same command again repeats nothing.

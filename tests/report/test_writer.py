@@ -90,6 +90,10 @@ def test_learning_curves_of_runs_of_different_lengths(tmp_path: Path) -> None:
         "skill-sd": [[*curve(0.2), {"episodes": 100.0, "eval/accuracy": None}]],
     }
     learning_curves(runs, tmp_path / "curves.png", title="t", split="tune")
+    band = [{**record, "eval/interval": [0.1, 0.3]} for record in curve(0.2, 0.25)]
+    learning_curves({"grpo": [band]}, tmp_path / "banded.png", title="t", split="tune", base=0.2)
+    learning_curves({"grpo": [curve(0.2, 0.25)]}, tmp_path / "plain.png", title="t", split="tune")
+    assert (tmp_path / "banded.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
