@@ -79,6 +79,8 @@ def load(name: str, options: dict[str, Any] | None = None) -> TaskSet:
     factory = plugins.find("environment", name, targets, targets)
     if not callable(factory):
         raise UserError(f"environment.name is {name!r}, a {type(factory).__name__}: {EXPECTED}")
+    if isinstance(factory, type) and not issubclass(factory, TaskSet):
+        raise UserError(f"environment.name is {name!r}, the class {factory.__name__}: {EXPECTED}")
     taken = inspect.signature(factory).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
     for option in options or {}:

@@ -149,7 +149,7 @@ def _summariser(
         if rules is None:
             raise UserError(
                 f"skills.summariser is 'rules', but the environment {config.environment.name!r} has no rule-based "
-                "summariser; use 'openai', 'policy', or your own as module:Class"
+                "summariser; use 'openai', 'policy', or your own as module:Class (docs/summarisers.md)"
             )
         return RuleSummariser(rules)
     prompt = SummaryPrompt(
