@@ -1,7 +1,7 @@
 """A client of endpoints that speak OpenAI's chat completions: OpenAI's own, vLLM, llama.cpp, Ollama ...
 
-Requests go through the `openai` client (extra ``openai``): paced, retried where that can help, counted, and limited by
-a budget. The key comes from the environment and is used for requests only; if an answer repeats it, it is masked.
+Requests go through the `openai` client: paced, retried where that can help, counted, and limited by a budget. The key
+comes from the environment and is used for requests only; if an answer repeats it, it is masked.
 """
 
 from __future__ import annotations
