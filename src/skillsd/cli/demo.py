@@ -130,21 +130,21 @@ def _show_skills(run: Path, task_set: TaskSet, console: Console, count: int = 3)
     """Print the most successful skills of different tasks, in words."""
     with Bank(run / BANK) as bank:
         stored = bank.skills()
-    used = sorted(  # skills with a workflow are the most informative to read
-        (s for s in stored if s.credited), key=lambda s: (not s.skill.golden_workflow, -s.mean_reward, s.id)
-    )
     tasks = {task.id: task for task in task_set.tasks(TRAIN_SPLIT)}
     by_task: dict[str, StoredSkill] = {}
-    for skill in used:
+    # Skills with a workflow are the most informative to read.
+    for skill in sorted(stored, key=lambda s: (not s.credited, not s.skill.golden_workflow, -s.mean_reward, s.id)):
         by_task.setdefault(skill.task_id, skill)
     console.print(
-        f"\n{len(stored)} skills were written for the teacher of {run}, for example these, in words "
-        f"(r2c1 is row 2, column 1; as the tiny model reads them: skillsd skills list {run}):",
+        f"\n{len(stored)} skills were written for the teacher, for example these, in words (r2c1 is row 2, column 1). "
+        f"As the tiny model reads them: skillsd skills list {run}",
         highlight=False,
+        soft_wrap=True,
     )
     for skill in list(by_task.values())[:count]:
         console.print(
-            f"  level {skill.task_id}, used for {skill.credited} episodes, mean reward {skill.mean_reward:.2f}",
+            f"  level {skill.task_id}, used for {skill.credited} episodes"
+            + (f", mean reward {skill.mean_reward:.2f}" if skill.credited else ""),
             highlight=False,
         )
         shown = task_set.skill_for_people(tasks[skill.task_id], skill.skill)
