@@ -12,7 +12,7 @@ from skillsd.sweeps.results import Estimate, Measured, difference, estimate
 BUDGETS = ("1536", "3072")
 AGAINST = "grpo"
 FIGURES = ("accuracy", "greedy_accuracy")
-DEMO = {"base": "base", "grpo": "GRPO", "skill_sd": "Skill-SD"}
+DEMO = {"base": "base", "grpo": "GRPO", "skill-sd": "Skill-SD"}
 
 
 def demo() -> str:

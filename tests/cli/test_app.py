@@ -147,7 +147,7 @@ def test_a_model_is_exported_into_the_current_folder(skillsd: Command, run: Path
 
 def test_wandb_missing(skillsd: Command, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert_one_line(skillsd("train", run / "toy.yaml", "log.wandb=x", "--out", "other"), "pip install 'skillsd[wandb]'")
+    assert_one_line(skillsd("train", run / "toy.yaml", "log.wandb=x", "--out", "other"), "pip install wandb")
 
 
 def test_an_existing_run(skillsd: Command, run: Path) -> None:
@@ -242,6 +242,10 @@ def test_skills_are_listed_shown_and_exported(skillsd: Command, run: Path, tmp_p
     odd = stored[-1]
     shown = skillsd("skills", "show", run / "run", odd.id)
     assert json.loads(shown.out)["skill"]["mistake_analysis"] == odd.skill.mistake_analysis  # verbatim
+    prompt = skillsd("skills", "show", run / "run", odd.id, "--prompt").out
+    assert prompt.startswith("[user]\n")
+    assert "Sokoban: #" in prompt
+    assert odd.skill.golden_workflow in prompt or odd.skill.mistake_analysis in prompt
     exported = [json.loads(line) for line in skillsd("skills", "export", run / "run").out.splitlines()]
     assert [record["id"] for record in exported] == [skill.id for skill in stored]
     assert exported[0]["source"] == stored[0].source
@@ -255,11 +259,17 @@ def test_skills_are_listed_shown_and_exported(skillsd: Command, run: Path, tmp_p
 
 
 def test_listings(skillsd: Command) -> None:
-    assert "sokoban-nano" in skillsd("recipes").out
+    trained, _, warmed = skillsd("recipes").out.partition("for `skillsd sft`:")
+    assert "sokoban-nano" in trained
+    assert "nano-base " in warmed
+    assert "nano-base " not in trained
+    assert all(line.rstrip()[-1] not in ",:(" for line in trained.splitlines()[1:])
     environments = skillsd("envs", "list").out
     assert [line.split()[0] for line in environments.splitlines() if line[0] != " "][-1] == "sokoban"
     assert "train 96" in environments
-    assert "torch" in skillsd("doctor").out
+    packages = [line.split()[0] for line in skillsd("doctor").out.splitlines() if line]
+    assert "torch" in packages
+    assert packages.count("peft") == 1
     assert skillsd("version").out.strip().count(".") == 2
     assert skillsd("--help").code == 0
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from skillsd.cli.demo import run_demo
@@ -19,11 +21,12 @@ SMALL = [
 ]
 
 
+@pytest.mark.timeout(900)  # six commands
 def test_the_demo_writes_a_summary_a_picture_and_its_runs(tmp_path: Path) -> None:
-    shown = io.StringIO()
-    run_demo(tmp_path / "demo", [0], SMALL, Console(file=shown, width=120))
+    output = io.StringIO()
+    run_demo(tmp_path / "demo", [0], SMALL, Console(file=output, width=120))
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
-    for name, episodes in (("base", 0), ("grpo", 32), ("skill_sd", 32)):
+    for name, episodes in (("base", 0), ("grpo", 32), ("skill-sd", 32)):
         row = summary[name]
         assert row["episodes"] == episodes
         assert 0 <= row["interval"][0] <= row["accuracy"] <= row["interval"][1] <= 1
@@ -31,9 +34,12 @@ def test_the_demo_writes_a_summary_a_picture_and_its_runs(tmp_path: Path) -> Non
         assert (row["seconds"] > 0) == bool(episodes)
     assert summary["tasks"] == 512
     assert (tmp_path / "demo" / "learning-curves.png").stat().st_size > 10_000
-    text = shown.getvalue()
+    text = output.getvalue()
     assert "accuracy" in text
-    assert "skills written for its teacher" in text
+    assert "skills were written for the teacher" in text
+    shown = [line.split()[1] for line in text.splitlines() if line.startswith("  level ")]
+    assert len(shown) == len(set(shown)) == 3
+    assert not re.search(r"@r\dc\d", text), "in words"
     assert str(tmp_path) in text.replace("\n", "")
 
     # The same command again repeats nothing.

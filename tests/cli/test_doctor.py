@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from skillsd.cli.doctor import remedies
 from skillsd.config import RunConfig, load
 from skillsd.engines import estimate as estimates
 from skillsd.engines.estimate import Estimate
 from skillsd.engines.options import LoraOptions
+from skillsd.engines.torch import estimate as torch_estimate
 from skillsd.engines.torch.estimate import Speed
 from skillsd.engines.torch.estimate import estimate as estimate_torch
 from skillsd.engines.torch.sizes import PUBLISHED, Sizes, read_architecture
@@ -246,6 +248,15 @@ def test_time_is_proportional_to_the_work(qwen: Sizes) -> None:
     assert seconds("model.gradient_checkpointing=true")["update"] == pytest.approx(4 / 3 * plain["update"], rel=0.01)
     # 16,384 tokens through 3.6 G parameters (and some attention), forward and twice backward, at 1 TFLOP/s.
     assert plain["update"] == pytest.approx(16384 * 3 * 2 * qwen.matrices / 1e12, rel=0.2)
+
+
+def test_a_slow_device_is_measured_with_small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 on a CPU without it took minutes."""
+    rows: list[int] = []
+    monkeypatch.setattr(torch_estimate, "_fastest", lambda work, device: rows.append(work().shape[0]) or 1.0)
+    speed = torch_estimate.measure(torch.device("cpu"), "float32", rows=128, hidden=64)
+    assert max(rows) == 8
+    assert (speed.many, speed.few) == (2 * 8 * 64 * 64, 2 * 8 * 64 * 256)
 
 
 def test_remedies_are_listed_by_effect(qwen: Sizes) -> None:

@@ -27,6 +27,7 @@ from skillsd.runs.subjects import replace_records
 
 KEY = "sk-very-secret-0123456789"
 TASKS = 3  # of the toy's test split
+FIRST_PROMPT = 20  # its characters
 
 
 @pytest.fixture(autouse=True)
@@ -262,7 +263,7 @@ def test_retries_are_the_recipes(evaluate: Evaluate, serve: Serve, tmp_path: Pat
         server = serve(answer=answer)
         result = evaluate(server, f"rollout.retries={retries}", "--episodes", f"{retries}.jsonl")
         assert f"{TASKS - 1} tasks are excluded" in result.out, result
-        assert len(server.requests) == 1 + 2 * (TASKS - 1) * (retries + 1)
+        assert len(server.requests) == 1 + 3 * (TASKS - 1) * (retries + 1)  # answered, refused, asked for less
 
 
 def test_a_request_that_is_not_json(evaluate: Evaluate, serve: Serve) -> None:
@@ -303,14 +304,15 @@ def test_an_endpoint_that_is_down(evaluate: Evaluate, serve: Serve) -> None:
     assert server.url in result.err
 
 
-@pytest.mark.parametrize(
-    "text", ["This model's maximum context length is 32 tokens.", "exceeds the available context size"]
-)
+@pytest.mark.parametrize("text", ["This model's maximum context length is 32 tokens.", "no"])
 def test_a_dialogue_longer_than_the_context_ends_and_is_counted(
     evaluate: Evaluate, serve: Serve, tmp_path: Path, text: str
 ) -> None:
-    server = serve(answer=lambda r: refusal(400, text) if len(r.body["messages"]) > 1 else completion("Sideways"))
-    result = evaluate(server, "--json", "x.json")
+    def answer(request: Request) -> Reply:
+        sizes = [len(message["content"]) for message in request.body["messages"]]
+        return refusal(400, text) if len(sizes) > 1 and sum(sizes) > FIRST_PROMPT else completion("Sideways")
+
+    result = evaluate(serve(answer=answer), "--json", "x.json")
     assert result.code == 0, result
     [figures] = json.loads((tmp_path / "x.json").read_text())
     outcomes = Counter(figures["outcomes"])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from skillsd.envs import values
 from skillsd.envs.base import Environment, Step, TaskSet
-from skillsd.envs.checked import CheckedTaskSet, EnvironmentFaultError, checked
+from skillsd.envs.checked import CheckedEnvironment, CheckedTaskSet, EnvironmentFaultError, checked
 from skillsd.envs.conformance import check
 from skillsd.envs.play import play
 from skillsd.errors import UserError, unknown_name
@@ -378,3 +378,25 @@ def test_any_task_is_accepted_or_refused(id_: Any, payload: Any, difficulty: Any
 
 def test_file_is_where_the_environment_is_defined() -> None:
     assert Path(__file__).name in episode(with_prompt("text")).error
+
+
+@pytest.mark.parametrize("base, wrapper", [(TaskSet, CheckedTaskSet), (Environment, CheckedEnvironment)])
+def test_every_method_is_handed_on(base: type, wrapper: type) -> None:
+    """A method of the base class that the wrapper lacks would silently be the default instead of the user's."""
+    public = {name for name in vars(base) if not name.startswith("_")}
+    assert public <= vars(wrapper).keys()
+
+
+def test_what_no_episode_could_survive_ends_the_run() -> None:
+    class Elsewhere(Three):
+        def make(self) -> Environment:
+            raise UserError("needs another machine")
+
+        def check_machine(self) -> None:
+            raise UserError("needs another machine")
+
+    task_set = checked(Elsewhere())
+    for call in (task_set.make, task_set.check_machine):
+        with pytest.raises(UserError, match="needs another machine") as raised:
+            call()
+        assert not isinstance(raised.value, EnvironmentFaultError)

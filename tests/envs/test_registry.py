@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 import skillsd.cli.doctor
 from skillsd import plugins
-from skillsd.envs import registry
+from skillsd.envs import TaskSet, registry
 from skillsd.envs.sokoban import Sokoban
 from skillsd.errors import UserError
+from skillsd.types import Task
 
 EXAMPLE = (Path(__file__).parents[2] / "examples" / "custom_env.py").read_text()
 
@@ -58,7 +59,7 @@ def test_a_class_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "my_own_env.py").write_text(EXAMPLE)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as in an installed command
     monkeypatch.chdir(tmp_path)
-    assert registry.load("my_own_env:GuessNumber").max_turns == 10
+    assert registry.load("my_own_env:GuessNumber").max_turns == 4
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,12 @@ def test_a_class_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monke
         ("sokoban", {"presett": "nano"}, "Did you mean 'preset'"),
         ("sokoban", {"preset": "nanoo"}, "Did you mean 'nano'"),
         ("no_such_module:Thing", {}, "can't be imported"),
+        ("os:sep", {}, "environment.name is 'os:sep', a str: expected a subclass of skillsd.envs.TaskSet"),
+        ("collections:Counter", {}, "the class Counter: expected a subclass of skillsd.envs.TaskSet"),
+        ("builtins:dict", {}, "the class dict"),
+        ("skillsd.envs:Environment", {}, "the class Environment"),
+        ("os:getcwd", {}, ", a str: expected a subclass"),
+        ("builtins:len", {}, "'builtins:len' can't be constructed with environment.options {}"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(name: str, options: dict[str, str], message: str) -> None:
@@ -75,6 +82,20 @@ def test_mistakes_are_reported_in_one_line(name: str, options: dict[str, str], m
         registry.load(name, options)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+class Half(Sokoban):
+    """Its `tasks` raises something else for an unknown split."""
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return {name: super(Half, self).tasks(name) for name in self.splits}[split]
+
+
+@pytest.mark.parametrize("task_set", [Sokoban(), Half()])
+def test_an_unknown_split_is_reported_with_its_key(task_set: TaskSet) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.split is 'tunes': .*Held-out splits of 'sokoban': tune, test$"):
+        registry.tasks_of(task_set, "tunes", "evaluation.split")
+    assert registry.tasks_of(task_set, "tune", "evaluation.split") == task_set.tasks("tune")
 
 
 # --- hooks ---

@@ -170,3 +170,32 @@ def test_play_avoids_the_mistake_its_skill_warns_about(stream: list[Demonstratio
 def test_invalid_demonstration_options_are_rejected(split: str, options: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Sokoban().demonstrations(split, seed=0, **options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "actions"),
+    [
+        (ONE, "Right Right"),
+        (ONE, "Down Up Down Up"),
+        (["######", "#+$  #", "#    #", "######"], "Down Up Right Right Right Left Left"),
+        (TWO, "Right Down Down Left Right"),
+    ],
+)
+def test_terse_skills_in_words_are_the_prose_styles_skills(rows: list[str], actions: str) -> None:
+    terse, prose = skill(rows, actions), skill(rows, " ".join(actions.split()), style="objects", max_actions_per_turn=1)
+    assert terse
+    assert prose
+    words = Sokoban().skill_for_people(trajectory(rows, actions).task, terse)
+    assert words == prose
+    assert "@" not in f"{words}"
+
+
+def test_other_skills_stay_as_they_are_in_words() -> None:
+    task = trajectory(ONE, "Right").task
+    for written in (
+        Skill("Push right twice.", "", "Right, then Right"),
+        Skill("", "never @r9c9 Left", ""),
+        Skill("", "loop x", ""),
+    ):
+        assert Sokoban().skill_for_people(task, written) == written
+        assert Sokoban(style="objects").skill_for_people(task, written) == written

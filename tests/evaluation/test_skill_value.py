@@ -16,8 +16,9 @@ from toy_run import toy_settings
 
 from skillsd.cli.app import main
 from skillsd.cli.common import console
-from skillsd.cli.skill_value import opened
+from skillsd.cli.skill_value import _compared, opened
 from skillsd.config import RunConfig, load
+from skillsd.evaluation.uplift import Uplift
 from skillsd.runs.lifecycle import run_training
 from skillsd.skills.bank import Bank
 from skillsd.types import Outcome, Skill
@@ -70,6 +71,14 @@ def test_uplift(skills: Command, folder: Path, tmp_path: Path) -> None:
     first = figures["skills"][0]
     assert first["uplift"]["success"] == first["uplift"]["success_with"] - first["uplift"]["success_without"]
     assert "uplift" in output
+    # The same skills with the untrained model, as `--at base` measures them.
+    assert figures["base"]["iteration"] == 0
+    assert [record["id"] for record in figures["base"]["skills"]] == sorted(picked, reverse=True)
+    assert "Uplift of the same skills: base" in output
+    assert skills("uplift", run, "--episodes", 2, "--at", "base", "--json", "0")[0] == 0
+    alone = json.loads(Path("0").read_text())
+    assert "base" not in alone
+    assert {key: alone[key] for key in figures["base"]} == figures["base"]
     assert "…" not in output
 
     # The same skill alone, selected by its task; then other weights.
@@ -82,6 +91,22 @@ def test_uplift(skills: Command, folder: Path, tmp_path: Path) -> None:
     assert json.loads(Path("2").read_text())["iteration"] == 0
     assert skills("uplift", run, "--limit", 2, "--at", 2, "--all", "--json", "3")[0] == 0
     assert json.loads(Path("3").read_text())["iteration"] == 2
+
+
+def uplifts(*points: tuple[float, float]) -> Any:
+    """Skills of as many tasks, with their success with and without the skill."""
+    return [(None, Uplift(i, f"t{i}", w, wo, w, wo, 8)) for i, (w, wo) in enumerate(points)]
+
+
+def test_outgrown_skills_are_explained() -> None:
+    helped, neutral, harmed = (uplifts(*[pair] * 12) for pair in ((0.7, 0.4), (0.8, 0.8), (0.6, 0.8)))
+    assert "outgrown" not in _compared(helped, helped, "student after 9 iterations")
+    assert "outgrown" not in _compared(harmed, harmed, "student after 9 iterations"), "they never helped"
+    text = _compared(helped, neutral, "student after 9 iterations")
+    assert "base +30.0 points (40.0 % without them), student after 9 iterations +0.0 points (80.0 %" in text
+    assert "outgrown" in text
+    assert "costs" not in text
+    assert "costs successes" in _compared(helped, harmed, "student after 9 iterations")
 
 
 def test_gap(skills: Command, folder: Path, tmp_path: Path) -> None:

@@ -17,11 +17,13 @@ import torch
 
 import skillsd
 from skillsd import plugins
+from skillsd.config import SftConfig, load
 from skillsd.engines import conformance, registry
 from skillsd.errors import UserError
 from skillsd.runs.export import export
 from skillsd.runs.lifecycle import run_training
 from skillsd.runs.opened import open_run
+from skillsd.warm_start.check import run_sft
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -164,6 +166,35 @@ def test_custom_loss_trains(tmp_path: Path) -> None:
     )  # fmt: skip
     assert all("loss/entropy_bonus" in record for record in run.metrics)
     assert any("loss/distil_value" in record for record in run.metrics)
+
+
+def base(tmp_path: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Train the example's base model into the folder that its recipe for training names."""
+    config = load(SftConfig, str(EXAMPLES / "guess-number-base.yaml"), overrides)
+    return run_sft(config, tmp_path / "models" / config.name, lambda progress: None)
+
+
+def test_custom_env_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = base(tmp_path, "warm_start.steps=2", "warm_start.batch=4", "check.limit=4")
+    assert [row["prompt"] for row in rows] == ["plain", "golden skill", "another task's skill"]
+    notes: list[str] = []
+    run = skillsd.train(
+        str(EXAMPLES / "guess-number.yaml"), "training.iterations=2", "rollout.group_size=2", "evaluation.limit=4",
+        "evaluation.every=0", "log.tensorboard=false", on_note=notes.append,
+    )  # fmt: skip
+    assert not [note for note in notes if "learnt" in note], notes
+    assert run.skills
+    assert all(skill["golden_workflow"] for skill in run.skills)
+
+
+@pytest.mark.slow
+def test_custom_env_is_learnt_from_its_recipes_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain, golden, _ = base(tmp_path)
+    assert golden["sampled"] > plain["sampled"] + 0.2
+    run = skillsd.train(str(EXAMPLES / "guess-number.yaml"))
+    assert run.evaluations[-1]["eval/accuracy"] > run.evaluations[0]["eval/accuracy"] + 0.1
 
 
 def test_custom_env_conforms() -> None:

@@ -69,12 +69,16 @@ def test_tensorboard_event_files(tmp_path: Path) -> None:
 
 def test_percentages_and_durations() -> None:
     assert percent(0.5123, (0.469, 0.555)) == "51.2 % [46.9, 55.5]"
-    assert [duration(s) for s in (-1, 59.4, 60, 3599, 3660)] == [
+    day = 24 * 3600
+    assert [duration(s) for s in (-1, 59.4, 60, 3599, 3660, 2 * day - 1, 2 * day, 6552 * day)] == [
         "0 s",
         "59 s",
         "1 min 00 s",
         "59 min 59 s",
         "1 h 01 min",
+        "47 h 59 min",
+        "2 days",
+        "18 years",
     ]
 
 
@@ -87,6 +91,10 @@ def test_learning_curves_of_runs_of_different_lengths(tmp_path: Path) -> None:
         "skill-sd": [[*curve(0.2), {"episodes": 100.0, "eval/accuracy": None}]],
     }
     learning_curves(runs, tmp_path / "curves.png", title="t", split="tune")
+    band = [{**record, "eval/interval": [0.1, 0.3]} for record in curve(0.2, 0.25)]
+    learning_curves({"grpo": [band]}, tmp_path / "banded.png", title="t", split="tune", base=0.2)
+    learning_curves({"grpo": [curve(0.2, 0.25)]}, tmp_path / "plain.png", title="t", split="tune")
+    assert (tmp_path / "banded.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import email.utils
 import json
 import logging
 import sys
@@ -178,12 +177,6 @@ def test_429_pauses_all_requests_for_the_given_time(serve: Serve, trajectory: Tr
     times = [request.at - server.requests[0].at for request in server.requests]
     assert len(times) == 3
     assert min(times[1:]) >= 0.4
-
-
-def test_retry_after_may_be_a_date() -> None:
-    date = email.utils.formatdate(time.time() + 30, usegmt=True)
-    assert endpoint._rest({"retry-after": date}) == pytest.approx(30, abs=2)
-    assert endpoint._rest({"retry-after": "1e999"}) is None
 
 
 def test_refused_schema_is_remembered_and_refused_request_is_not(serve: Serve, trajectory: Trajectory) -> None:
@@ -380,7 +373,7 @@ def test_error_if_the_client_cannot_be_constructed(monkeypatch: pytest.MonkeyPat
 
 def test_error_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UserError, match=r"pip install 'skillsd\[openai\]'"):
+    with pytest.raises(UserError, match="pip install openai"):
         endpoint.check_access(SummariserSection(model="m", base_url="http://localhost:1/v1"), NAMES)
 
 

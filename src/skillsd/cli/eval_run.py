@@ -19,6 +19,7 @@ from skillsd.config import RunConfig
 from skillsd.engines.base import Engine
 from skillsd.engines.endpoint import Endpoint
 from skillsd.engines.endpoint_options import EndpointOptions
+from skillsd.envs import registry
 from skillsd.errors import UserError
 from skillsd.evaluation.episode_log import EpisodeLog
 from skillsd.evaluation.evaluate import Evaluation
@@ -48,6 +49,14 @@ NAMES = {
     "budget_tokens": "--budget-tokens",
 }
 """Endpoint setting -> command-line option, for error messages."""
+
+
+ODD_ANSWERS = {
+    "answers_refused": "were refusals of the model or of the server's content filter",
+    "answers_empty": "were empty, some after thinking: a higher rollout.turn_tokens may help",
+    "answers_tool_calls": "were turned into tool calls by the server, and their text lost",
+}
+"""Count of `skillsd.engines.endpoint.Endpoint` -> what it means, for a remote model."""
 
 
 Results = list[tuple[int | None, Evaluation]]
@@ -121,7 +130,7 @@ def run_eval(
     else:
         config = configs.load(RunConfig, recipe, overrides)
         task_set = load_task_set(config)
-        task_set.tasks(split)  # report an unknown split before a model is loaded
+        registry.tasks_of(task_set, split, "--split")  # before a model is loaded
         task_set.check_machine()
         if endpoint is not None and episodes is None:
             episodes = Path("runs") / f"eval-{_as_file(model)}-{config.environment.name}-{split}.jsonl"
@@ -290,6 +299,9 @@ def _show(console: Console, results: Results, case: _Case, split: str) -> None:
                 f"{dropped} tasks {why}. With the same --episodes file they are attempted again", highlight=False
             )
     if case.options:
+        for name, what in ODD_ANSWERS.items():
+            if count := case.counts[name]:
+                console.print(f"{count} answers {what}", highlight=False)
         console.print(_spent(case), highlight=False)
 
 

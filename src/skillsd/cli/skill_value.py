@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,51 +89,101 @@ def show_uplift(
     weights: Weights = "student",
     json_out: Path | None = None,
 ) -> None:
-    """Measure and print; see the command's help for the options."""
-    with opened(folder, at) as run:
-        chosen = choose_skills(run, task=task, limit=limit, never_picked=never_picked)
-        tasks = {task.id: task for task in run.task_set.tasks(TRAIN_SPLIT)}
-        contexts = [(tasks[stored.task_id], render_skill(stored.skill, run.template)) for stored in chosen]
-        sides = {(task.id, text) for task, given in contexts for text in (given, "")}
-        with _counting(console, "training tasks", episodes * len(sides)) as on_episode:
-            uplifts = asyncio.run(
-                measure_uplift(
-                    dataclasses.replace(run.student, weights=weights),
-                    run.task_set,
-                    contexts,
-                    run.budget,
-                    episodes=episodes,
-                    seed=seed,
-                    concurrency=run.config.rollout.concurrency,
-                    retries=run.config.rollout.retries,
-                    on_episode=on_episode,
-                )
-            )
-        iteration = run.iteration
-    measured = [(chosen[uplift.place], uplift) for uplift in uplifts]
-    lost = len(contexts) - len(measured)
-    if not measured:
-        raise UserError(f"no result: for all {lost} skills an episode failed in every attempt (infrastructure)")
-    groups = {"all": measured, **by_kind(measured)}
-    rows = [_uplift_row(kind, those) for kind, those in groups.items()]
-    columns = ["skills", "count", "tasks", "with", "without", "uplift [95 %]", "reward uplift [95 %]", "> 0", "< 0"]
-    caption = (
-        f"Success with and without the skill in the prompt, {episodes} episodes each. All tasks have the same weight. "
-        "Intervals are over tasks, as the skills of one task are not independent."
-    )
-    if lost:
-        caption += f" Excluded after infrastructure failures: {lost}."
-    title = f"{folder} after {iteration} iterations, {weights}, training tasks"
-    console.print(table(title, columns, rows, caption))
-    console.print(_ends(measured))
+    """Measure and print; see the command's help for the options. Without `at`: the last checkpoint and the base."""
+    chosen: list[StoredSkill] = []
+    found: dict[int, list[tuple[StoredSkill, Uplift]]] = {}
+    for point in (at,) if at is not None else (None, BASE):
+        with opened(folder, point) as run:
+            chosen = chosen or choose_skills(run, task=task, limit=limit, never_picked=never_picked)
+            if run.iteration not in found:
+                found[run.iteration] = _measure(console, run, chosen, episodes, seed, weights)
+    if not all(found.values()):
+        raise UserError(f"no result: for all {len(chosen)} skills an episode failed in every attempt (infrastructure)")
+    for iteration, measured in sorted(found.items()):
+        console.print(_uplift_table(f"{folder}, {_when(iteration, weights)}", measured, episodes, len(chosen)))
+    last = max(found)
+    console.print(_ends(found[last]))
+    if len(found) == 2:
+        console.print(_compared(found[0], found[last], _when(last, weights)), highlight=False, soft_wrap=True)
     if json_out:
         record = {
-            "run": str(folder), "iteration": iteration, "weights": weights, "episodes": episodes, "seed": seed,
-            "left_out": lost,
-            "summary": {kind: dataclasses.asdict(summarise_uplift(those)) for kind, those in groups.items()},
-            "skills": [_uplift_record(stored, uplift) for stored, uplift in measured],
+            "run": str(folder), "weights": weights, "episodes": episodes, "seed": seed,
+            **_part_record(last, found[last], len(chosen)),
+            **({BASE: _part_record(0, found[0], len(chosen))} if len(found) == 2 else {}),
         }  # fmt: skip
         write_whole(json_out, json.dumps(record, indent=2, ensure_ascii=False))
+
+
+def _measure(
+    console: Console, run: Run, chosen: Sequence[StoredSkill], episodes: int, seed: int, weights: Weights
+) -> list[tuple[StoredSkill, Uplift]]:
+    """The skills with their uplift, without those whose episodes failed."""
+    tasks = {task.id: task for task in run.task_set.tasks(TRAIN_SPLIT)}
+    contexts = [(tasks[stored.task_id], render_skill(stored.skill, run.template)) for stored in chosen]
+    sides = {(task.id, text) for task, given in contexts for text in (given, "")}
+    with _counting(console, "training tasks", episodes * len(sides)) as on_episode:
+        uplifts = asyncio.run(
+            measure_uplift(
+                dataclasses.replace(run.student, weights=weights),
+                run.task_set,
+                contexts,
+                run.budget,
+                episodes=episodes,
+                seed=seed,
+                concurrency=run.config.rollout.concurrency,
+                retries=run.config.rollout.retries,
+                on_episode=on_episode,
+            )
+        )
+    return [(chosen[uplift.place], uplift) for uplift in uplifts]
+
+
+def _when(iteration: int, weights: Weights) -> str:
+    return f"{weights} after {iteration} iterations" if iteration else "base (untrained)"
+
+
+def _uplift_table(title: str, measured: Measured, episodes: int, chosen: int) -> Any:
+    rows = [_uplift_row(kind, those) for kind, those in {"all": measured, **by_kind(measured)}.items()]
+    columns = ["skills", "count", "tasks", "with", "without", "uplift [95 %]", "reward uplift [95 %]", "> 0", "< 0"]
+    caption = (
+        f"Success with and without the skill in the prompt, {episodes} episodes each, on training tasks. All tasks "
+        "have the same weight. Intervals are over tasks, as the skills of one task are not independent."
+    )
+    if lost := chosen - len(measured):
+        caption += f" Excluded after infrastructure failures: {lost}."
+    return table(title, columns, rows, caption)
+
+
+def _compared(base: Measured, now: Measured, name: str) -> str:
+    """The uplift for the base and for the trained model, and what a difference means."""
+    before, after = summarise_uplift(base), summarise_uplift(now)
+    text = (
+        f"Uplift of the same skills: base {_points(before.success)} ({percent(before.without_skill)} without them), "
+        f"{name} {_points(after.success)} ({percent(after.without_skill)} without them)."
+    )
+    if before.success_interval[0] > 0 and after.success_interval[0] <= 0:
+        text += (
+            " The model has outgrown them: the skills describe how a weaker student played, and the trained one does "
+            "as well or better on its own."
+        )
+        if after.success_interval[1] < 0:
+            text += " Following them now even costs successes."
+        text += " A skill teaches while its uplift is above 0; later episodes bring new skills (docs/method.md)."
+    return text
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f} points"
+
+
+def _part_record(iteration: int, measured: Measured, chosen: int) -> dict[str, Any]:
+    groups = {"all": measured, **by_kind(measured)}
+    return {
+        "iteration": iteration,
+        "left_out": chosen - len(measured),
+        "summary": {kind: dataclasses.asdict(summarise_uplift(those)) for kind, those in groups.items()},
+        "skills": [_uplift_record(stored, uplift) for stored, uplift in measured],
+    }
 
 
 def choose_skills(

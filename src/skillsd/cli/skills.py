@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from skillsd.cli.common import JsonOut, RunFolder, check_writable, console
 from skillsd.errors import UserError
 from skillsd.files.write import write_whole
+
+if TYPE_CHECKING:
+    from skillsd.skills.bank import StoredSkill
+    from skillsd.types import Message
 
 app = typer.Typer(help="Inspect a run's skill bank.", no_args_is_help=True)
 
@@ -66,7 +71,9 @@ def skills_list(
 
 @app.command("show")
 def skills_show(
-    target: Target, skill: Annotated[int, typer.Argument(metavar="ID", help="Id of the skill (`skillsd skills list`).")]
+    target: Target,
+    skill: Annotated[int, typer.Argument(metavar="ID", help="Id of the skill (`skillsd skills list`).")],
+    prompt: Annotated[bool, typer.Option("--prompt", help="Show the teacher's prompt with this skill in it.")] = False,
 ) -> None:
     """Show a skill in full, with its source and statistics."""
     with _bank(target) as bank:
@@ -75,7 +82,36 @@ def skills_show(
     if found is None:
         raise UserError(f"no skill {skill} in {str(target)!r}; ids go from {known[0]} to {known[-1]}" if known else
                         f"the bank {str(target)!r} is empty")  # fmt: skip
+    if prompt:
+        for message in _teacher_prompt(target, found):
+            console.print(f"[{message.role}]", markup=False, highlight=False)
+            console.print(message.content, markup=False, highlight=False, soft_wrap=True)
+        return
     console.print(json.dumps(_as_json(found), indent=2, ensure_ascii=False), highlight=False, soft_wrap=True)
+
+
+def _teacher_prompt(folder: Path, stored: StoredSkill) -> tuple[Message, ...]:
+    """The first prompt of the skill's task, with the skill in it."""
+    from skillsd.prompting.templates import load_template, render_skill, with_context
+    from skillsd.runs.build import load_task_set
+    from skillsd.runs.lifecycle import load_config
+    from skillsd.types import TRAIN_SPLIT
+
+    config = load_config(folder)
+    task_set = load_task_set(config)
+    task = next((task for task in task_set.tasks(TRAIN_SPLIT) if task.id == stored.task_id), None)
+    if task is None:
+        raise UserError(f"{stored.task_id!r}, the task of skill {stored.id}, is no longer a training task")
+
+    async def first_prompt() -> tuple[Message, ...]:
+        environment = task_set.make()
+        try:
+            return await environment.reset(task, 0)
+        finally:
+            await environment.close()
+
+    text = render_skill(stored.skill, load_template(config.skills.template))
+    return with_context(asyncio.run(first_prompt()), text, config.skills.place)
 
 
 @app.command("export")
@@ -122,7 +158,8 @@ def skills_uplift(
 ) -> None:
     """Measure success with a skill in the prompt minus success without.
 
-    Each skill is measured on its own training task.
+    Each skill is measured on its own training task: with the last checkpoint, and with the untrained base model. Skills
+    that help the base but no longer the trained model are outgrown. With --at only one of them is measured.
     """
     from skillsd.cli.skill_value import show_uplift
 

@@ -217,7 +217,7 @@ class LogSection(Options):
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb: str | None = None
-    """Weights & Biases project (needs the extra ``wandb``). Default: off."""
+    """Weights & Biases project (needs ``pip install wandb``). Default: off."""
     trajectories_every: int = Field(1, ge=0)
     """Write the trajectories of every n-th iteration. 0: none."""
 

@@ -1,23 +1,22 @@
 """A client of endpoints that speak OpenAI's chat completions: OpenAI's own, vLLM, llama.cpp, Ollama ...
 
-Requests go through the `openai` client (extra ``openai``): paced, retried where that can help, counted, and limited by
-a budget. The key comes from the environment and is used for requests only; if an answer repeats it, it is masked.
+Requests go through the `openai` client: paced, retried where that can help, counted, and limited by a budget. The key
+comes from the environment and is used for requests only; if an answer repeats it, it is masked.
 """
 
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import logging
 import math
 import os
 import random
-import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+from skillsd.engines.endpoint_answers import Answer, RequestError, http_error, read_answer
 from skillsd.engines.endpoint_options import EndpointOptions
 from skillsd.errors import UserError
 from skillsd.types import Message
@@ -37,28 +36,28 @@ Names = Mapping[str, str]
 """Setting -> its name where the user gives it, for messages: ``{"api_key_env": "--key-env", ...}``."""
 
 
-class Answer(NamedTuple):
-    """A completion: its text, whether it was cut off, and its token counts (estimated if the server gives none)."""
-
-    text: str
-    cut: bool
-    tokens_in: int
-    tokens_out: int
-
-
 class EndpointError(Exception):
     """No answer, after all retries.
 
     Attributes:
-        reason: ``skipped_budget``, or ``failed_`` and one of ``http_429`` (any status), ``timeout``, ``connection``,
-            ``response``.
+        reason: ``skipped_budget``, or that of a `RequestError`.
+        status: of the HTTP response, if it is an error.
         transient: the server failed, not the request: asking again later may help.
-        too_long: the messages do not fit into the model's context.
+        too_long: the server states in a machine-readable field that the messages do not fit into the model's context.
+            Many servers state it in words only.
     """
 
-    def __init__(self, reason: str, message: str, *, transient: bool = False, too_long: bool = False) -> None:
+    def __init__(
+        self,
+        reason: str,
+        message: str,
+        *,
+        status: int | None = None,
+        transient: bool = False,
+        too_long: bool = False,
+    ) -> None:
         super().__init__(message)
-        self.reason, self.transient, self.too_long = reason, transient, too_long
+        self.reason, self.status, self.transient, self.too_long = reason, status, transient, too_long
 
 
 class Endpoint:
@@ -66,9 +65,10 @@ class Endpoint:
 
     Args:
         options: including the model's name.
-        counts: updated with ``calls`` (requests made), ``retries``, ``tokens_in``, ``tokens_out`` and
-            ``calls_without_usage`` (answers without token counts, estimated at four characters per token). Budgets
-            apply to these counts, so they survive a restart if the counts do.
+        counts: updated with ``calls`` (requests made), ``retries``, ``tokens_in``, ``tokens_out``,
+            ``calls_without_usage`` (answers without token counts, estimated at four characters per token), and
+            ``answers_refused``, ``answers_empty``, ``answers_tool_calls`` (see `read_answer`). Budgets apply to these
+            counts, so they survive a restart if the counts do.
         names: the settings' names, for messages.
 
     Raises:
@@ -117,8 +117,8 @@ class Endpoint:
             self.check_budget()
             try:
                 answer = await self._request({**body, "response_format": schema} if with_schema else body)
-            except _FailedError as failure:
-                if with_schema and failure.status in (400, 422):  # it may have refused the schema
+            except RequestError as failure:
+                if with_schema and failure.status in (400, 422) and not failure.too_long:  # of the schema, maybe
                     with_schema = False
                     continue
                 delay = failure.delay or self._backoff(tries)
@@ -126,8 +126,9 @@ class Endpoint:
                     raise EndpointError(
                         failure.reason,
                         self._explain(failure),
+                        status=failure.status,
                         transient=failure.transient and delay <= LONGEST_DELAY,
-                        too_long=_too_long(failure),
+                        too_long=failure.too_long,
                     ) from None
                 if failure.delay:
                     self._pace.pause(delay)  # the server's limit is for all requests
@@ -141,7 +142,7 @@ class Endpoint:
                 return answer
 
     async def _request(self, body: Mapping[str, Any]) -> Answer:
-        """One request. Raises _FailedError instead of the client's own exception, which contains the key."""
+        """One request. Raises RequestError instead of the client's own exception, which contains the key."""
         import openai
 
         options = self._options
@@ -149,43 +150,29 @@ class Endpoint:
         try:
             async with asyncio.timeout(options.timeout_seconds):
                 answer: Any = await self._client.chat.completions.create(**body, extra_body=options.request)
+            read, tallies = read_answer(answer, body["messages"])
         except (TimeoutError, openai.APITimeoutError):
-            raise _FailedError("timeout", f"no answer within {options.timeout_seconds:g} s") from None
+            raise RequestError("timeout", f"no answer within {options.timeout_seconds:g} s") from None
         except openai.APIStatusError as error:
-            raise _FailedError(
-                f"http_{error.status_code}",
-                self._without_key(error.message)[:300],
-                status=error.status_code,
-                delay=_rest(error.response.headers),
-                # OpenAI also answers 429 if the account has no credit left.
-                transient=_is_transient(error.status_code) and error.code != "insufficient_quota",
-            ) from None
+            text = self._shown(error.message)
+            raise http_error(error.status_code, text, error.body, error.response.headers) from None
         except openai.APIConnectionError as error:
-            raise _FailedError("connection", self._without_key(f"{error} {error.__cause__ or ''}")) from None
+            raise RequestError("connection", self._shown(f"{error} {error.__cause__ or ''}")) from None
         except (openai.APIError, ValueError) as error:
-            raise _FailedError("response", self._without_key(f"no completion: {error}")[:300]) from None
-        return self._read(answer, body["messages"])
-
-    def _read(self, answer: Any, messages: Sequence[Mapping[str, str]]) -> Answer:
-        """The client does not validate what a server sends."""
-        try:
-            choice = answer.choices[0]
-            text = choice.message.content or ""
-            if not isinstance(text, str):
-                raise TypeError
-        except (AttributeError, IndexError, KeyError, TypeError):
-            given = self._without_key(repr(answer))[:300]
-            raise _FailedError("response", f"the answer is not a chat completion: {given}") from None
-        used: list[Any] = [
-            getattr(getattr(answer, "usage", None), name, None) for name in ("prompt_tokens", "completion_tokens")
-        ]
-        if not all(isinstance(tokens, int) and tokens >= 0 for tokens in used):
-            self._counts["calls_without_usage"] += 1
-            lengths = (sum(len(message["content"]) for message in messages), len(text))
-            used = [math.ceil(length / 4) for length in lengths]
-        self._counts["tokens_in"] += used[0]
-        self._counts["tokens_out"] += used[1]
-        return Answer(self._without_key(text), getattr(choice, "finish_reason", None) == "length", *used)
+            raise RequestError("response", self._shown(f"no completion: {error}")) from None
+        except RequestError as error:
+            error.args = (self._shown(str(error)),)
+            raise
+        self._counts.update(tallies)
+        self._counts["tokens_in"] += read.tokens_in
+        self._counts["tokens_out"] += read.tokens_out
+        if tallies[:1] == ["answers_tool_calls"] and self._counts["answers_tool_calls"] == 1:
+            log.warning(
+                "%s turned an answer into tool calls, although no tools were offered: their text is lost. Start the "
+                "server without a parser of tool calls",
+                self.address,
+            )
+        return read._replace(text=self._without_key(read.text))
 
     def check_budget(self) -> None:
         """Raise EndpointError if a budget is spent."""
@@ -201,7 +188,7 @@ class Endpoint:
         longest: float = min(LONGEST_DELAY, BACKOFF_SECONDS * 2**tries)
         return longest * self._random.uniform(0.5, 1.0)
 
-    def _explain(self, failure: _FailedError) -> str:
+    def _explain(self, failure: RequestError) -> str:
         """What went wrong and what to do about it."""
         about = ""
         if failure.status in (401, 403):
@@ -216,39 +203,16 @@ class Endpoint:
                 f"it has no model {self._options.model!r} ({self._names['model']}), or the address is wrong "
                 f"({self._names['base_url']}; it usually ends in /v1)"
             )
+        elif failure.delay is not None and failure.delay > LONGEST_DELAY:
+            about = f"it asks for a wait of {failure.delay:,.0f} s, more than {LONGEST_DELAY:g} s"
         return f"{self.address}: {about and about + '. Its answer: '}{failure}"
+
+    def _shown(self, text: str) -> str:
+        """A server's words, for a message."""
+        return self._without_key(text)[:300]
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key and len(self._key) >= SHORTEST_SECRET else text
-
-
-class _FailedError(Exception):
-    """A request that failed.
-
-    Attributes:
-        status: of the HTTP response, if there was one.
-        delay: seconds to wait before the next request, if the server gave them.
-        transient: a retry may help.
-    """
-
-    def __init__(
-        self, what: str, message: str, *, status: int | None = None, delay: float | None = None, transient: bool = True
-    ) -> None:
-        super().__init__(message)
-        self.reason = f"failed_{what}"
-        self.status, self.delay, self.transient = status, delay, transient
-
-
-_TOO_LONG = re.compile(r"context[ _](length|window|size)|maximum context|prompt is too long", re.IGNORECASE)
-"""How servers (OpenAI, vLLM, llama.cpp and others) report messages that are too long. There is no common error code."""
-
-
-def _too_long(failure: _FailedError) -> bool:
-    return failure.status in (400, 413, 422, 500) and bool(_TOO_LONG.search(str(failure)))
-
-
-def _is_transient(status: int) -> bool:
-    return status in (408, 409, 429) or status >= 500
 
 
 class _Pace:
@@ -266,21 +230,6 @@ class _Pace:
 
     def pause(self, seconds: float) -> None:
         self._quiet_until = max(self._quiet_until, time.monotonic() + seconds)
-
-
-def _rest(headers: Any) -> float | None:
-    """Seconds of a Retry-After header, which holds seconds or a date; None without a usable one."""
-    given = headers.get("retry-after")
-    if given is None:
-        return None
-    try:
-        delay = float(given)
-    except ValueError:
-        try:
-            delay = email.utils.parsedate_to_datetime(given).timestamp() - time.time()
-        except ValueError:
-            return None
-    return max(0.0, delay) if math.isfinite(delay) else None
 
 
 def _key_name(options: EndpointOptions) -> str | None:
@@ -318,9 +267,7 @@ def check_access(options: EndpointOptions, names: Names) -> None:
     try:
         import openai  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            f"requests to {options.base_url or OPENAI} need the package openai: pip install 'skillsd[openai]'"
-        ) from error
+        raise UserError(f"requests to {options.base_url or OPENAI} need a package: pip install openai") from error
 
 
 def _client(address: str, key: str | None, names: Names) -> Any:

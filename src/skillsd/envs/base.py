@@ -128,6 +128,10 @@ class TaskSet(ABC):
         """The same tasks, rendered for human players (`skillsd envs play`)."""
         return self
 
+    def skill_for_people(self, task: Task, skill: Skill) -> Skill:
+        """A skill of this environment's summariser in words for human readers, if it is in a shorthand for a model."""
+        return skill
+
     def summariser(self) -> Callable[[Trajectory], Skill | None] | None:
         """A rule-based summariser of this environment's trajectories (no language model), or None."""
         return None

@@ -135,6 +135,12 @@ class CheckedTaskSet(TaskSet):
             return super().golden_skill(task)
         return self._of(task, "golden_skill", values.skill)
 
+    def skill_for_people(self, task: Task, skill: Skill) -> Skill:
+        def check(value: object) -> Skill:
+            return values.skill(value, "skill_for_people", f"skill_for_people of task {task.id!r}") or skill
+
+        return self._call("skill_for_people", check, task, skill)
+
     def scenario(self, task: Task) -> str | None:
         return self._of(task, "scenario", values.optional_text)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +17,9 @@ from skillsd.envs import values
 from skillsd.envs.base import Environment, TaskSet
 from skillsd.envs.checked import CheckedTaskSet, checked
 from skillsd.errors import UserError, unknown_name
+from skillsd.types import TRAIN_SPLIT, Task
+
+EXPECTED = "expected a subclass of skillsd.envs.TaskSet, or a function that returns one (docs/environments.md)"
 
 
 def names() -> list[str]:
@@ -101,4 +104,23 @@ def _no_task_set(name: str, found: object) -> UserError:
     hint = ""
     if isinstance(found, Environment) or (isinstance(found, type) and issubclass(found, Environment)):
         hint = ". It runs an episode: give the task set that makes it"
-    return UserError(f"environment {name!r} is {kind}, expected a subclass of skillsd.envs.base.TaskSet{hint}")
+    return UserError(f"environment.name is {name!r}, {kind}: {EXPECTED}{hint}")
+
+
+def tasks_of(task_set: TaskSet, split: str, key: str) -> Sequence[Task]:
+    """The tasks of a split.
+
+    Args:
+        key: the setting that names the split, for the message.
+
+    Raises:
+        UserError: for a split that the environment does not have, with those it has.
+    """
+    try:
+        return task_set.tasks(split)
+    except Exception as error:
+        if split in task_set.splits:
+            raise
+        others = ", ".join(name for name in task_set.splits if name != TRAIN_SPLIT) or "none"
+        reason = str(error) if isinstance(error, UserError) else "the environment has no such split"
+        raise UserError(f"{key} is {split!r}: {reason}. Held-out splits of {task_set.name!r}: {others}") from error

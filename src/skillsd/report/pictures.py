@@ -12,14 +12,19 @@ LINES = ("-", "--", ":", "-.")
 Records = Sequence[Mapping[str, Any]]
 
 
-def learning_curves(runs: Mapping[str, Sequence[Records]], path: Path, *, title: str, split: str) -> None:
-    """Plot accuracy on `split` against episodes: a line per method for the mean over seeds, and thin lines per seed.
+def learning_curves(
+    runs: Mapping[str, Sequence[Records]], path: Path, *, title: str, split: str, base: float | None = None
+) -> None:
+    """Plot accuracy on `split` against episodes: a line per method for the mean over seeds, and thin lines per seed. A
+    single run has a band instead: the 95 % interval over tasks.
 
     Args:
         runs: method -> the evaluation records of each of its runs.
         path: the PNG file.
+        base: accuracy of the untrained model on the same split, for a horizontal line.
     """
-    _picture(runs, path, {"episodes": "training episodes"}, title=title, split=split, of="seeds")
+    costs = {"episodes": "training episodes"}
+    _picture(runs, path, costs, title=title, split=split, of="seeds", base=base)
 
 
 def cost_curves(runs: Mapping[str, Sequence[Records]], path: Path, *, title: str, split: str, of: str = "runs") -> None:
@@ -33,7 +38,14 @@ def cost_curves(runs: Mapping[str, Sequence[Records]], path: Path, *, title: str
 
 
 def _picture(
-    runs: Mapping[str, Sequence[Records]], path: Path, costs: Mapping[str, str], *, title: str, split: str, of: str
+    runs: Mapping[str, Sequence[Records]],
+    path: Path,
+    costs: Mapping[str, str],
+    *,
+    title: str,
+    split: str,
+    of: str,
+    base: float | None = None,
 ) -> None:
     import matplotlib
 
@@ -51,10 +63,14 @@ def _picture(
             if len(curves) > 1:
                 for points in curves:
                     axes.plot(*zip(*points.values(), strict=True), color=colour, linestyle=line, alpha=0.3, linewidth=1)
+            for low, high in [_band(records, cost) for records in measured] if len(measured) == 1 else ():
+                axes.fill_between(list(low), list(low.values()), list(high.values()), color=colour, alpha=0.12, lw=0)
             label = method if len(curves) == 1 else f"{method} (mean of {len(curves)} {of})"
             axes.plot(
                 *_mean_curve(curves), color=colour, linestyle=line, marker="o", markersize=4, linewidth=2, label=label
             )
+        if base is not None:
+            axes.axhline(100 * base, color="gray", linestyle="--", linewidth=1, label="untrained base model")
         axes.set_xlabel(words)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -75,6 +91,13 @@ def _points(records: Records, cost: str) -> dict[float, tuple[float, float]]:
         for record in records
         if record["eval/accuracy"] is not None
     }
+
+
+def _band(records: Records, cost: str) -> tuple[dict[float, float], dict[float, float]]:
+    """Cost -> lower and upper end of the 95 % interval over tasks, in %. Records without an interval are skipped."""
+    known = [record for record in records if record["eval/accuracy"] is not None and "eval/interval" in record]
+    low, high = ({float(r[cost]): 100 * float(r["eval/interval"][end]) for r in known} for end in (0, 1))
+    return low, high
 
 
 def _mean_curve(curves: Sequence[Mapping[float, tuple[float, float]]]) -> tuple[list[float], list[float]]:

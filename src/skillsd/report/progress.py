@@ -68,13 +68,16 @@ class Bars:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: ``59 min 59 s``."""
+    """Seconds in words: ``59 min 59 s``, ``47 h 59 min``, ``1,999 days``, ``12 years``."""
     seconds = max(0, round(seconds))
     if seconds < 60:
         return f"{seconds} s"
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    if seconds < 48 * 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    days = round(seconds / 86400)
+    return f"{days:,} days" if days < 2000 else f"{round(days / 365):,} years"
 
 
 def training_note(record: Mapping[str, object], symptoms: Sequence[str] = ()) -> str:

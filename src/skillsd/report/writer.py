@@ -148,7 +148,7 @@ def _wandb(folder: Path, project: str, name: str) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UserError("log.wandb needs the package wandb: pip install 'skillsd[wandb]'") from error
+        raise UserError("log.wandb needs a package: pip install wandb") from error
     # Keep the id of the W&B run in the folder, so that a resumed run continues it.
     kept = folder / "wandb-id"
     if not kept.exists():

@@ -71,7 +71,7 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
     if config.rollout.trajectory_tokens > engine.max_length:
         raise UserError(
             f"rollout.trajectory_tokens is {config.rollout.trajectory_tokens}, but the model takes sequences of at "
-            f"most {engine.max_length} tokens: lower it"
+            f"most {engine.max_length} tokens: set rollout.trajectory_tokens={engine.max_length}, or less"
         )
     bank = Bank(
         folder / BANK,
@@ -127,7 +127,8 @@ def _check_tasks(config: RunConfig, task_set: TaskSet) -> set[str]:
     if config.evaluation.split == TRAIN_SPLIT:
         others = ", ".join(split for split in task_set.splits if split != TRAIN_SPLIT)
         raise UserError(f"evaluation.split is {TRAIN_SPLIT!r}; give a held-out split: {others}")
-    task_set.tasks(config.evaluation.split)  # an unknown split is reported now, not after the first iterations
+    # An unknown split is reported now, not after the first iterations.
+    registry.tasks_of(task_set, config.evaluation.split, "evaluation.split")
     if (wanted := config.curriculum.tasks) and wanted > len(train):
         raise UserError(f"curriculum.tasks is {wanted}, but the environment has {len(train)} training tasks")
     if method(config.method).context == "oracle" and not all(task_set.oracle(task) for task in train):
@@ -152,7 +153,7 @@ def _summariser(
         if rules is None:
             raise UserError(
                 f"skills.summariser is 'rules', but the environment {config.environment.name!r} has no rule-based "
-                "summariser; use 'openai', 'policy', or your own as module:Class"
+                "summariser; use 'openai', 'policy', or your own as module:Class (docs/summarisers.md)"
             )
         return RuleSummariser(rules)
     prompt = SummaryPrompt(

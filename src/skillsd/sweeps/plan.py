@@ -158,7 +158,7 @@ def plan(
     if min(budgets) < 1:
         raise UserError(f"--episodes is {min(budgets)}: expected a budget of at least one iteration")
     task_set = registry.load(base.environment.name, base.environment.options)
-    tasks = len(task_set.tasks(split))
+    tasks = len(registry.tasks_of(task_set, split, "--split"))
     if limit and limit > tasks:
         raise UserError(f"--limit is {limit}, but the split {split!r} has {tasks} tasks")
 

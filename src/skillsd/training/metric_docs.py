@@ -163,6 +163,7 @@ DOCS: tuple[MetricDoc, ...] = (
     MetricDoc("summaries/calls", "requests to the summarising model"),
     MetricDoc("summaries/retries", "repeated requests"),
     MetricDoc("summaries/calls_without_usage", "answers without a token count (then 4 characters count as one token)"),
+    MetricDoc("summaries/answers_*", "answers that are refused, empty, or tool_calls (docs/evaluation.md)", "0"),
     MetricDoc("summaries/tokens_*", "tokens in and out of the summarising model"),
     MetricDoc("summaries/cost", "cost at summariser.price_in and price_out, in their currency"),
     # system

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,6 +45,7 @@ def run_sft(
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{str(folder)!r} is not empty: give another folder with --out")
     task_set = registry.load(config.environment.name, config.environment.options)
+    registry.tasks_of(task_set, config.check.split, "check.split")  # before the training, not after it
     task_set.check_machine()
     make_folder(folder)
     begin, cpu = time.perf_counter(), time.process_time()
@@ -53,7 +55,11 @@ def run_sft(
         losses.append(progress.loss)
         on_step(progress)
 
-    trained = asyncio.run(sft.train(config, task_set, folder, record))
+    try:
+        trained = asyncio.run(sft.train(config, task_set, folder, record))
+    except BaseException:  # nothing is trained, and what is there would block the next attempt
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     engine = Engine(trained, trained, "torch", TorchOptions.capabilities)
     spent = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
     figures = skill_following(

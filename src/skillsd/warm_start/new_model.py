@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -55,11 +56,18 @@ def make_model(
             one sampled token, without an end-of-turn token.
 
     Raises:
-        UserError: if a reply is not a single token.
+        UserError: if a reply is not a single token, or begins with another one, which would end it.
     """
     hf_logging.disable_progress_bar()
     tokenizer = make_tokenizer(texts, architecture.vocabulary)
     stops: list[int] = []
+    replies = sorted(replies)
+    for reply, following in itertools.pairwise(replies):
+        if following.startswith(reply):
+            raise UserError(
+                f"the reply {reply!r} is the beginning of the reply {following!r}, and ends a turn: write replies of "
+                "which none begins with another one, for example numbers with leading zeros"
+            )
     for reply in replies:
         ids = tokenizer.encode(f" {reply}", add_special_tokens=False)
         if len(ids) != 1:

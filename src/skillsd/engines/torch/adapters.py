@@ -20,7 +20,7 @@ def add_lora(model: nn.Module, options: LoraOptions) -> nn.Module:
         UserError: if peft is missing, or there is no such adapter, or it does not fit the model.
     """
     if importlib.util.find_spec("peft") is None:
-        raise UserError("model.lora needs the package peft: pip install 'skillsd[lora]'")
+        raise UserError("model.lora needs a package: pip install peft")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about peft's own use of transformers
         return _new(model, options) if options.adapter is None else load_adapter(model, options.adapter)

@@ -27,6 +27,9 @@ KEPT = 1.4
 """Activations kept for the backward pass, per input or output of a weight matrix: with norms, rotations and gates."""
 CALLS = 60
 """Operations of one layer in one forward pass, each with a fixed cost besides its arithmetic."""
+TURN = 150
+"""Python's work per turn (prompt, reply, scheduling, a small environment), in operations on tiny tensors. Measured with
+the tiny agent on Sokoban (docs/doctor.md)."""
 POOL = 1.25
 """The pool of KV caches grows by at least a quarter at a time, so it can be this much larger than necessary."""
 HOLES = 1.0
@@ -233,6 +236,7 @@ def _seconds(spec: EngineSpec, workload: Workload, sizes: Sizes, speed: Speed) -
     times = (2 if spec.lora else 3) + spec.gradient_checkpointing
     return {
         SAMPLING: passes * calls
+        + episodes * min(workload.turns, sampled) * TURN * speed.call
         + episodes * (sampled * (token + word) / speed.few + (most - sampled) * token / speed.many),
         **({} if spec.teacher == "none" else {SCORING: trained / speed.many + micro_batches * calls}),
         UPDATE: workload.epochs * (times * trained / speed.many + 3 * micro_batches * calls),
@@ -242,16 +246,23 @@ def _seconds(spec: EngineSpec, workload: Workload, sizes: Sizes, speed: Speed) -
 def measure(device: Any, dtype: str, *, rows: int, hidden: int) -> Speed:
     """Measure the device's speed. Takes about a second."""
 
-    def seconds(count: int, inner: int, outer: int) -> float:
+    def product(count: int, inner: int, outer: int) -> Callable[[], object]:
         left = torch.randn(count, inner, device=device).to(DTYPES[dtype])
         right = torch.randn(inner, outer, device=device).to(DTYPES[dtype])
-        return _fastest(lambda: left @ right, device)
+        return lambda: left @ right
+
+    def speed(count: int, inner: int, outer: int) -> float:
+        # A CPU without bfloat16 takes seconds for what a GPU does in microseconds, so begin small.
+        little = _fastest(product(8, inner, outer), device)
+        if count * little > 8 * 0.5:
+            return 2 * 8 * inner * outer / little
+        return 2 * count * inner * outer / _fastest(product(count, inner, outer), device)
 
     inner = max(64, min(hidden, 2048))
     return Speed(
-        many=2 * 1024 * inner * inner / seconds(1024, inner, inner),
-        few=2 * rows * inner * 4 * inner / seconds(rows, inner, 4 * inner),
-        call=seconds(1, 8, 8),
+        many=speed(1024, inner, inner),
+        few=speed(rows, inner, 4 * inner),
+        call=_fastest(product(1, 8, 8), device),
     )
 
 
@@ -262,13 +273,16 @@ def _fastest(work: Callable[[], object], device: Any) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    best, spent, goes = float("inf"), 0.0, 0
-    while goes < 3 or spent < 0.25:
+    def seconds(calls: int) -> float:
         wait()
         begin = time.perf_counter()
-        for _ in range(5):
+        for _ in range(calls):
             work()
         wait()
-        took = time.perf_counter() - begin
-        best, spent, goes = min(best, took / 5), spent + took, goes + 1
+        return time.perf_counter() - begin
+
+    spent = best = seconds(1)
+    while spent < 0.25:
+        took = seconds(5)
+        best, spent = min(best, took / 5), spent + took
     return best

@@ -80,7 +80,7 @@ def fetch(name: str) -> Path:
     if folder := kept(name):
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"the model {name!r} needs the package gguf: pip install 'skillsd[smollm2]' (or gguf)")
+        raise UserError(f"the model {name!r} needs a package: pip install gguf")
     folder = cache() / _KEPT
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

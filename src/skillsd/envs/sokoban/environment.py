@@ -15,7 +15,7 @@ from skillsd.envs.sokoban.game import NAME, Game, level_of, task_of, wording
 from skillsd.envs.sokoban.level_files import FileLevel, read_levels
 from skillsd.envs.sokoban.presets import PRESETS, STYLES, Preset
 from skillsd.envs.sokoban.solver import solve
-from skillsd.envs.sokoban.summarise import summariser
+from skillsd.envs.sokoban.summarise import in_prose, summariser
 from skillsd.errors import UserError, unknown_name
 from skillsd.types import TRAIN_SPLIT, Demonstration, Message, Skill, Task, Trajectory
 
@@ -137,6 +137,10 @@ class Sokoban(TaskSet):
         """The same tasks with the room drawn as a grid."""
         rules = self.rules
         return Sokoban(self.preset, "grid", rules.max_steps, rules.max_actions_per_turn, self._levels)
+
+    def skill_for_people(self, task: Task, skill: Skill) -> Skill:
+        """The rules' skills of the terse style in the words of the prose styles."""
+        return in_prose(level_of(task), skill) if self.rules.style == "terse" else skill
 
     def make(self) -> Environment:
         return SokobanEnvironment(self.rules)

@@ -57,29 +57,65 @@ def summarise_moves(level: Level, moves: Sequence[int], style: Style, *, misread
     Args:
         misread: number of turns that could not be parsed. Only the prose styles mention them.
     """
+    states = _played(level, moves)
+    end = len(moves) if level.is_solved(states[-1]) else _best_unsolved(level, states)
+    path = without_loops(states, moves[:end])
+    skill = _skill(level, path, find_mistakes(level, states, moves), _find_loop(level, states), style, misread)
+    return None if skill.is_empty else skill
+
+
+def in_prose(level: Level, skill: Skill) -> Skill:
+    """A skill of the terse style for this level, in the words of the prose styles.
+
+    Returned as it is if it is not in the terse style; a language model may have written it.
+    """
+    path = [_MOVE[word] for word in skill.golden_workflow.split() if word in _MOVE]
+    warned, _, looped = skill.mistake_analysis.partition("loop ")
+    cells = {f"@{name}": cell for cell, name in enumerate(level.names)}
+    words = [word for word in warned.split() if word != "never"]
+    loop = [cells[word] for word in looped.split() if word in cells]
+    mistakes = []
+    for cell, move in zip(words[::2], words[1::2], strict=False):
+        if cell in cells and move in _MOVE:
+            box = level.neighbours[cells[cell]][_MOVE[move]]
+            mistakes.append(Mistake(cells[cell], _MOVE[move], box, level.neighbours[box][_MOVE[move]]))
+    if _skill(level, path, mistakes, loop, "terse") != skill:
+        return skill
+    return _skill(level, path, mistakes, loop, "objects")
+
+
+def _skill(
+    level: Level, path: Sequence[int], mistakes: Sequence[Mistake], loop: Sequence[int], style: Style, misread: int = 0
+) -> Skill:
+    """The skill in the words of a style.
+
+    Args:
+        path: moves without detours, to the solution or to the best state reached.
+    """
+    end = _played(level, path)[-1]
+    workflow = language.plan(level, level.start, path, style)
+    if style == "terse":
+        pushes = count_pushes(level, level.start, path)
+        warnings = [f"never @{level.names[m.player]} {MOVES[m.move]}" for m in mistakes]
+        if loop:
+            warnings.append("loop " + " ".join(f"@{level.names[cell]}" for cell in loop))
+        return Skill(
+            f"solved {len(path)} moves {pushes} pushes" if level.is_solved(end) else "", " ".join(warnings), workflow
+        )
+    return Skill(
+        _success_in_prose(level, path, end, level.is_solved(end)),
+        _mistakes_in_prose(level, mistakes, loop, misread),
+        f"{workflow[0].upper()}{workflow[1:]}." if workflow else "",
+    )
+
+
+def _played(level: Level, moves: Sequence[int]) -> list[State]:
+    """The state before each move, and the last one. Blocked moves change nothing."""
     states = [level.start]
     for move in moves:
         after = level.play(states[-1], move)
         states.append(states[-1] if after is None else after)
-    solved = level.is_solved(states[-1])
-    end = len(moves) if solved else _best_unsolved(level, states)
-    path = without_loops(states, moves[:end])
-    mistakes = find_mistakes(level, states, moves)
-    loop = _find_loop(level, states)
-    workflow = language.plan(level, level.start, path, style)
-    if style == "terse":
-        success = f"solved {len(path)} moves {count_pushes(level, level.start, path)} pushes" if solved else ""
-        warnings = [f"never @{level.names[m.player]} {MOVES[m.move]}" for m in mistakes]
-        if loop:
-            warnings.append("loop " + " ".join(f"@{level.names[cell]}" for cell in loop))
-        skill = Skill(success, " ".join(warnings), workflow)
-    else:
-        skill = Skill(
-            _success_in_prose(level, path, states[end], solved),
-            _mistakes_in_prose(level, mistakes, loop, misread),
-            f"{workflow[0].upper()}{workflow[1:]}." if workflow else "",
-        )
-    return None if skill.is_empty else skill
+    return states
 
 
 def without_loops(states: Sequence[State], moves: Sequence[int]) -> list[int]:
