@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skillsd.engines.base import Engine, Learner, Sample, Sampler, StepReport, WeightsHandle, check_request
 from skillsd.engines.options import Capabilities, EngineOptions
-from skillsd.engines.torch.decode import choose
 from skillsd.engines.torch.models import resolve, stop_tokens
+from skillsd.engines.torch.sampling import choose
 from skillsd.metrics import add_metrics
 from skillsd.objective import CHOSEN, TokenLogprobs
 

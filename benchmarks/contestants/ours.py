@@ -94,9 +94,7 @@ def make_run(model: str, folder: Path, method: str, turns: int) -> Run:
     learner: Any = engine.learner
     learner.stop_tokens = frozenset()  # the end of a turn is a token like any other: exactly 8 a turn
     for decoder in learner.decoders.values():
-        if not hasattr(decoder, "_stop"):
-            raise RuntimeError("Decoder has no attribute `_stop`: change how the benchmark disables stop tokens")
-        decoder._stop = frozenset()
+        decoder.set_stop_tokens(frozenset())
     folder.mkdir()
     return build(config, folder, engine=engine, task_set=EchoTasks(turns))
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +20,44 @@ from torch import Tensor
 
 from engines.tiny import STOPS, Plain
 from skillsd.engines.base import Sample, SampleRequest
-from skillsd.engines.torch.attention import CachedPlan
-from skillsd.engines.torch.decode import PREFILL_ALONE_TOKENS, Decoded, Decoder, choose
+from skillsd.engines.torch.attention import Plan
 from skillsd.engines.torch.engine import TorchEngine
+from skillsd.engines.torch.sampling import choose
+from skillsd.engines.torch.static_steps import Kind
+from skillsd.engines.torch.steps import PREFILL_ALONE_TOKENS, Decoded
 
 Engines = Callable[..., tuple[TorchEngine, Plain]]
 
 
 @pytest.fixture(scope="module")
-def engine_of(model_folder: Callable[[str], Path]) -> Engines:
-    loaded: dict[str, tuple[TorchEngine, Plain]] = {}
+def loaded(model_folder: Callable[[str], Path]) -> Callable[[str], tuple[TorchEngine, Plain]]:
+    @cache
+    def load(name: str) -> tuple[TorchEngine, Plain]:
+        folder = model_folder(name)
+        return TorchEngine(str(folder), device="cpu"), Plain(folder)
 
+    return load
+
+
+def _engines(loaded: Callable[[str], tuple[TorchEngine, Plain]], kind: Kind) -> Engines:
     def engine(name: str = "llama", *, max_sessions: int = 256) -> tuple[TorchEngine, Plain]:
         """An engine with a new decoder; its weights are shared with other tests."""
-        if name not in loaded:
-            folder = model_folder(name)
-            loaded[name] = TorchEngine(str(folder), device="cpu"), Plain(folder)
-        engine, plain = loaded[name]
-        forward = partial(engine._decode, "student")
-        engine.decoders["student"] = Decoder(forward, engine.stop_tokens, engine.device, max_sessions)
+        engine, plain = loaded(name)
+        engine.decoders["student"] = engine._decoder("student", kind, max_sessions)
         return engine, plain
 
     return engine
+
+
+@pytest.fixture(params=["plain", "static"])
+def engine_of(request: pytest.FixtureRequest, loaded: Callable[[str], tuple[TorchEngine, Plain]]) -> Engines:
+    return _engines(loaded, request.param)
+
+
+@pytest.fixture
+def plain_engine_of(loaded: Callable[[str], tuple[TorchEngine, Plain]]) -> Engines:
+    """Whose passes have no padding, so that their tokens can be counted."""
+    return _engines(loaded, "plain")
 
 
 def _ids(count: int, seed: int) -> tuple[int, ...]:
@@ -59,16 +75,16 @@ def _run(*episodes: Coroutine[Any, Any, Any]) -> list[Any]:
 @contextmanager
 def _tokens_forwarded(engine: TorchEngine) -> Iterator[list[int]]:
     """The number of tokens in each forward pass of decoding."""
-    decoder, counts = engine.decoders["student"], []
-    forward = decoder._forward
+    steps, counts = engine.decoders["student"].steps, []
+    forward = steps.forward
 
-    def counted(ids: Tensor, plan: CachedPlan, places: Tensor) -> Tensor:
+    def counted(ids: Tensor, plan: Plan, places: Tensor | None) -> Tensor:
         counts.append(len(ids))
         return forward(ids, plan, places)
 
-    decoder._forward = counted
+    steps.forward = counted
     yield counts
-    decoder._forward = forward
+    steps.forward = forward
 
 
 async def _episode(
@@ -135,13 +151,13 @@ def test_ragged_batches(name: str, max_sessions: int, engine_of: Engines) -> Non
     decoder = engine.decoders["student"]
     assert not decoder._rows
     assert not decoder._sessions
-    assert decoder._pool.rows <= 2 * max_sessions
+    assert decoder.steps.pool.rows <= 2 * max_sessions
 
 
 @pytest.mark.parametrize("max_sessions", [2, 5, 256])
-def test_requests_join_and_leave_at_any_step(max_sessions: int, engine_of: Engines) -> None:
+def test_requests_join_and_leave_at_any_step(max_sessions: int, plain_engine_of: Engines) -> None:
     """Slow environments: rows of idle sessions between busy ones are swapped, removed and reused."""
-    engine, plain = engine_of(max_sessions=max_sessions)
+    engine, plain = plain_engine_of(max_sessions=max_sessions)
     rng = random.Random(3)
     with _tokens_forwarded(engine) as counts:
         _run(
@@ -194,17 +210,17 @@ def test_a_session_may_go_on_without_an_observation(engine_of: Engines) -> None:
 
 
 @pytest.mark.parametrize("length", [20, PREFILL_ALONE_TOKENS + 40])
-def test_the_prompt_of_a_group_is_prefilled_once(length: int, engine_of: Engines) -> None:
-    engine, plain = engine_of()
+def test_the_prompt_of_a_group_is_prefilled_once(length: int, plain_engine_of: Engines) -> None:
+    engine, plain = plain_engine_of()
     with _tokens_forwarded(engine) as counts:
         _run(*(_episode(engine, plain, f"e{n}", _ids(length, n % 2), [(1, 0)], seed=n) for n in range(8)))
     # Two prompts without their last token; then one token for each episode.
     assert counts == [2 * (length - 1), 8]
 
 
-def test_a_late_member_of_a_group_copies_the_prompts_cache(engine_of: Engines) -> None:
+def test_a_late_member_of_a_group_copies_the_prompts_cache(plain_engine_of: Engines) -> None:
     """Even from a member that is many turns ahead."""
-    engine, plain = engine_of()
+    engine, plain = plain_engine_of()
     prompt = _ids(30, 0)
 
     async def run() -> None:
@@ -222,16 +238,16 @@ def test_a_late_member_of_a_group_copies_the_prompts_cache(engine_of: Engines) -
         _run(run())
 
 
-def test_keys_and_values_are_kept_between_turns(engine_of: Engines) -> None:
-    engine, plain = engine_of()
+def test_keys_and_values_are_kept_between_turns(plain_engine_of: Engines) -> None:
+    engine, plain = plain_engine_of()
     turns = [(5, 7), (5, PREFILL_ALONE_TOKENS + 9), (5, 3)]
     with _tokens_forwarded(engine) as counts:
         (tokens,) = _run(_episode(engine, plain, "e", _ids(25, 0), turns))
     assert sum(counts) == len(tokens) - 3 - 1  # once each; not the last observation and the last sampled token
 
 
-def test_only_an_evicted_session_is_prefilled_again(engine_of: Engines) -> None:
-    engine, plain = engine_of(max_sessions=1)
+def test_only_an_evicted_session_is_prefilled_again(plain_engine_of: Engines) -> None:
+    engine, plain = plain_engine_of(max_sessions=1)
 
     async def run() -> None:
         a = SampleRequest(_ids(20, 0), 4, seed=0, session="a")
@@ -260,9 +276,9 @@ def test_the_least_recently_used_session_is_evicted(engine_of: Engines) -> None:
     _run(run())
 
 
-def test_the_pool_grows_with_what_it_holds(engine_of: Engines) -> None:
-    engine, plain = engine_of()
-    pool = engine.decoders["student"]._pool
+def test_the_pool_grows_with_what_it_holds(plain_engine_of: Engines) -> None:
+    engine, plain = plain_engine_of()
+    pool = engine.decoders["student"].steps.pool
     sizes = []
     for rows, length in ((1, 5), (3, 5), (3, 200), (7, 250)):
         _run(*(_episode(engine, plain, f"e{n}", _ids(length, n), [(3, 2), (3, 2)], seed=n) for n in range(rows)))
@@ -274,14 +290,14 @@ def test_the_pool_grows_with_what_it_holds(engine_of: Engines) -> None:
     assert sizes[-1][1] >= 250 + 10
 
 
-def test_a_row_can_be_reused_before_the_pool_has_grown(engine_of: Engines) -> None:
+def test_a_row_can_be_reused_before_the_pool_has_grown(plain_engine_of: Engines) -> None:
     """Two new episodes in one step: one gets a row beyond the pool, the other evicts a session and moves that row."""
-    engine, plain = engine_of(max_sessions=3)
+    engine, plain = plain_engine_of(max_sessions=3)
 
     async def run() -> None:
         first = [SampleRequest(_ids(9, n), 3, seed=n, session=f"old{n}") for n in range(2)]
         await asyncio.gather(*(engine.sample(request) for request in first))
-        assert engine.decoders["student"]._pool.rows == 2
+        assert engine.decoders["student"].steps.pool.rows == 2
         new = [SampleRequest(_ids(9, 5 + n), 3, seed=n, session=f"new{n}") for n in range(2)]
         for request, sample in zip(new, await asyncio.gather(*(engine.sample(r) for r in new)), strict=True):
             plain.check(request, sample)
@@ -307,21 +323,17 @@ def test_a_cancelled_request_leaves_the_batch(engine_of: Engines) -> None:
         # The name is free, and the partial sample is gone.
         await _episode(engine, plain, "gone", prompt, [(5, 2), (5, 2)], seed=11)
 
-    stop = engine.decoders["student"]._stop
-    engine.decoders["student"]._stop = frozenset()  # otherwise it might end before the timeout
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("engines.tiny.STOPS", ())
-            _run(
-                gives_up(),
-                *(_episode(engine, plain, f"e{n}", _ids(9 + n, n), others, seed=n) for n in range(5)),
-            )
-    finally:
-        engine.decoders["student"]._stop = stop
+    engine.decoders["student"].set_stop_tokens(frozenset())  # otherwise it might end before the timeout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engines.tiny.STOPS", ())
+        _run(
+            gives_up(),
+            *(_episode(engine, plain, f"e{n}", _ids(9 + n, n), others, seed=n) for n in range(5)),
+        )
 
 
-def test_a_request_cancelled_in_the_queue_is_never_begun(engine_of: Engines) -> None:
-    engine, plain = engine_of(max_sessions=1)
+def test_a_request_cancelled_in_the_queue_is_never_begun(plain_engine_of: Engines) -> None:
+    engine, plain = plain_engine_of(max_sessions=1)
 
     async def run() -> None:
         busy = asyncio.ensure_future(_episode(engine, plain, "busy", _ids(9, 0), [(30, 0)]))
@@ -390,24 +402,24 @@ def test_one_request_at_a_time_in_a_session(engine_of: Engines) -> None:
 def test_a_decoding_failure_fails_all_requests_and_the_next_ones_work(engine_of: Engines) -> None:
     engine, plain = engine_of(max_sessions=2)
     decoder = engine.decoders["student"]
-    forward, calls = decoder._forward, []
+    forward, calls = decoder.steps.forward, []
 
-    def failing(ids: Tensor, plan: CachedPlan, places: Tensor) -> Tensor:
+    def failing(ids: Tensor, plan: Plan, places: Tensor | None) -> Tensor:
         calls.append(None)
         logits = forward(ids, plan, places)
         if len(calls) == 4:
-            for states in decoder._pool.keys.values():
+            for states in decoder.steps.pool.keys.values():
                 states.fill_(torch.nan)  # the failed pass may have left anything there
             raise RuntimeError("out of memory")
         return logits
 
     async def run() -> None:
-        decoder._forward = failing
+        decoder.steps.forward = failing
         requests = [SampleRequest(_ids(9, n), 50, seed=n, session=f"e{n}") for n in range(4)]  # two of them queued
         ends = await asyncio.gather(*(engine.sample(r) for r in requests), return_exceptions=True)
         assert len(calls) == 4
         assert all(isinstance(end, RuntimeError) and "out of memory" in str(end) for end in ends), ends
-        decoder._forward = forward
+        decoder.steps.forward = forward
         await asyncio.gather(
             *(_episode(engine, plain, f"e{n}", _ids(9 + n, n), [(6, 4), (6, 4)], seed=n) for n in range(4))
         )

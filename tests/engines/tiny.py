@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from skillsd.engines.base import Engine, Sample, SampleRequest, StepReport, TokenSequence, Weights
 from skillsd.engines.conformance import Check, SkippedCheck, Subject, kit, run_check
-from skillsd.engines.torch.decode import choose
 from skillsd.engines.torch.engine import TorchEngine
 from skillsd.engines.torch.options import TorchOptions
+from skillsd.engines.torch.sampling import choose
 from skillsd.objective import WHOLE
 from skillsd.warm_start.new_model import make_tokenizer
 

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from skillsd.engines.torch.kv_pool import KVPool
+
 NAME = "skillsd_packed"
 
 
@@ -191,61 +193,6 @@ class PackedPlan:
         return states.reshape(self.batch, self.longest, *states.shape[1:]).transpose(1, 2)
 
 
-class KVPool:
-    """Preallocated KV caches, one row per episode: for each layer ``[rows, kv_heads, capacity, dim]``."""
-
-    GROWTH = 64  # tokens: capacity is a multiple of this
-
-    def __init__(self, rows: int = 0, length: int = 0) -> None:
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
-        self.rows = self.capacity = 0
-        self.most = (0, 0)  # the most rows and tokens that were reserved so far
-        self.reserve(rows, length)
-        self.most = (0, 0)
-
-    def emptied(self) -> KVPool:
-        """A pool without memory that allocates, at the first token, as much as this one has needed."""
-        return KVPool(*self.most)
-
-    def reserve(self, rows: int, length: int) -> None:
-        """Make room for `rows` episodes of `length` tokens."""
-        self.most = (max(rows, self.most[0]), max(length, self.most[1]))
-        if rows > self.rows:
-            self.rows = max(rows, self.rows + self.rows // 4)
-        if length > self.capacity:  # by at least a quarter: few copies, little waste
-            self.capacity = max(-(-length // self.GROWTH) * self.GROWTH, self.capacity + self.capacity // 4)
-        for layers in (self.keys, self.values):
-            for layer, old in layers.items():
-                if old.shape[0] < self.rows or old.shape[2] < self.capacity:
-                    grown = old.new_zeros(self.rows, old.shape[1], self.capacity, old.shape[3])
-                    grown[: old.shape[0], :, : old.shape[2]] = old
-                    layers[layer] = grown
-
-    def write(self, layer: int, row: Tensor, position: Tensor, key: Tensor, value: Tensor) -> None:
-        """Store keys and values ``[tokens, kv_heads, dim]`` at each token's row and position."""
-        if layer not in self.keys:
-            for layers, states in ((self.keys, key), (self.values, value)):  # their widths may differ (MLA)
-                layers[layer] = states.new_zeros(self.rows, states.shape[1], self.capacity, states.shape[2])
-        heads = key.shape[1]
-        # One flat index takes half the time of two indices with a slice between them.
-        slots = (row.unsqueeze(1) * heads + torch.arange(heads, device=row.device)) * self.capacity
-        slots = (slots + position.unsqueeze(1)).flatten()
-        for pool, states in ((self.keys[layer], key), (self.values[layer], value)):
-            pool.view(-1, pool.shape[3]).index_copy_(0, slots, states.reshape(-1, states.shape[2]))
-
-    def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Copy the first `length` tokens of rows, all at once, so that rows can be swapped."""
-        if not sources or not length:  # a new episode's row may be beyond the pool until `reserve`
-            return
-        for layers in (self.keys, self.values):
-            for states in layers.values():
-                states[list(targets), :, :length] = states[list(sources), :, :length]
-
-    def bytes(self) -> int:
-        return sum(s.numel() * s.element_size() for layers in (self.keys, self.values) for s in layers.values())
-
-
 class CachedPlan:
     """`counts[i]` new tokens of the episode in row `rows[i]` of the pool, after `starts[i]` cached ones."""
 
@@ -258,27 +205,32 @@ class CachedPlan:
         first = torch.cumsum(count, 0) - count  # place of each episode's first new token in the packed row
         offset = torch.arange(len(index)) - first[index]
         position = start[index] + offset
-        self.last = (first + count - 1).to(device)  # and of its last one
-        self.positions = position.unsqueeze(0).to(device)
-        self._row, self._position = torch.tensor(rows)[index].to(device), position.to(device)
+        self.last = first + count - 1  # and of its last one
+        self.positions = position.unsqueeze(0)
+        self._row = torch.tensor(rows)[index]
+        self._slots: dict[int, Tensor] = {}  # by the number of heads, the same for all layers
         several = (count > 1).nonzero().squeeze(1)
         if 2 * len(several) < len(rows):
             # Most episodes decode one token, a few have a new observation, whose many queries would pad the others'. So
             # two blocks. The block of single queries covers all rows, so that they can be read in place.
             single = (count == 1).nonzero().squeeze(1)
-            self._blocks = [_Block(rows, start, first[single], single, device)]
+            self._blocks = [_Block(rows, start, first[single], single)]
             if len(several):
                 tokens = (count[index] > 1).nonzero().squeeze(1)
                 most = int(count.max())
                 slots = torch.searchsorted(several, index[tokens]) * most + offset[tokens]
                 where = [rows[i] for i in several.tolist()]
-                self._blocks.append(_Block(where, start[several], tokens, slots, device, most))
+                self._blocks.append(_Block(where, start[several], tokens, slots, most))
         else:
             most = int(count.max())
-            self._blocks = [_Block(rows, start, torch.arange(len(index)), index * most + offset, device, most)]
+            self._blocks = [_Block(rows, start, torch.arange(len(index)), index * most + offset, most)]
+        _upload([(self, ("last", "positions", "_row")), *((block, block.TENSORS) for block in self._blocks)], device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        self.pool.write(layer, self._row, self._position, key, value)
+        heads = key.shape[1]
+        if heads not in self._slots:
+            self._slots[heads] = self.pool.slots(self._row, self.positions[0], heads)
+        self.pool.write(layer, self._slots[heads], key, value)
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         if len(self._blocks) == 1:
             return self._blocks[0].attend(query, keys, values, scale, window)
@@ -289,6 +241,18 @@ class CachedPlan:
         return out
 
 
+def _upload(fields: Sequence[tuple[Any, tuple[str, ...]]], device: torch.device) -> None:
+    """Move the int64 tensors in these fields of objects to the device: to a GPU in one copy that does not wait."""
+    if device.type == "cpu":
+        return
+    found = [(owner, name) for owner, names in fields for name in names if isinstance(getattr(owner, name), Tensor)]
+    tensors = [getattr(owner, name) for owner, name in found]
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory().to(device, non_blocking=True)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for (owner, name), tensor, part in zip(found, tensors, parts, strict=True):
+        setattr(owner, name, part.view(tensor.shape))
+
+
 class _Block:
     """The queries of some rows of the pool, in `most` slots per row: the tokens from position `start` on.
 
@@ -297,18 +261,19 @@ class _Block:
         slots: the slot of each of them, of ``rows * most``. The other slots are padding.
     """
 
-    def __init__(
-        self, rows: Sequence[int], start: Tensor, tokens: Tensor, slots: Tensor, device: torch.device, most: int = 1
-    ) -> None:
-        self.tokens = tokens.to(device)
+    TENSORS = ("tokens", "_slots", "_places", "_rows")
+    """Fields to move to the device."""
+
+    def __init__(self, rows: Sequence[int], start: Tensor, tokens: Tensor, slots: Tensor, most: int = 1) -> None:
+        self.tokens = tokens
         self._batch, self._most = len(rows), most
         # None: no padding, so nothing has to be moved.
-        self._slots = slots.to(device) if len(slots) < len(rows) * most else None
-        self._places = (start.unsqueeze(1) + torch.arange(most)).to(device)  # [rows, most]
+        self._slots = slots if len(slots) < len(rows) * most else None
+        self._places = start.unsqueeze(1) + torch.arange(most)  # [rows, most]
         self._longest = int((start[slots // most] + slots % most).max()) + 1
         # Consecutive rows are read in place; others have to be copied.
         together = list(rows) == list(range(rows[0], rows[0] + len(rows)))
-        self._rows = slice(rows[0], rows[0] + len(rows)) if together else torch.tensor(rows).to(device)
+        self._rows = slice(rows[0], rows[0] + len(rows)) if together else torch.tensor(rows)
         self._biases: dict[tuple[int | None, int], Tensor] = {}  # shared by layers with the same window
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:

@@ -7,68 +7,36 @@ threads or clocks, a run with in-process environments is deterministic.
 from __future__ import annotations
 
 import asyncio
-import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from skillsd.engines.base import SampleRequest
-from skillsd.engines.torch.attention import CachedPlan, KVPool
 from skillsd.engines.torch.memory import explained
+from skillsd.engines.torch.steps import Decoded, Session, Steps
 from skillsd.errors import EngineFailedError
-
-Forward = Callable[[Tensor, CachedPlan, Tensor], Tensor]
-"""(packed ids ``[tokens]``, plan, positions ``[n]`` in the packed row) -> logits ``[n, vocab]`` there."""
-
-Decoded = tuple[tuple[int, ...], tuple[float, ...], bool]
-"""Sampled ids, their log-probs, and whether the last one is a stop token."""
-
-PREFILL_ALONE_TOKENS = 64
-"""Requests with more new tokens than this are prefilled separately, so they don't pad the rest of the batch."""
-
-PREFILL_BATCH_TOKENS = 16_384
-"""The most tokens in one prefill pass, including padding to the longest request."""
-
-PREFILL_CHUNK_TOKENS = 1024
-"""The most tokens of one request in a prefill pass, which bounds the attention mask's rows."""
 
 GATHER_MILLISECONDS = 10
 """An idle decoder waits up to this long before it starts, as long as more requests arrive."""
 
 
-@dataclass
-class _Session:
-    """An episode and its row in the pool. The keys and values of its first `cached` tokens are there."""
-
-    name: str
-    row: int
-    tokens: list[int] = field(default_factory=list)
-    cached: int = 0
-    prompt_length: int = 0
-    used: int = 0  # clock of the last request, for eviction
-    request: SampleRequest | None = None
-    future: asyncio.Future[Decoded] | None = None
-    sampled: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    rng: random.Random = field(default_factory=random.Random)
-
-
 class Decoder:
-    """The decode batch of one set of weights."""
+    """The decode batch of one set of weights, which `steps` computes with."""
 
-    def __init__(self, forward: Forward, stop_tokens: frozenset[int], device: torch.device, max_sessions: int) -> None:
-        self._forward, self._stop, self._device = forward, stop_tokens, device
-        self._max_sessions = max_sessions
-        self._pool = KVPool()
-        self._sessions: dict[str, _Session] = {}
-        self._rows: list[_Session] = []  # row -> session; sessions always fill the first rows
+    def __init__(self, steps: Steps, stop_tokens: frozenset[int], max_sessions: int) -> None:
+        self.steps, self._max_sessions = steps, max_sessions
+        self.set_stop_tokens(stop_tokens)
+        self._sessions: dict[str, Session] = {}
+        self._rows: list[Session] = []  # row -> session; sessions always fill the first rows
         self._queue: list[tuple[SampleRequest, asyncio.Future[Decoded]]] = []
         self._pump: asyncio.Task[None] | None = None
         self._clock = 0
         self._unnamed = 0  # number of requests without a session so far
+
+    def set_stop_tokens(self, tokens: frozenset[int]) -> None:
+        """End turns at these tokens from now on. No request may be under way."""
+        self._stop = tokens
+        self.steps.set_stop_tokens(tokens)
 
     async def sample(self, request: SampleRequest) -> Decoded:
         future: asyncio.Future[Decoded] = asyncio.get_running_loop().create_future()
@@ -86,7 +54,7 @@ class Decoder:
             session.future.set_exception(RuntimeError(f"session {name!r} was ended while it was being sampled"))
         if last is not session:  # the last row closes the gap
             with torch.inference_mode():
-                self._pool.move([last.row], [session.row], last.cached)
+                self.steps.pool.move([last.row], [session.row], last.cached)
             last.row = session.row
             self._rows[last.row] = last
 
@@ -100,7 +68,7 @@ class Decoder:
     def release(self) -> None:
         """Free the memory of the KV caches for the update, if no episode is under way."""
         if not self._rows and not self._queue:
-            self._pool = self._pool.emptied()
+            self.steps.release()
 
     # -- the decode loop ----------------------------------------------------------------------------------------
 
@@ -118,7 +86,7 @@ class Decoder:
             self._queue.clear()
             self._rows.clear()
             self._sessions.clear()
-            self._pool = KVPool()  # it may hold infinities now, which a mask does not remove: 0 * inf is nan
+            self.steps.reset()
             known = isinstance(error, EngineFailedError | FloatingPointError)
             for future in waiting:
                 if not future.done():
@@ -144,7 +112,7 @@ class Decoder:
     def _admit(self) -> None:
         """Give queued requests rows, as long as there are any, and prefill their new tokens."""
         left: list[tuple[SampleRequest, asyncio.Future[Decoded]]] = []
-        fresh: list[_Session] = []
+        fresh: list[Session] = []
         for request, future in self._queue:
             if future.cancelled():
                 continue
@@ -167,13 +135,13 @@ class Decoder:
         self._queue = left
         active = [session for session in self._rows if session.request]
         if active:
-            room = max(len(s.tokens) + s.request.max_tokens for s in active if s.request)
-            self._pool.reserve(len(self._rows), room)
+            room = max(len(s.tokens) + s.active.max_tokens for s in active)
+            self.steps.reserve(len(self._rows), room)
         if fresh:
             self._share_prompts(fresh)
-        self._prefill([s for s in active if len(s.tokens) - s.cached > PREFILL_ALONE_TOKENS])
+        self.steps.prefill_observations(active)
 
-    def _open(self, request: SampleRequest) -> _Session | None:
+    def _open(self, request: SampleRequest) -> Session | None:
         """The request's session, created if necessary; None if requests under way occupy all rows."""
         name = request.session
         if name is None:
@@ -195,67 +163,48 @@ class Decoder:
             if not idle:
                 return None
             self.end_session(min(idle, key=lambda session: session.used).name)
-        session = _Session(name, len(self._rows))
+        session = Session(name, len(self._rows))
         self._sessions[name] = session
         self._rows.append(session)
         return session
 
-    def _share_prompts(self, fresh: list[_Session]) -> None:
+    def _share_prompts(self, fresh: list[Session]) -> None:
         """Prefill each distinct prompt once, all but its last token, and copy it to the rest of its group."""
         known = {
             tuple(s.tokens[: s.prompt_length]): s
             for s in self._rows
             if s.prompt_length and s.cached >= s.prompt_length - 1
         }
-        first: dict[tuple[int, ...], _Session] = {}
-        copies: list[tuple[_Session, _Session]] = []
+        first: dict[tuple[int, ...], Session] = {}
+        copies: list[tuple[Session, Session]] = []
         for session in fresh:
             prompt = tuple(session.tokens)
             source = known.get(prompt) or first.setdefault(prompt, session)
             if source is not session:
                 copies.append((source, session))
-        self._prefill(list(first.values()))
-        for source, session in copies:
+        self.steps.prefill(list(first.values()))
+        for _, session in copies:
             session.cached = session.prompt_length - 1
-            self._pool.move([source.row], [session.row], session.cached)
+        # Beyond a shorter prompt's end a copy holds what is never read.
+        longest = max((session.cached for _, session in copies), default=0)
+        self.steps.pool.move([source.row for source, _ in copies], [session.row for _, session in copies], longest)
 
-    def _prefill(self, sessions: list[_Session]) -> None:
-        """Compute the keys and values of all tokens but each session's last."""
-        nowhere = torch.empty(0, dtype=torch.long, device=self._device)  # no logits
-
-        def left(session: _Session) -> int:
-            return len(session.tokens) - 1 - session.cached
-
-        while ready := [session for session in sessions if left(session)]:
-            ready.sort(key=left, reverse=True)  # similar lengths together
-            part = ready[: PREFILL_BATCH_TOKENS // min(left(ready[0]), PREFILL_CHUNK_TOKENS)]
-            part.sort(key=lambda session: session.row)
-            self._feed(part, [min(left(session), PREFILL_CHUNK_TOKENS) for session in part], nowhere)
-
-    def _feed(self, sessions: list[_Session], counts: list[int], places: Tensor | None) -> Tensor:
-        """Run the next `counts` tokens of each session; logits ``[sessions, vocab]`` at the last of each."""
-        plan = CachedPlan(self._pool, [s.row for s in sessions], [s.cached for s in sessions], counts, self._device)
-        ids = [t for s, n in zip(sessions, counts, strict=True) for t in s.tokens[s.cached : s.cached + n]]
-        logits = self._forward(torch.tensor(ids, device=self._device), plan, plan.last if places is None else places)
-        for session, count in zip(sessions, counts, strict=True):
-            session.cached += count
-        return logits
-
-    def _compact(self, active: list[_Session]) -> None:
+    def _compact(self, active: list[Session]) -> None:
         """Move the active sessions to the first rows, so that attention reads those in place, without a copy."""
-        out = [s for s in self._rows[: len(active)] if s.request is None]
-        into = [s for s in active if s.row >= len(active)]
-        if not out:
+        first = self.steps.rows_read(len(active))
+        into = [s for s in active if s.row >= first]
+        if not into:
             return
+        out = [s for s in self._rows[:first] if s.request is None][: len(into)]
         length = max(s.cached for s in out + into)
         a, b = [s.row for s in out], [s.row for s in into]
-        self._pool.move(a + b, b + a, length)
+        self.steps.pool.move(a + b, b + a, length)
         for idle, busy in zip(out, into, strict=True):
             idle.row, busy.row = busy.row, idle.row
             self._rows[idle.row], self._rows[busy.row] = idle, busy
 
     def _step(self) -> None:
-        """One token for every request under way."""
+        """One token or a few for every request under way."""
         for session in list(self._rows):  # drop cancelled requests (a deadline has passed)
             if session.future is not None and session.future.cancelled():
                 self._finish(session)
@@ -265,19 +214,16 @@ class Decoder:
             return
         self._compact(active)
         active.sort(key=lambda session: session.row)
-        logits = self._feed(active, [len(s.tokens) - s.cached for s in active], None)
-        temperatures = [s.request.temperature for s in active if s.request]
-        tokens, logprobs = choose(logits, temperatures, [s.rng.random() for s in active])
-        for session, token, logprob in zip(active, tokens, logprobs, strict=True):
-            assert session.request is not None
-            session.tokens.append(token)
-            session.sampled.append(token)
-            session.logprobs.append(logprob)
-            stopped = token in self._stop
-            if not stopped and len(session.sampled) < session.request.max_tokens:
+        for session, found in zip(active, self.steps.decode(active), strict=True):
+            for token, logprob in found:
+                session.tokens.append(token)
+                session.sampled.append(token)
+                session.logprobs.append(logprob)
+            stopped = session.sampled[-1] in self._stop
+            if not stopped and session.remaining:
                 continue
             sample = (tuple(session.sampled), tuple(session.logprobs), stopped)
-            future, unnamed = session.future, session.request.session is None
+            future, unnamed = session.future, session.active.session is None
             self._finish(session)
             if unnamed:
                 self.end_session(session.name)
@@ -285,38 +231,5 @@ class Decoder:
                 future.set_result(sample)
 
     @staticmethod
-    def _finish(session: _Session) -> None:
+    def _finish(session: Session) -> None:
         session.request = session.future = None
-
-
-def choose(logits: Tensor, temperatures: list[float], uniforms: list[float]) -> tuple[list[int], list[float]]:
-    """Sample one token per row: the inverse of the cumulative distribution at the row's uniform number.
-
-    The choice depends only on the row's logits and number, so an episode samples the same tokens in any batch.
-    Temperature 0 takes the most likely token and reports its log-prob at temperature 1.
-
-    Args:
-        logits: ``[rows, vocab]``.
-        temperatures: one per row.
-        uniforms: one per row, in [0, 1).
-
-    Returns:
-        The ids and their log-probs under the sampling distribution (in float32), one per row.
-
-    Raises:
-        FloatingPointError: if a row has nan or infinity among its logits. (Some may be minus infinity.)
-    """
-    # A division, as in scoring: multiplying by 1 / t rounds differently, by 1e-5 where t is small.
-    divisor = torch.tensor([t if t > 0 else 1.0 for t in temperatures], device=logits.device)
-    logprobs = torch.log_softmax(logits.float() / divisor.unsqueeze(1), dim=-1)
-    # float64: a float32 running sum over 150k tokens would lose the small probabilities at its end.
-    cumulative = torch.cumsum(logprobs.double().exp(), dim=-1)
-    target = torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(1) * cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[-1] - 1)
-    if not all(t > 0 for t in temperatures):
-        greedy = torch.tensor([t <= 0 for t in temperatures], device=logits.device).unsqueeze(1)
-        ids = torch.where(greedy, logprobs.argmax(dim=-1, keepdim=True), ids)
-    chosen: list[float] = logprobs.gather(1, ids).squeeze(1).tolist()
-    if any(map(math.isnan, chosen)):  # one of them makes the whole row nan
-        raise FloatingPointError("logits are nan or infinite")
-    return ids.squeeze(1).tolist(), chosen

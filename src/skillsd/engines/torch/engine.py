@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -32,7 +32,7 @@ from skillsd.engines.base import (
 from skillsd.engines.options import LoraOptions
 from skillsd.engines.top_k import check_candidates, check_k, nothing, select
 from skillsd.engines.torch import state
-from skillsd.engines.torch.attention import CachedPlan
+from skillsd.engines.torch.attention import Plan
 from skillsd.engines.torch.decode import Decoder
 from skillsd.engines.torch.export import bytes_written, check_written, probe_sequence, write_merged
 from skillsd.engines.torch.forward import READ, Network, enable_recomputation, recomputed_activations, with_weights
@@ -49,6 +49,8 @@ from skillsd.engines.torch.models import (
     vocabulary,
 )
 from skillsd.engines.torch.optimiser import MasterAdamW
+from skillsd.engines.torch.static_steps import Kind, make_steps
+from skillsd.engines.torch.teacher_copy import move_towards
 from skillsd.engines.torch.verify import verify_model
 from skillsd.errors import UserError
 from skillsd.metrics import Metrics, add_metrics
@@ -75,6 +77,8 @@ class TorchEngine(Learner, Sampler):
         micro_batch_tokens: the most tokens in one forward pass (a longer sequence goes alone); halved if out of memory.
         max_sessions: the most episodes whose keys and values are kept at once.
         in_thread: score and train in a thread, so that the event loop, which decodes, stays free.
+        decode: ``static`` steps run on the device without waiting for the host, captured as CUDA graphs on a GPU;
+            ``plain`` steps are built by the host one by one; ``auto`` is static on a GPU and plain on a CPU.
     """
 
     samples_teacher = True
@@ -95,6 +99,7 @@ class TorchEngine(Learner, Sampler):
         max_grad_norm: float = 1.0,
         gradient_checkpointing: bool = False,
         in_thread: bool = False,
+        decode: Kind = "auto",
     ) -> None:
         self.version = 0
         self.device = pick_device(device)
@@ -128,10 +133,7 @@ class TorchEngine(Learner, Sampler):
         self.student_moved = False  # since the last sync
         self._since_step: list[Callable[[], Metrics]] = []  # each adds its part of the gradient
         self._loss_is_finite = True  # of everything accumulated since the last step
-        self.decoders = {
-            "student": Decoder(partial(self._decode, "student"), self.stop_tokens, self.device, max_sessions),
-            "teacher": Decoder(partial(self._decode, "teacher"), self.stop_tokens, self.device, max_sessions),
-        }
+        self.decoders = {weights: self._decoder(weights, decode, max_sessions) for weights in get_args(Weights)}
         self._checked: set[tuple[str, bool]] = set()  # which kinds of folders were checked: (kind, after an update)
         self._sync_teacher(1.0)
 
@@ -161,7 +163,12 @@ class TorchEngine(Learner, Sampler):
                 f"the embedded engine samples from its own weights, version {self.version}, and can't load {weights}"
             )
 
-    def _decode(self, weights: Weights, ids: Tensor, plan: CachedPlan, places: Tensor) -> Tensor:
+    def _decoder(self, weights: Weights, kind: Kind, most: int) -> Decoder:
+        forward = partial(self._decode, weights)
+        steps = make_steps(kind, forward, self.device, vocabulary=self.vocabulary, most=most)
+        return Decoder(steps, self.stop_tokens, most)
+
+    def _decode(self, weights: Weights, ids: Tensor, plan: Plan, places: Tensor | None) -> Tensor:
         return self._network(weights).decode(ids, plan, places)
 
     # -- scoring and training -----------------------------------------------------------------------------------
@@ -287,21 +294,11 @@ class TorchEngine(Learner, Sampler):
             )
         if not self._teacher_follows:
             self.decoders["teacher"].clear()
-            if self.teacher is None or rate == 1:
+            if self.teacher is None:
                 self.teacher = {name: p.detach().clone() for name, p in self.trainable.items()}
-                self.teacher_averages = {}
             else:
-                self._average_into(self.teacher, rate)
+                move_towards(self.optimiser, self.teacher, self.teacher_averages, rate)
         self.student_moved = False
-
-    def _average_into(self, teacher: Mapping[str, Tensor], rate: float) -> None:
-        for (name, weight), master in zip(teacher.items(), self.optimiser.masters, strict=True):
-            if weight.dtype == torch.float32:
-                weight.lerp_(master.detach(), rate)
-                continue
-            if name not in self.teacher_averages:
-                self.teacher_averages[name] = weight.float()
-            weight.copy_(self.teacher_averages[name].lerp_(master.detach(), rate))
 
     @property
     def _teacher_is_student(self) -> bool:

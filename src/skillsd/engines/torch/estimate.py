@@ -139,8 +139,8 @@ def estimate(
         own: bytes of the process before the model is loaded.
         gpu: whether the model runs on a GPU.
     """
-    from skillsd.engines.torch.decode import PREFILL_BATCH_TOKENS
     from skillsd.engines.torch.lm_head import MAX_LOGITS
+    from skillsd.engines.torch.steps import PREFILL_BATCH_TOKENS
 
     width = WIDTH[spec.dtype]
     lora = adapter_form(spec.lora)

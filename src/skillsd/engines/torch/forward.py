@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from skillsd.engines.base import TokenSequence
 from skillsd.engines.top_k import coarse_grain
-from skillsd.engines.torch.attention import CachedPlan, PackedPlan
+from skillsd.engines.torch.attention import PackedPlan, Plan
 from skillsd.engines.torch.lm_head import TrunkAndHead, in_chunks
 from skillsd.errors import UserError
 
@@ -73,9 +73,14 @@ class Network:
 
         return in_chunks(hidden, targets.to(self.device), self.vocabulary, compute, *more)
 
-    def decode(self, ids: Tensor, plan: CachedPlan, places: Tensor) -> Tensor:
-        """One forward pass over new tokens, packed ``[tokens]``; logits ``[places, vocab]`` at the given places."""
-        inputs = {"input_ids": ids.unsqueeze(0), "position_ids": plan.positions, "logits_to_keep": places}
+    def decode(self, ids: Tensor, plan: Plan, places: Tensor | None) -> Tensor:
+        """One forward pass over new tokens, packed ``[tokens]``; logits ``[places, vocab]`` at the given places.
+
+        Args:
+            places: None for all tokens.
+        """
+        kept = 0 if places is None else places  # to transformers, 0 means all
+        inputs = {"input_ids": ids.unsqueeze(0), "position_ids": plan.positions, "logits_to_keep": kept}
         logits: Tensor = self.run(**inputs, use_cache=False, plan=plan).logits[0, :, : self.vocabulary]
         return logits
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from skillsd.engines.options import Capabilities, EngineOptions, EngineSpec
 
@@ -30,6 +30,10 @@ class TorchOptions(EngineOptions):
 
     name: str = "torch"
 
+    decode: Literal["auto", "plain", "static"] = "auto"
+    """How tokens are sampled: `static` steps of fixed shape, without the host between tokens (on a GPU as CUDA graphs);
+    `plain` steps, built one by one; `auto` is static on a GPU and plain on a CPU."""
+
     def build(self, spec: EngineSpec) -> Engine:
         import torch
 
@@ -53,6 +57,7 @@ class TorchOptions(EngineOptions):
             max_grad_norm=spec.max_grad_norm,
             gradient_checkpointing=spec.gradient_checkpointing,
             in_thread=spec.in_thread,
+            decode=self.decode,
         )
         return Engine(engine, engine, self.name, self.provides())
 

@@ -71,7 +71,8 @@ def load(engine: Trained, path: Path) -> None:
         for name, parameter in engine.trainable.items():
             parameter.copy_(state["weights"][name])
     if engine.teacher is not None:
-        engine.teacher = _copies(state["teacher"] or state["weights"], engine.device)
+        for name, saved in (state["teacher"] or state["weights"]).items():  # in place, as graphs read these tensors
+            engine.teacher[name].copy_(saved)
         engine.teacher_averages = _copies(state["teacher_averages"], engine.device)
     engine.student_moved = state["student_moved"]
     engine.version = state["version"]
