@@ -18,7 +18,8 @@ class KVPool:
     """KV caches, one row per episode: for each layer ``[rows, kv_heads, capacity, dim]``.
 
     Layers of the same form lie in one tensor ``[layers, rows, kv_heads, capacity, dim]``, so that rows are copied in
-    all of them at once. The forms are learnt in the first pass; until the next `reserve` each layer has its own tensor.
+    all of them at once. The forms are learnt in the first pass, before which each layer gets a tensor of its own;
+    `emptied` hands them on.
 
     Attributes:
         keys: layer -> its keys.
@@ -41,7 +42,7 @@ class KVPool:
         self.most = (0, 0)
 
     def emptied(self) -> KVPool:
-        """A pool without memory that allocates, at the first token, as much as this one has needed."""
+        """A pool without memory that allocates, at the first token, as much as this one has needed, and all at once."""
         pool = KVPool(*self.most)
         pool._key_forms, pool._value_forms = self._key_forms, self._value_forms
         return pool
@@ -67,10 +68,11 @@ class KVPool:
                 shape = (len(members), self.rows, heads, self.capacity, width)
                 self._stacks.append(torch.zeros(shape, dtype=dtype, device=device))
                 for layer, new in zip(members, self._stacks[-1], strict=True):
-                    if layer in layers:
-                        old = layers[layer]
+                    old = layers.pop(layer, None)
+                    if old is not None:
                         new[: old.shape[0], :, : old.shape[2]] = old
                     layers[layer] = new
+                old = None  # frees the old keys before the new values are allocated
 
     def slots(self, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
         """Where tokens at these rows and positions ``[tokens]`` are stored, for `write`: ``[tokens * heads]``."""

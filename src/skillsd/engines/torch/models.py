@@ -15,6 +15,7 @@ from skillsd.engines.chat_template import chat_template, end_of_turn
 from skillsd.engines.options import LoraOptions
 from skillsd.engines.torch import attention, memory, pretrained
 from skillsd.engines.torch.adapters import add_lora
+from skillsd.engines.torch.fused_norms import fuse_norms
 from skillsd.errors import UserError
 
 SHIPPED = {"nano": Path(__file__).parents[2] / "assets" / "nano-base"}
@@ -106,6 +107,8 @@ def load_model(
         chat_template(tokenizer)
         model.generation_config = _writable(model.generation_config)
         model = model.to(device)
+        if device.type == "cuda":
+            fuse_norms(model)
         return (add_lora(model, lora) if lora else model).eval(), tokenizer
 
 

@@ -75,7 +75,11 @@ class Steps(ABC):
 
     def __init__(self, forward: Forward, device: torch.device) -> None:
         self.forward, self.device = forward, device
-        self.pool = KVPool()
+        with torch.inference_mode():  # learn the forms of keys and values from one token
+            pool = KVPool(1, 1)
+            plan = CachedPlan(pool, [0], [0], [1], device)
+            forward(torch.zeros(1, dtype=torch.long, device=device), plan, plan.last[:0])
+        self.pool = pool.emptied()
 
     def set_stop_tokens(self, tokens: frozenset[int]) -> None:  # noqa: B027 (most steps leave them to the decoder)
         """These tokens end a turn."""
@@ -130,7 +134,7 @@ class Steps(ABC):
 
     def reset(self) -> None:
         """Forget everything after a failed pass."""
-        self.pool = KVPool()  # the old one may hold infinities, which a mask does not remove: 0 * inf is nan
+        self.pool = self.pool.emptied()  # it may hold infinities, which a mask does not remove: 0 * inf is nan
 
 
 class PlainSteps(Steps):
