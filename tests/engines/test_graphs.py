@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from engines.schedules import play, run
 from skillsd.engines.torch.engine import TorchEngine
@@ -90,6 +91,60 @@ def test_an_error_of_the_step_itself_is_raised() -> None:
 
     with pytest.raises(ValueError, match="of the step"):
         graphs.run("a", fails)
+
+
+ONES = torch.ones(3)
+
+WAITING: dict[str, Callable[[], object]] = {
+    "item": lambda: ONES.sum().item(),
+    "bool": lambda: bool((ONES > 0).all()),
+    "nonzero": (ONES > 0).nonzero,
+    "index by mask": lambda: ONES[ONES > 0],
+    "assignment by mask": lambda: ONES.clone().__setitem__(ONES > 0, torch.ones(3)),
+    "masked_select": lambda: ONES.masked_select(ONES > 0),
+    "one argument of where": lambda: torch.where(ONES > 0),
+    "unique": ONES.unique,
+    "repeat_interleave": lambda: torch.repeat_interleave(ONES.long()),
+    "another device": lambda: ONES.to("meta"),
+    "a scalar from another device": lambda: torch.ones(()).to("meta"),
+    "written to another device": lambda: ONES.clone().copy_(torch.ones(3, device="meta")),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+@pytest.mark.parametrize("inference", [True, False])
+def test_steps_that_wait_for_the_device_are_found_before_a_capture(
+    name: str, inference: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder, done = Recorder(), []
+    graphs = GraphedSteps(recorder.new)
+
+    def step() -> None:
+        with torch.inference_mode(inference):
+            if name != "written to another device" or not graphs.failed:
+                WAITING[name]()
+            done.append(name)
+
+    for _ in range(3):
+        graphs.run("a", step)
+    assert len(done) == 3
+    assert graphs.failed
+    assert recorder.made == 0
+    (record,) = caplog.records
+    assert "waits for the device" in record.message
+
+
+def test_ordinary_operations_do_not_wait() -> None:
+    graphs = GraphedSteps(Recorder().new)
+
+    def step() -> None:
+        with torch.inference_mode():
+            x = torch.nn.functional.scaled_dot_product_attention(*[torch.randn(1, 2, 3, 4)] * 3)
+            x[:, :, torch.tensor([0, 1])] = x[:, :, torch.tensor([1, 2])] * torch.tensor(2.0)
+            torch.where(x > 0, x, 1.0).to(torch.float64).cumsum(-1).masked_fill_(x > 0, 0.0)
+
+    graphs.run("a", step)
+    assert not graphs.failed
 
 
 def _with(recorder: Recorder, engine: TorchEngine, **options: int) -> StaticSteps:

@@ -80,7 +80,7 @@ def test_adapters_and_a_teacher_with_its_own_weights(dtype: str, model_folder: F
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():  # new adapters change nothing
             for parameter in engine.trainable.values():
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
         found.append({w: run(play(engine, episodes=5, weights=w)) for w in ("student", "teacher")})  # type: ignore[misc]
     assert found[0]["student"] != found[0]["teacher"]
     for weights in ("student", "teacher"):
@@ -238,7 +238,7 @@ async def _gather(engine: TorchEngine, *requests: SampleRequest) -> list[Any]:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-window", "qwen3", "gemma3", "gpt-neox"])
 def test_no_step_waits_for_the_device(name: str, model_folder: Folder) -> None:
-    """Run on a device without memory, where reading a value, a shape that depends on one, or CPU tensors is an error."""
+    """On a device without memory, reading a value, a shape that depends on one, and CPU tensors are errors."""
     engine = TorchEngine(str(model_folder(name)), device="cpu", decode="static")
     steps = engine.decoders["student"].steps
     assert isinstance(steps, StaticSteps)
@@ -251,7 +251,7 @@ def test_no_step_waits_for_the_device(name: str, model_folder: Folder) -> None:
     for attribute in ("_stops", "_state", "_results", "_new"):
         setattr(steps, attribute, pretended(getattr(steps, attribute)))
     network = replace(engine._student, run=with_weights(engine.model, weights))
-    steps.device, steps.forward = meta, network.decode
+    steps.device, steps.pool.device, steps.forward = meta, meta, network.decode
     with torch.inference_mode():
         steps.reserve(8, 100)
         steps._decode_step(8, 1, 64)

@@ -6,8 +6,11 @@ import gc
 import logging
 from collections.abc import Callable, Hashable
 from contextlib import suppress
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +20,46 @@ Capture = Callable[[Step], Step]
 
 MOST_GRAPHS = 64
 """The least recently used graph is dropped beyond this number."""
+
+
+class WaitsForDeviceError(RuntimeError):
+    """An operation needs a value that the device has not computed yet."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises `WaitsForDeviceError` for operations that make the host wait for the device.
+
+    They can't be captured, and in torch 2.11 a capture that fails leaves the allocator in a state that later asserts
+    (pytorch#180395), so they have to be found before. Unlike torch's own check for synchronisation, this one sees the
+    present thread only, and works on a CPU.
+    """
+
+    WAITING = frozenset(
+        ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim", "bincount")
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:  # in inference mode composite operations arrive whole
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        name = func.overloadpacket.__name__
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        by_mask = name.startswith("index") and any(
+            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for arg in args
+            if isinstance(arg, list | tuple)
+            for index in arg
+        )
+        target = kwargs.get("device")
+        copies = name in ("_to_copy", "copy_")  # elsewhere a scalar of the CPU becomes an argument of the kernel
+        devices = {x.device for x in tensors if x.ndim or copies} | (
+            {torch.device(target)} if target and copies else set()
+        )
+        if name in self.WAITING or by_mask or (name == "repeat_interleave" and len(tensors) == 1) or len(devices) > 1:
+            raise WaitsForDeviceError(f"it waits for the device in {func}")
+        return func(*args, **kwargs)
 
 
 class CudaCapture:
@@ -40,8 +83,7 @@ class CudaCapture:
                 try:
                     step()
                 except BaseException:
-                    with suppress(Exception):  # the capture is invalid already
-                        graph.capture_end()
+                    self._abandon(graph)
                     raise
                 graph.capture_end()
         finally:
@@ -50,12 +92,21 @@ class CudaCapture:
         current.wait_stream(self._stream)
         return graph.replay
 
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that has failed."""
+        with suppress(Exception):
+            graph.capture_end()
+            return
+        with suppress(Exception):  # torch before 2.12 leaves the allocator recording (pytorch#180395)
+            torch._C._cuda_endAllocateToPool(self._stream.device_index, self._memory)
+
 
 class GraphedSteps:
     """Runs steps by their graphs.
 
-    The first use of a key runs the step itself, which loads its kernels; the second captures it. If a step can't be
-    captured (it waits for the device, or memory is short), all steps are run directly from then on, with one warning.
+    The first use of a key runs the step itself, which loads its kernels and is checked by `NoWaiting`; the second
+    captures it. If a step can't be captured (it waits for the device, or memory is short), all steps are run directly
+    from then on, with one warning.
 
     Args:
         new_capture: makes a `Capture` with memory of its own.
@@ -70,12 +121,23 @@ class GraphedSteps:
         self.failed = False
 
     def run(self, key: Hashable, step: Step) -> None:
-        """Run `step`, which must do the same for the same key until `clear`, in fixed memory."""
+        """Run `step`, which must do the same for the same key until `clear`, in fixed memory.
+
+        A step that waits for the device is broken off there and run again, so it must not change what it reads before.
+        """
         graph = self._graphs.pop(key, None)
-        if graph is None and key in self._warm and not self.failed:
-            graph = self._try_capture(step)
+        if graph is None and not self.failed:
+            if key not in self._warm:
+                try:
+                    with NoWaiting():
+                        step()
+                    self._warm.add(key)
+                    return
+                except WaitsForDeviceError as error:
+                    self._give_up(error)
+            else:
+                graph = self._try_capture(step)
         if graph is None:
-            self._warm.add(key)
             step()
             return
         self._graphs[key] = graph
@@ -89,15 +151,17 @@ class GraphedSteps:
                 self._capture = self._new_capture()
             return self._capture(step)
         except Exception as error:  # a model's code can do anything
-            self.failed = True
-            self.clear()
-            reason = str(error).split("\n")[0] or type(error).__name__
-            log.warning(
-                "decoding runs without CUDA graphs, which is slower: the step can't be captured (%s). To silence this, "
-                "set engine.decode=plain",
-                reason,
-            )
+            self._give_up(error)
             return None
+
+    def _give_up(self, error: Exception) -> None:
+        self.failed = True
+        self.clear()
+        log.warning(
+            "decoding runs without CUDA graphs, which is slower: a step of the model can't be captured (%s). "
+            "engine.decode=plain silences this",
+            str(error).split("\n")[0] or type(error).__name__,
+        )
 
     def clear(self) -> None:
         """Drop all graphs: memory that they use is about to be freed."""

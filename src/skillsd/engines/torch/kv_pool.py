@@ -18,8 +18,8 @@ class KVPool:
     """KV caches, one row per episode: for each layer ``[rows, kv_heads, capacity, dim]``.
 
     Layers of the same form lie in one tensor ``[layers, rows, kv_heads, capacity, dim]``, so that rows are copied in
-    all of them at once. The forms are learnt in the first pass, before which each layer gets a tensor of its own;
-    `emptied` hands them on.
+    all of them at once. The forms are learnt in the first pass, in which each layer gets a tensor of its own; `emptied`
+    hands them on. With them, only `reserve` allocates.
 
     Attributes:
         keys: layer -> its keys.
@@ -34,6 +34,7 @@ class KVPool:
         self.values: dict[int, Tensor] = {}
         self._key_forms: dict[int, Form] = {}
         self._value_forms: dict[int, Form] = {}
+        self.device: torch.device | None = None  # learnt, too
         self._stacks: list[Tensor] = []  # hold all keys and values
         self._merged = True  # one stack per form
         self.rows = self.capacity = self.allocations = 0
@@ -42,9 +43,9 @@ class KVPool:
         self.most = (0, 0)
 
     def emptied(self) -> KVPool:
-        """A pool without memory that allocates, at the first token, as much as this one has needed, and all at once."""
+        """A pool without memory that allocates, at the next `reserve`, as much as this one has needed."""
         pool = KVPool(*self.most)
-        pool._key_forms, pool._value_forms = self._key_forms, self._value_forms
+        pool._key_forms, pool._value_forms, pool.device = self._key_forms, self._value_forms, self.device
         return pool
 
     def reserve(self, rows: int, length: int) -> None:
@@ -55,10 +56,10 @@ class KVPool:
             self.rows = max(rows, self.rows + self.rows // 4)
         if length > self.capacity:  # by at least a quarter: few copies, little waste
             self.capacity = max(-(-length // self.GROWTH) * self.GROWTH, self.capacity + self.capacity // 4)
-        if self._stacks and not (fits and self._merged):
-            self._allocate(self._stacks[0].device)
+        if self._key_forms and not (fits and self._merged and self._stacks):
+            self._allocate()
 
-    def _allocate(self, device: torch.device) -> None:
+    def _allocate(self) -> None:
         """One tensor for all layers of a form, in the pool's present size, with what the present ones hold."""
         self._stacks, self._merged = [], True
         self.allocations += 1
@@ -66,7 +67,7 @@ class KVPool:
             for heads, width, dtype in dict.fromkeys(forms.values()):
                 members = [layer for layer, form in forms.items() if form == (heads, width, dtype)]
                 shape = (len(members), self.rows, heads, self.capacity, width)
-                self._stacks.append(torch.zeros(shape, dtype=dtype, device=device))
+                self._stacks.append(torch.zeros(shape, dtype=dtype, device=self.device))
                 for layer, new in zip(members, self._stacks[-1], strict=True):
                     old = layers.pop(layer, None)
                     if old is not None:
@@ -88,10 +89,8 @@ class KVPool:
             pool.view(-1, pool.shape[3]).index_copy_(0, slots, states.reshape(-1, states.shape[2]))
 
     def _first_write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        if layer in self._key_forms:  # learnt before the pool was emptied
-            self._allocate(key.device)
-            return
-        self._merged, self.allocations = False, self.allocations + 1
+        assert layer not in self._key_forms, "a pool that knows its layers has to be reserved before it is written to"
+        self._merged, self.allocations, self.device = False, self.allocations + 1, key.device
         for layers, forms, states in (
             (self.keys, self._key_forms, key),
             (self.values, self._value_forms, value),

@@ -28,7 +28,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float
     return F.scaled_dot_product_attention(query, key, value, seen, scale=scale, enable_gqa=True)
 
 
-ATTENTION: dict[str, Attention] = {"products": _products, "fused": _fused, "biased": _fused}
+ATTENTION: dict[str, Attention] = {"products": _products, "fused": _fused}
 """Implementations of the same attention. ``products`` is the reference, and fastest on a CPU. With a bool mask and
 grouped heads, torch's ``fused`` kernel reads keys and values at the speed of a device copy on an H200, faster than
 flash attention with lengths (2.6 of 4.3 TB/s) and than a float bias."""
@@ -52,7 +52,7 @@ class StaticPlan:
         self, pool: KVPool, rows: Tensor | None, start: Tensor, count: Tensor, new: int, length: int, attention: str
     ) -> None:
         self.pool, self._rows, self._new, self._length = pool, rows, new, length
-        self._attention, self._biased = ATTENTION[attention], attention == "biased"
+        self._attention = ATTENTION[attention]
         offset = torch.arange(new, device=start.device)
         # Padding repeats the last position: one beyond the longest sequence may not exist.
         last = (count - 1).clamp_(min=0).unsqueeze(1)
@@ -71,21 +71,19 @@ class StaticPlan:
         k, v = (self._read(states[layer]) for states in (self.pool.keys, self.pool.values))
         slots, (_, heads, dim) = len(self._places), query.shape
         q = query.view(slots, self._new, heads, dim).transpose(1, 2)
-        out = self._attention(q, k, v, self._mask(window, q.dtype), scale)
+        out = self._attention(q, k, v, self._mask(window), scale)
         return out.transpose(1, 2).reshape(slots * self._new, heads, -1)
 
     def _read(self, states: Tensor) -> Tensor:
         states = states[:, :, : self._length]
         return states[: len(self._places)] if self._rows is None else states.index_select(0, self._rows)
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+    def _mask(self, window: int | None) -> Tensor:
         if window not in self._seen:
             key = torch.arange(self._length, device=self._places.device)
             place = self._places.unsqueeze(-1)
             seen = key <= place
             if window is not None:
                 seen &= key > place - window
-            if self._biased:
-                seen = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
             self._seen[window] = seen.unsqueeze(1)
         return self._seen[window]
