@@ -210,7 +210,8 @@ class TorchEngine(Learner, Sampler):
         with torch.inference_mode():
             for part, shared in self._micro_batches.of(sequences):
                 counts = [sequences[i].marked for i in part]
-                read_off = network.forward([sequences[i] for i in part], shared, temperature, read)
+                wanted = None if want.kind == "chosen" else read
+                read_off = network.forward([sequences[i] for i in part], shared, temperature, wanted)
                 if torch.isnan(read_off[0]).any():
                     raise not_finite(f"{weights}'s log-probs", self.version)
                 for found in read_off:

@@ -17,7 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from skillsd.engines.base import TokenSequence
 from skillsd.engines.top_k import coarse_grain
 from skillsd.engines.torch.attention import CachedPlan, PackedPlan
-from skillsd.engines.torch.lm_head import TrunkAndHead, in_chunks
+from skillsd.engines.torch.chosen import chosen_logprobs
+from skillsd.engines.torch.lm_head import TrunkAndHead, in_chunks, most_logits
 from skillsd.errors import UserError
 
 Read = Callable[..., tuple[Tensor, ...]]
@@ -44,10 +45,12 @@ class Network:
         sequences: Sequence[TokenSequence],
         shared: Sequence[int],
         temperature: float,
-        read: Read,
+        read: Read | None,
         *more: Tensor,
     ) -> tuple[Tensor, ...]:
         """One forward pass over whole sequences; `read` of the log-probs at the marked places, one row per place.
+
+        Without `read`, only the log-probs of the marked tokens themselves.
 
         Args:
             shared: for each sequence, the number of its first tokens that it shares with the one before it.
@@ -66,12 +69,16 @@ class Network:
         hidden = hidden.index_select(0, places.to(self.device))
 
         def compute(hidden: Tensor, targets: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-            logits = self.split.logits(self.run, hidden)[:, : self.vocabulary].float()
+            logits = self.split.logits(self.run, hidden)
+            if read is None:
+                return (chosen_logprobs(logits, targets, self.vocabulary, temperature),)
+            logits = logits[:, : self.vocabulary].float()
             if temperature != 1:
                 logits = logits / temperature
             return read(torch.log_softmax(logits, dim=-1), targets, *more)
 
-        return in_chunks(hidden, targets.to(self.device), self.vocabulary, compute, *more)
+        size = max(1, most_logits(hidden.is_cuda, read is None) // self.vocabulary)
+        return in_chunks(hidden, targets.to(self.device), size, compute, *more)
 
     def decode(self, ids: Tensor, plan: CachedPlan, places: Tensor) -> Tensor:
         """One forward pass over new tokens, packed ``[tokens]``; logits ``[places, vocab]`` at the given places."""
@@ -143,5 +150,5 @@ def _coarse(full: Tensor, ids: Tensor, candidates: Tensor) -> tuple[Tensor, ...]
     return (*_chosen(full, ids), coarse_grain(full, candidates))
 
 
-READ: Mapping[str, Read] = {"chosen": _chosen, "whole": _whole, "top_k": _coarse}
-"""`Want.kind` -> what a training pass reads of the log-probs."""
+READ: Mapping[str, Read | None] = {"chosen": None, "whole": _whole, "top_k": _coarse}
+"""`Want.kind` -> what a training pass reads of the log-probs; see `Network.forward`."""
