@@ -170,7 +170,9 @@ def _line(row: dict[str, Any]) -> str:
         row["most"] if row["least"] is None else row["least"]
     )  # fmt: skip
     verdict = {None: "", True: "met", False: "MISSED"}[row["met"]]
-    return f"{row['name']:58} {_number(row['value']):>10} {row['unit']:9} {target:16} {verdict:6} {row['note']}".rstrip()
+    return (
+        f"{row['name']:58} {_number(row['value']):>10} {row['unit']:9} {target:16} {verdict:6} {row['note']}".rstrip()
+    )
 
 
 def _number(value: float) -> str:
@@ -205,6 +207,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if device.type == "cpu" and not options.toy:
         parser.error("there is no GPU here; --toy runs tiny models on the CPU")
     seconds = options.seconds or (60.0 if options.quick else 300.0)
+    if options.toy:
+        torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(device, Path(folder), seconds=seconds, quick=options.quick, toy=options.toy)
         parts = gpu_parts.parts(bench, asyncio.run)

@@ -1,4 +1,4 @@
-"""Models of real sizes with random weights, made on the spot from their configurations, and the arithmetic they need."""
+"""Models of real sizes with random weights, made on the spot from their configurations, and their arithmetic."""
 
 from __future__ import annotations
 

@@ -219,7 +219,6 @@ def sokoban(bench: Bench, run: Run) -> None:
                 records.append(run(iterate()))
         finally:
             work.close()
-            del work
             gpu_models.free(bench.device)
     best = min(records, key=lambda record: record["time/iteration"])
     phases = ", ".join(f"{key[5:]} {value:.2f} s" for key, value in best.items() if key.startswith("time/"))

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
+from skillsd.engines.options import LoraOptions
 from skillsd.engines.torch.lm_head import MAX_LOGITS_OF_CHOSEN_ON_GPU
 from skillsd.engines.torch.optimiser import MasterAdamW
 from skillsd.engines.torch.sizes import Sizes
@@ -65,20 +67,22 @@ def tokens_that_fit(free: int, sizes: Sizes, width: int, *, lora: bool, recomput
 
 def budget_of(
     given: Budget,
-    device: torch.device,
+    model: nn.Module,
+    base: str,
     optimiser: MasterAdamW,
-    sizes: Callable[[], Sizes],
-    *,
-    width: int,
-    lora: bool,
+    lora: LoraOptions | None,
     recomputed: bool,
 ) -> Callable[[], int]:
     """The number of tokens, once it is needed: by then everything else has taken its memory.
 
     Args:
         given: a number, or ``auto``.
-        optimiser: gradients and moments that it does not have yet are kept free.
+        base: folder or hub name of the model without adapters.
+        optimiser: memory for gradients and moments that it does not have yet is kept free.
+        recomputed: activations are recomputed in the backward pass.
     """
+    weight = next(model.parameters())
+    device, width = weight.device, weight.element_size()
 
     def find() -> int:
         if given != "auto":
@@ -87,7 +91,8 @@ def budget_of(
             return ON_CPU
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + unused - _missing(optimiser)
-        found = tokens_that_fit(free, sizes(), width, lora=lora, recomputed=recomputed)
+        sizes = Sizes.of(base, lora.target_modules if lora else "all-linear")
+        found = tokens_that_fit(free, sizes, width, lora=lora is not None, recomputed=recomputed)
         log.info("micro-batches of %d tokens, by %.1f GiB of free memory", found, free / 2**30)
         return found
 
@@ -97,4 +102,6 @@ def budget_of(
 def _missing(optimiser: MasterAdamW) -> int:
     """Bytes of float32 gradients and moments that are not allocated yet."""
     state: Any = optimiser.adamw.state
-    return sum((4 * (master.grad is None) + 8 * (not state.get(master))) * master.numel() for master in optimiser.masters)
+    return sum(
+        (4 * (master.grad is None) + 8 * (not state.get(master))) * master.numel() for master in optimiser.masters
+    )

@@ -1,8 +1,8 @@
 """Log-probs of the chosen tokens from logits, without keeping a float32 copy of the logits for the backward pass.
 
-Log-softmax and gather by autograd keep the log-probs of the whole vocabulary, and the gradient takes two more tensors of
-their size. Here the gradient overwrites the log-probs (on a CPU), or nothing but the logits themselves is kept, in the
-model's dtype, and each pass over them is one kernel (on a GPU, by `torch.compile`).
+Log-softmax and gather by autograd keep the log-probs of the whole vocabulary, and the gradient takes two more tensors
+of their size. Here the gradient overwrites the log-probs (on a CPU), or only the logits are kept, in the model's dtype,
+and each pass over them is one kernel (on a GPU, by `torch.compile`).
 """
 
 from __future__ import annotations
