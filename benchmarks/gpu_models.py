@@ -41,7 +41,11 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TEXT = "Sokoban: push every box $ onto a goal . with the player @ and walls #. Reply with Up, Down, Left or Right.\n"
+TEXT = "user\nassistant\nSokoban: #r1c1 .r1c1 @r1c1 $r1c1 *r1c1 Invalid Solved Over Up Down Left Right\n"
+"""The words that the tokenizer has tokens for, as a large one would."""
+
+LOGITS = 3.0
+"""Standard deviation of the random models' logits: a distribution as peaked as a language model's."""
 
 
 @dataclass
@@ -103,6 +107,9 @@ def random_weights(device: torch.device) -> Iterator[None]:
         torch.manual_seed(0)
         with torch.device(device):
             model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **options)
+        with torch.no_grad():
+            head = model.get_output_embeddings().weight
+            head.mul_(LOGITS / (model.config.initializer_range * head.shape[1] ** 0.5))
         model.generation_config = GenerationConfig.from_pretrained(folder)
         return (model, {"missing_keys": set()}) if output_loading_info else model
 
