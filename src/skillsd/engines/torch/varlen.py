@@ -139,9 +139,10 @@ def _torch_kernel(default_scale: bool, no_window: bool) -> Kernel:
             options["is_causal"] = True
         if query.shape[1] != key.shape[1] and "enable_gqa" in takes:  # older versions take fewer key heads unasked
             options["enable_gqa"] = True
-        out: Tensor = varlen_attn(
+        out = varlen_attn(
             query, key, value, layout.queries, layout.keys, layout.longest_query, layout.longest_key, **options
         )
+        assert isinstance(out, Tensor)
         return out
 
     return kernel
