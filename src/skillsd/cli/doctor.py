@@ -138,7 +138,7 @@ def _changes(config: RunConfig) -> list[tuple[str, RunConfig]]:
         wanted.append(("model", "dtype", "bfloat16", "bfloat16"))
     if not model.gradient_checkpointing:
         wanted.append(("model", "gradient_checkpointing", True, "true"))
-    if training.micro_batch_tokens > rollout.trajectory_tokens:
+    if training.micro_batch_tokens != "auto" and training.micro_batch_tokens > rollout.trajectory_tokens:
         fewer = max(rollout.trajectory_tokens, training.micro_batch_tokens // 2)
         wanted.append(("training", "micro_batch_tokens", fewer, str(fewer)))
     if rollout.concurrency > 1:

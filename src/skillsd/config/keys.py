@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -101,6 +101,8 @@ def _one_line(text: str) -> str:
 
 def _words(annotation: Any) -> str:
     origin = get_origin(annotation)
+    if origin is Annotated:
+        return _words(get_args(annotation)[0])
     if origin is Literal:
         return " | ".join(str(value) for value in get_args(annotation))
     if origin is list:

@@ -172,8 +172,9 @@ class TrainingSection(Options):
     """AdamW's beta2."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's weight decay."""
-    micro_batch_tokens: int = Field(8192, ge=1)
-    """Maximum tokens per forward pass when scoring or training. Affects memory and speed, not the gradient."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Maximum tokens per forward pass when scoring or training. Affects memory and speed, not the gradient. ``auto``:
+    as many as fit into a GPU's free memory, at most 65536; 8192 on a CPU."""
 
 
 class CurriculumSection(Options):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -46,7 +46,7 @@ class WarmStartSection(Options):
     """Maximum gradient norm."""
     observation_weight: float = Field(0.2, ge=0)
     """Loss weight of the environment's tokens. Action tokens have weight 1, the prompt 0."""
-    micro_batch_tokens: int = Field(16384, ge=1)
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = 16384
     """Maximum tokens per forward pass. Affects memory and speed, not the gradient."""
     demonstrations: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for the environment's demonstrations."""

@@ -65,7 +65,7 @@ class EngineSpec:
         max_sampled_tokens: the most tokens of a sequence that has to be sampled, and the settings that this follows
             from. None: as many as the model takes.
         context_tokens: the most tokens that a skill adds to a prompt; sampling with one may be asked for later.
-        micro_batch_tokens: the most tokens of one forward pass of scoring or training.
+        micro_batch_tokens: the most tokens of one forward pass of scoring or training; ``auto``: by the free memory.
         in_thread: other work of the event loop has to go on during scoring and training.
         needs: capability -> the setting that needs it.
     """
@@ -83,7 +83,7 @@ class EngineSpec:
     max_sessions: int = 256
     max_sampled_tokens: tuple[int, str] | None = None
     context_tokens: int = 0
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: int | Literal["auto"] = "auto"
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

@@ -11,7 +11,8 @@ alone needs the sequences' boundaries. It gets them from a *plan*, passed throug
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from skillsd.engines.torch import varlen
 from skillsd.engines.torch.kv_pool import KVPool
 
 NAME = "skillsd_packed"
@@ -71,29 +73,6 @@ def _attention(
 AttentionInterface.register(NAME, _attention)
 
 
-class _Spread(torch.autograd.Function):
-    """Packed ``[tokens, ...]`` -> padded ``[slots, ...]``: `source` is the token of each slot.
-
-    The backward pass of index_select would add up the slots' gradients one by one, which is several times slower on a
-    CPU. Here a token's gradient is that of its `first` slot plus those of its `again` slots. Other slots must have no
-    gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, source: Tensor, first: Tensor, again: Tensor | None) -> Tensor:
-        ctx.save_for_backward(source, first, again)
-        return tokens.index_select(0, source)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        source, first, again = ctx.saved_tensors
-        grad = grads[0].index_select(0, first)
-        if again is not None:  # sums of many, so in float32, whatever the states' dtype
-            total = grad.float().index_add_(0, source[again], grads[0].index_select(0, again).float())
-            grad = total.to(grad.dtype)
-        return grad, None, None, None
-
-
 class _Collect(torch.autograd.Function):
     """Padded ``[slots, ...]`` -> packed ``[tokens, ...]``: each token from its `first` slot."""
 
@@ -128,10 +107,14 @@ def _repeat_heads(states: Tensor, heads: int) -> Tensor:
 class PackedPlan:
     """Whole sequences, packed one after the other.
 
+    Attention is by a kernel that knows the sequences' lengths, where there is one for the tensors at hand. Elsewhere
+    they are padded to the longest.
+
     Args:
         lengths: of the sequences, shared prefixes included.
         shared: for each sequence, the length of the prefix that it shares with the previous one and that is not packed
             again; 0 for the first. None: no sharing.
+        kernel_for: finds the kernel; `varlen.kernel_for` if None.
 
     Attributes:
         source: for each sequence, the places of its tokens in the packed row.
@@ -139,37 +122,71 @@ class PackedPlan:
             attention are missing.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device, shared: Sequence[int] | None = None) -> None:
-        self.batch, self.longest = len(lengths), max(lengths)
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device,
+        shared: Sequence[int] | None = None,
+        kernel_for: Callable[[Tensor, Tensor, float, int | None], varlen.Kernel | None] | None = None,
+    ) -> None:
+        self._lengths, self._device = lengths, device
+        self._kernel_for = kernel_for or varlen.kernel_for
+        self._shared = shared or [0] * len(lengths)
         self.windows: dict[int, int | None] = {}
         self.source: list[Tensor] = []
-        positions, firsts = [], []  # of each packed token: its position in its sequence, and its first slot
+        positions = []  # of each packed token in its sequence
         size = 0
-        for row, (length, taken) in enumerate(zip(lengths, shared or [0] * self.batch, strict=True)):
+        for length, taken in zip(lengths, self._shared, strict=True):
             new = torch.arange(size, size + length - taken)
             self.source.append(torch.cat([self.source[-1][:taken], new]) if taken else new)
             positions.append(torch.arange(taken, length))
-            firsts.append(row * self.longest + positions[-1])
             size += length - taken
         self.positions = torch.cat(positions).unsqueeze(0).to(device)
-        # With equal lengths and no shared prefixes, packed and padded layouts coincide: no tokens have to be moved.
-        self._even = size == self.batch * self.longest
-        self._again: Tensor | None = None
-        self._biases: dict[int, Tensor] = {}  # by window, the same for all layers
-        if not self._even:
-            source = torch.zeros(self.batch, self.longest, dtype=torch.long)  # padding: any token, no query sees it
-            again = torch.zeros(self.batch, self.longest, dtype=torch.bool)
-            for row, places in enumerate(self.source):
-                source[row, : len(places)] = places
-                again[row, : shared[row] if shared else 0] = True
-            self._source, self._first = source.flatten().to(device), torch.cat(firsts).to(device)
-            self._again = again.flatten().nonzero().squeeze(1).to(device) if again.any() else None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         self.windows[layer] = window
+        kernel = self._kernel_for(query, value, scale, window)
+        if kernel is not None:
+            return self._ragged.attend(kernel, query, key, value, scale, window)
+        return self._padded.attend(query, key, value, scale, window)
+
+    @cached_property
+    def _ragged(self) -> varlen.Layout:
+        return varlen.Layout(self._lengths, self._shared, self.source, self._device)
+
+    @cached_property
+    def _padded(self) -> _Padded:
+        return _Padded(self._lengths, self._shared, self.source, self._device)
+
+
+class _Padded:
+    """Attention of packed sequences in a padded layout. Arguments as for `varlen.Layout`."""
+
+    def __init__(
+        self, lengths: Sequence[int], shared: Sequence[int], source: Sequence[Tensor], device: torch.device
+    ) -> None:
+        self.batch, self.longest = len(lengths), max(lengths)
+        # With equal lengths and no shared prefixes, packed and padded layouts coincide: no tokens have to be moved.
+        self._even = sum(lengths) - sum(shared) == self.batch * self.longest
+        self._again: Tensor | None = None
+        self._biases: dict[int, Tensor] = {}  # by window, the same for all layers
+        if not self._even:
+            slots = torch.zeros(self.batch, self.longest, dtype=torch.long)  # padding: any token, no query sees it
+            again = torch.zeros(self.batch, self.longest, dtype=torch.bool)
+            for row, (places, taken) in enumerate(zip(source, shared, strict=True)):
+                slots[row, : len(places)] = places
+                again[row, :taken] = True
+            first = [
+                row * self.longest + torch.arange(taken, length)
+                for row, (length, taken) in enumerate(zip(lengths, shared, strict=True))
+            ]
+            self._source, self._first = slots.flatten().to(device), torch.cat(first).to(device)
+            self._again = again.flatten().nonzero().squeeze(1).to(device) if again.any() else None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         heads = query.shape[1]
         # A shared prefix's queries are used in its first sequence only; its keys and values get gradients from all.
-        q, k, v = self._padded(query, None), self._padded(key, self._again), self._padded(value, self._again)
+        q, k, v = self._pad(query, None), self._pad(key, self._again), self._pad(value, self._again)
         k, v = _repeat_heads(k, heads), _repeat_heads(v, heads)
         if window is not None and self.longest > window:
             out = F.scaled_dot_product_attention(q, k, v, self._bias(window, q), scale=scale)
@@ -186,10 +203,10 @@ class PackedPlan:
             self._biases[window] = _bias(places, self.longest, window, like.dtype)
         return self._biases[window]
 
-    def _padded(self, states: Tensor, again: Tensor | None) -> Tensor:
+    def _pad(self, states: Tensor, again: Tensor | None) -> Tensor:
         """``[tokens, heads, dim]`` -> ``[batch, heads, longest, dim]``."""
         if not self._even:
-            states = _Spread.apply(states, self._source, self._first, again)
+            states = varlen.spread(states, self._source, self._first, again)
         return states.reshape(self.batch, self.longest, *states.shape[1:]).transpose(1, 2)
 
 

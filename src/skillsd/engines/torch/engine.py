@@ -30,12 +30,13 @@ from skillsd.engines.base import (
     wanted_by,
 )
 from skillsd.engines.options import LoraOptions
-from skillsd.engines.top_k import check_candidates, check_k, nothing, select
+from skillsd.engines.top_k import check_candidates, check_k, nothing
 from skillsd.engines.torch import state
 from skillsd.engines.torch.attention import Plan
+from skillsd.engines.torch.budget import Budget, budget_of
 from skillsd.engines.torch.decode import Decoder
 from skillsd.engines.torch.export import bytes_written, check_written, probe_sequence, write_merged
-from skillsd.engines.torch.forward import READ, Network, enable_recomputation, recomputed_activations, with_weights
+from skillsd.engines.torch.forward import Network, enable_recomputation, recomputed_activations, with_weights
 from skillsd.engines.torch.lm_head import TrunkAndHead
 from skillsd.engines.torch.memory import Phase, explained
 from skillsd.engines.torch.micro_batches import MicroBatches
@@ -75,6 +76,7 @@ class TorchEngine(Learner, Sampler):
             checkpoint), with the student's tokenizer and without adapters. It is never synchronised, never stale and
             not saved in checkpoints; `teacher_follows` is ignored. Sequences are limited to what both models take.
         micro_batch_tokens: the most tokens in one forward pass (a longer sequence goes alone); halved if out of memory.
+            ``auto``: by a GPU's free memory, when the first sequences come; 8192 on a CPU.
         max_sessions: the most episodes whose keys and values are kept at once.
         in_thread: score and train in a thread, so that the event loop, which decodes, stays free.
         decode: ``static`` steps run on the device without waiting for the host, captured as CUDA graphs on a GPU;
@@ -92,7 +94,7 @@ class TorchEngine(Learner, Sampler):
         lora: LoraOptions | None = None,
         teacher_follows: bool = True,
         teacher_model: str | None = None,
-        micro_batch_tokens: int = 8192,
+        micro_batch_tokens: Budget = "auto",
         max_sessions: int = 256,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
@@ -125,7 +127,8 @@ class TorchEngine(Learner, Sampler):
         self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimiser = MasterAdamW(self.trainable.values(), betas=betas, weight_decay=weight_decay)
         self._max_grad_norm = max_grad_norm
-        self._micro_batches = MicroBatches(micro_batch_tokens)
+        estimated = self.model, self._base, self.optimiser, lora, gradient_checkpointing
+        self._micro_batches = MicroBatches(budget_of(micro_batch_tokens, *estimated))
         self._in_thread = in_thread
         self._teacher_follows = teacher_follows
         self.teacher: dict[str, Tensor] | None = None  # the snapshot; None if the teacher follows or is another model
@@ -208,16 +211,12 @@ class TorchEngine(Learner, Sampler):
     def _score(
         self, sequences: Sequence[TokenSequence], weights: Weights, temperature: float, want: Want
     ) -> list[TokenLogprobs]:
-        def read(full: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-            found = select(full, ids, want)
-            return tuple(x for x in (found.chosen, found.distribution, found.candidates) if x is not None)
-
         network = self._network(weights)
         pieces: list[list[Tensor]] = [[] for _ in sequences]
         with torch.inference_mode():
             for part, shared in self._micro_batches.of(sequences):
                 counts = [sequences[i].marked for i in part]
-                read_off = network.forward([sequences[i] for i in part], shared, temperature, read)
+                read_off = network.forward([sequences[i] for i in part], shared, temperature, want)
                 if torch.isnan(read_off[0]).any():
                     raise not_finite(f"{weights}'s log-probs", self.version)
                 for found in read_off:
@@ -252,10 +251,10 @@ class TorchEngine(Learner, Sampler):
                 names = items[0].signals.keys()
                 signals = {name: torch.cat([item.signals[name] for item in items]).to(self.device) for name in names}
                 candidates = signals["candidates"] if want.kind == "top_k" else None
-                more = [] if candidates is None else [candidates]
+                given = {} if candidates is None else {"candidates": candidates}
                 sequences = [item.sequence for item in items]
-                found = network.forward(sequences, shared, temperature, READ[want.kind], *more)
-                value, metrics = loss(TokenLogprobs(*found, *more), signals)
+                found = network.forward(sequences, shared, temperature, want, candidates)
+                value, metrics = loss(TokenLogprobs(*found, **given), signals)
                 # A loss can be infinite while its gradient is finite: `step` has to refuse that too.
                 self._loss_is_finite &= bool(torch.isfinite(value.detach()))
                 value.backward()

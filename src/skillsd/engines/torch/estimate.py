@@ -18,13 +18,12 @@ import torch
 
 from skillsd.engines.estimate import SAMPLING, SCORING, UPDATE, Estimate, Workload
 from skillsd.engines.options import EngineSpec, LoraOptions
+from skillsd.engines.torch.budget import ON_CPU, kept_per_token, one_layer, tokens_that_fit
 from skillsd.engines.torch.models import DTYPES, pick_device
 from skillsd.engines.torch.sizes import Sizes
 from skillsd.errors import UserError
 
 WIDTH = {"float32": 4, "bfloat16": 2}
-KEPT = 1.4
-"""Activations kept for the backward pass, per input or output of a weight matrix: with norms, rotations and gates."""
 CALLS = 60
 """Operations of one layer in one forward pass, each with a fixed cost besides its arithmetic."""
 TURN = 150
@@ -69,7 +68,9 @@ class TorchEstimator:
         return self._sizes[key]
 
     def __call__(self, spec: EngineSpec, workload: Workload) -> Estimate:
-        return estimate(spec, workload, self.sizes(spec), speed=self._speed, own=self._own, gpu=self._gpu)
+        return estimate(
+            spec, workload, self.sizes(spec), speed=self._speed, own=self._own, gpu=self._gpu, free=self.free
+        )
 
 
 CUDA = 600 << 20
@@ -132,14 +133,16 @@ def estimate(
     speed: Speed | None = None,
     own: int = 0,
     gpu: bool = False,
+    free: int = 0,
 ) -> Estimate:
     """Estimate a run with a model of these sizes.
 
     Args:
         own: bytes of the process before the model is loaded.
         gpu: whether the model runs on a GPU.
+        free: bytes available there, for ``micro_batch_tokens=auto``.
     """
-    from skillsd.engines.torch.lm_head import MAX_LOGITS
+    from skillsd.engines.torch.lm_head import most_logits
     from skillsd.engines.torch.steps import PREFILL_BATCH_TOKENS
 
     width = WIDTH[spec.dtype]
@@ -156,20 +159,24 @@ def estimate(
         teacher = Sizes.of(spec.teacher_model).parameters * width
     at_once = min(workload.episodes, spec.max_sessions)
     together = workload.episodes * workload.trajectory_tokens // workload.minibatches
-    batch = max(min(spec.micro_batch_tokens, together), workload.trajectory_tokens)
+    recomputed, budget = spec.gradient_checkpointing, spec.micro_batch_tokens
+    if budget == "auto":
+        left = free - own - sizes.parameters * width - trained * 12 - masters - teacher - (trained * 4 if lora else 0)
+        fit = tokens_that_fit(left, sizes, width, lora=bool(lora), recomputed=recomputed)
+        budget = fit if gpu else ON_CPU
+    batch = max(min(budget, together), workload.trajectory_tokens)
     sampled_share = min(1.0, workload.turns * workload.turn_tokens / workload.trajectory_tokens)
     rows = round(batch * sampled_share)
     wanted = workload.want
     if wanted != "whole":
-        rows = min(rows, max(1, MAX_LOGITS // sizes.vocabulary))  # computed in chunks of this size
+        rows = min(rows, max(1, most_logits(gpu, wanted == "chosen") // sizes.vocabulary))  # computed in chunks
     logits = rows * sizes.vocabulary
     native = width if width < 4 else 0  # bytes of a logit in the model's dtype, if not float32
-    one_layer = round(KEPT * sizes.flow / sizes.layers)
-    kept = sizes.layers * one_layer * width  # bytes per token
-    if lora and width < 4:
-        kept += sizes.adapted_in * 4  # peft keeps an adapter's input in float32
-    if spec.gradient_checkpointing:
-        kept = kept // sizes.layers + sizes.layers * sizes.hidden * width
+    to_score, to_learn = SCORE[wanted] + native, LEARN[wanted] + native
+    if gpu and wanted == "chosen":  # the logits, and their gradient
+        to_score, to_learn = width, 2 * width
+    layer = one_layer(sizes)
+    kept = kept_per_token(sizes, width, lora=bool(lora), recomputed=recomputed)
     prefill = min(at_once * workload.trajectory_tokens, max(PREFILL_BATCH_TOKENS, workload.trajectory_tokens))
     phases: dict[str, dict[str, int]] = {
         SAMPLING: {
@@ -177,16 +184,16 @@ def estimate(
                 POOL * at_once * workload.trajectory_tokens * sizes.cache * width
             ),
             "logits": at_once * sizes.vocabulary * (width + CHOOSE),
-            "activations of one layer": prefill * one_layer * width,
+            "activations of one layer": prefill * layer * width,
         },
         SCORING: {
-            f"logits of {rows:,} sampled tokens": logits * (SCORE[wanted] + native),
-            "activations of one layer": batch * one_layer * width,
+            f"logits of {rows:,} sampled tokens": logits * to_score,
+            "activations of one layer": batch * layer * width,
         },
         UPDATE: {
             f"gradients of {trained / 1e6:,.1f} M parameters": trained * 4,
             f"activations of {batch:,} tokens": batch * kept,
-            f"logits of {rows:,} sampled tokens": logits * (LEARN[wanted] + native),
+            f"logits of {rows:,} sampled tokens": logits * to_learn,
         },
     }
     if lora:
@@ -212,7 +219,7 @@ def estimate(
         "AdamW's two moments": trained * 8,
         "the teacher's own weights": teacher,
     }
-    seconds = _seconds(spec, workload, sizes, speed) if speed else {}
+    seconds = _seconds(spec, workload, sizes, speed, batch) if speed else {}
     note = ""
     if sizes.unknown:
         note = (
@@ -222,7 +229,7 @@ def estimate(
     return Estimate({name: size for name, size in stays.items() if size}, phases, seconds, note)
 
 
-def _seconds(spec: EngineSpec, workload: Workload, sizes: Sizes, speed: Speed) -> dict[str, float]:
+def _seconds(spec: EngineSpec, workload: Workload, sizes: Sizes, speed: Speed, batch: int) -> dict[str, float]:
     episodes, most = workload.episodes, workload.trajectory_tokens
     at_once = min(episodes, spec.max_sessions)
     sampled = min(workload.turns * workload.turn_tokens, most)
@@ -231,7 +238,7 @@ def _seconds(spec: EngineSpec, workload: Workload, sizes: Sizes, speed: Speed) -
     passes = -(-episodes // at_once) * sampled  # decoding steps, each for all episodes at once
     calls = sizes.layers * CALLS * speed.call
     trained = episodes * (most * token + sampled * word)
-    micro_batches = -(-episodes * most // max(spec.micro_batch_tokens, most))
+    micro_batches = -(-episodes * most // batch)
     # Forward, gradients of activations, and (without LoRA) of weights; checkpointing repeats the forward pass.
     times = (2 if spec.lora else 3) + spec.gradient_checkpointing
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from skillsd.engines.base import TokenSequence
-from skillsd.engines.top_k import coarse_grain
+from skillsd.engines.top_k import coarse_grain, select
 from skillsd.engines.torch.attention import PackedPlan, Plan
-from skillsd.engines.torch.lm_head import TrunkAndHead, in_chunks
+from skillsd.engines.torch.chosen import chosen_logprobs
+from skillsd.engines.torch.lm_head import TrunkAndHead, in_chunks, most_logits
 from skillsd.errors import UserError
-
-Read = Callable[..., tuple[Tensor, ...]]
-"""(log-probs ``[tokens, vocab]``, the tokens' ids ``[tokens]``, ...) -> tensors with one row per token."""
+from skillsd.objective.logprobs import CHOSEN, Want
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,18 @@ class Network:
         sequences: Sequence[TokenSequence],
         shared: Sequence[int],
         temperature: float,
-        read: Read,
-        *more: Tensor,
+        want: Want = CHOSEN,
+        candidates: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """One forward pass over whole sequences; `read` of the log-probs at the marked places, one row per place.
+        """One forward pass over whole sequences.
 
         Args:
             shared: for each sequence, the number of its first tokens that it shares with the one before it.
-            more: further tensors ``[marked, ...]`` for `read`.
+            candidates: for ``top_k``, ids ``[marked, k]``. If None, the most likely tokens.
+
+        Returns:
+            As wanted, with one row per marked place: log-probs of the marked tokens; log-probs of all tokens, or of the
+            candidates and of all others together; the candidates, unless they were given.
         """
         plan = PackedPlan([len(s.tokens) for s in sequences], self.device, shared)
         ids = torch.tensor([t for s, taken in zip(sequences, shared, strict=True) for t in s.tokens[taken:]])
@@ -65,13 +68,18 @@ class Network:
         hidden = self.split.hidden(self.run, **inputs, use_cache=False, plan=plan)
         hidden = hidden.index_select(0, places.to(self.device))
 
-        def compute(hidden: Tensor, targets: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-            logits = self.split.logits(self.run, hidden)[:, : self.vocabulary].float()
+        def compute(hidden: Tensor, targets: Tensor, candidates: Tensor | None = None) -> tuple[Tensor, ...]:
+            logits = self.split.logits(self.run, hidden)
+            if want.kind == "chosen":
+                return (chosen_logprobs(logits, targets, self.vocabulary, temperature),)
+            logits = logits[:, : self.vocabulary].float()
             if temperature != 1:
                 logits = logits / temperature
-            return read(torch.log_softmax(logits, dim=-1), targets, *more)
+            return _read(torch.log_softmax(logits, dim=-1), targets, want, candidates)
 
-        return in_chunks(hidden, targets.to(self.device), self.vocabulary, compute, *more)
+        size = max(1, most_logits(hidden.is_cuda, want.kind == "chosen") // self.vocabulary)
+        more = [] if candidates is None else [candidates]
+        return in_chunks(hidden, targets.to(self.device), size, compute, *more)
 
     def decode(self, ids: Tensor, plan: Plan, places: Tensor | None) -> Tensor:
         """One forward pass over new tokens, packed ``[tokens]``; logits ``[places, vocab]`` at the given places.
@@ -136,17 +144,9 @@ def _recompute(layer: nn.Module, call: Callable[..., Any], *args: Any) -> Any:
     return checkpoint(run, *args, use_reentrant=False)
 
 
-def _chosen(full: Tensor, ids: Tensor) -> tuple[Tensor]:
-    return (full.gather(1, ids.unsqueeze(1)).squeeze(1),)
-
-
-def _whole(full: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-    return (*_chosen(full, ids), full)
-
-
-def _coarse(full: Tensor, ids: Tensor, candidates: Tensor) -> tuple[Tensor, ...]:
-    return (*_chosen(full, ids), coarse_grain(full, candidates))
-
-
-READ: Mapping[str, Read] = {"chosen": _chosen, "whole": _whole, "top_k": _coarse}
-"""`Want.kind` -> what a training pass reads of the log-probs."""
+def _read(full: Tensor, ids: Tensor, want: Want, candidates: Tensor | None) -> tuple[Tensor, ...]:
+    """What is wanted of the log-probs ``[tokens, vocab]``."""
+    if candidates is not None:
+        return full.gather(1, ids.unsqueeze(1)).squeeze(1), coarse_grain(full, candidates)
+    found = select(full, ids, want)
+    return tuple(x for x in (found.chosen, found.distribution, found.candidates) if x is not None)

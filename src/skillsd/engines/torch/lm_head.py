@@ -19,6 +19,10 @@ from skillsd.errors import UserError
 MAX_LOGITS = 2**25
 """The most logits that are computed at once (128 MiB in float32, and as much for each tensor derived from them)."""
 
+MAX_LOGITS_ON_GPU = 2**26
+MAX_LOGITS_OF_CHOSEN_ON_GPU = 2**28
+"""The same on a GPU, which needs large matrices. For chosen tokens alone little is derived from the logits."""
+
 
 class TrunkAndHead:
     """Splits `model`, a causal LM of `transformers` with or without adapters, whatever its head computes.
@@ -82,15 +86,21 @@ class TrunkAndHead:
             self._given = None
 
 
+def most_logits(on_gpu: bool, only_chosen: bool) -> int:
+    """The most logits that are computed at once."""
+    if not on_gpu:
+        return MAX_LOGITS
+    return MAX_LOGITS_OF_CHOSEN_ON_GPU if only_chosen else MAX_LOGITS_ON_GPU
+
+
 def in_chunks(
-    hidden: Tensor, targets: Tensor, vocabulary: int, compute: Callable[..., tuple[Tensor, ...]], *more: Tensor
+    hidden: Tensor, targets: Tensor, size: int, compute: Callable[..., tuple[Tensor, ...]], *more: Tensor
 ) -> tuple[Tensor, ...]:
-    """``compute(hidden, targets, *more)``, tensors with one row per token, in chunks of at most `MAX_LOGITS` logits.
+    """``compute(hidden, targets, *more)``, tensors with one row per token, in chunks of at most `size` tokens.
 
     With several chunks and gradients, a chunk keeps no activations and is computed again in the backward pass.
     (Autograd sums the gradient of the head's weights over the chunks in their dtype.)
     """
-    size = max(1, MAX_LOGITS // vocabulary)
     if len(hidden) <= size:
         return compute(hidden, targets, *more)
     chunks = zip(*(tensor.split(size) for tensor in (hidden, targets, *more)), strict=True)

@@ -20,11 +20,24 @@ class MicroBatches:
     """Groups sequences into forward passes of at most `budget` tokens, halved when one does not fit into memory.
 
     The lower budget is kept: the next batch would not fit either.
+
+    Args:
+        find_budget: gives the budget when the first sequences come.
     """
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def __init__(self, find_budget: Callable[[], int]) -> None:
+        self._find_budget, self._budget = find_budget, 0
         self._sequences = self._tokens = 0  # in the latest forward pass
+
+    @property
+    def budget(self) -> int:
+        if not self._budget:
+            self._budget = self._find_budget()
+        return self._budget
+
+    @budget.setter
+    def budget(self, tokens: int) -> None:
+        self._budget = tokens
 
     def of(self, sequences: Sequence[TokenSequence]) -> Iterator[tuple[list[int], list[int]]]:
         """As `micro_batches`."""

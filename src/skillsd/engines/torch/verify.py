@@ -18,6 +18,7 @@ from skillsd.engines.torch import attention
 from skillsd.engines.torch.forward import Network, recomputed_activations
 from skillsd.engines.torch.memory import is_out_of_memory
 from skillsd.errors import UserError
+from skillsd.objective.logprobs import WHOLE
 
 MAX_REACH = 512
 """Windows of at most this many tokens are checked beyond their end; larger ones by what the layers ask for."""
@@ -115,12 +116,8 @@ def _sequences(config: Any, vocabulary: int) -> list[TokenSequence]:
     ]
 
 
-def _whole(full: Tensor, ids: Tensor) -> tuple[Tensor]:
-    return (full,)
-
-
 def _packed(network: Network, sequences: list[TokenSequence]) -> Tensor:
-    return network.forward(sequences, [0] * len(sequences), 1.0, _whole)[0]
+    return network.forward(sequences, [0] * len(sequences), 1.0, WHOLE)[1]
 
 
 def _cached(network: Network, sequences: list[TokenSequence]) -> Tensor:
