@@ -10,7 +10,7 @@ import torch
 
 from engines.tiny import DATA, embedded, sample_all, torch_engine, view
 from skillsd.engines.base import Sample, SampleRequest
-from skillsd.engines.torch.decode import choose
+from skillsd.engines.torch.sampling import choose
 from skillsd.errors import EngineFailedError, UserError
 
 Folder = Callable[[str], Path]
