@@ -14,7 +14,7 @@ CLOCKS = ("time/", "memory/", "seconds", "rollout/sampled_tokens_per_second", "e
 """Beginnings of the metrics that depend on the clock or the memory."""
 
 
-def toy_settings(model: Path, **sections: Mapping[str, Any] | str | int) -> dict[str, Any]:
+def toy_settings(model: Path, /, **sections: Mapping[str, Any] | str | int) -> dict[str, Any]:
     """Settings of a run that takes seconds, updated with `sections`."""
     settings: dict[str, Any] = {
         "name": "toy",

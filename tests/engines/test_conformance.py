@@ -47,10 +47,11 @@ SUBJECTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in tiny.ARCHITECTURES},
     "llama-lora": ("llama", LORA),
     "llama-bf16": ("llama", {"dtype": "bfloat16"}),
+    "llama-static": ("llama", {"decode": "static"}),
     "gpt2-checkpointed": ("gpt2", {"gradient_checkpointing": True}),
     "qwen3-lora-bf16-checkpointed": ("qwen3", {**LORA, "dtype": "bfloat16", "gradient_checkpointing": True}),
 }
-EVERY_CHECK = ("llama", "llama-lora", "llama-bf16")
+EVERY_CHECK = ("llama", "llama-lora", "llama-bf16", "llama-static")
 """These go through every check, the others through those that depend on the architecture."""
 
 CASES = [

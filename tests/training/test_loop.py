@@ -16,6 +16,8 @@ from toy_env import Toy
 from toy_run import Listener, MakeRun, go, without_clocks
 
 from skillsd.engines.base import SampleRequest, TokenSequence
+from skillsd.engines.torch.decode import Decoder
+from skillsd.engines.torch.steps import Decoded
 from skillsd.errors import UserError
 from skillsd.prompting.templates import render_skill
 from skillsd.skills.bank import StoredSkill
@@ -160,6 +162,30 @@ def test_metrics_of_an_iteration(make_run: MakeRun) -> None:
         sum(t.action_tokens for g in listener.groups[3 * i : 3 * i + 3] for t in g.trajectories) for i in range(6)
     ]
     assert [record["sampled_tokens"] for record in listener.iterations] == [sum(sampled[: i + 1]) for i in range(6)]
+
+
+@pytest.mark.parametrize("decode", ["plain", "static"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sampler_and_trainer_are_really_compared(
+    dtype: str, decode: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer's log-probs are its own: an error in the sampler's appears in the metric as it is."""
+    error = 0.0
+    sample = Decoder.sample
+
+    async def wrong(decoder: Decoder, request: SampleRequest) -> Decoded:
+        tokens, logprobs, stopped = await sample(decoder, request)
+        return tokens, tuple(logprob - error for logprob in logprobs), stopped
+
+    monkeypatch.setattr(Decoder, "sample", wrong)
+    sections = {"model": {"dtype": dtype}, "engine": {"decode": decode}, "training": {"iterations": 1}}
+    (record,) = go(make_run("right", **sections)).iterations
+    right = record["sampler_trainer_logprob_diff/max"]
+    assert 0 < right < (1e-5 if dtype == "float32" else 0.15)  # two ways to compute the same never round alike
+    error = 2.0
+    (record,) = go(make_run("wrong", **sections)).iterations
+    for quantile in ("p50", "p99", "max"):
+        assert record[f"sampler_trainer_logprob_diff/{quantile}"] == pytest.approx(error, abs=right + 0.15)
 
 
 def test_first_visit_of_a_task_has_no_teacher_and_later_visits_do(make_run: MakeRun) -> None:

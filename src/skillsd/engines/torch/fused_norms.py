@@ -22,7 +22,7 @@ def fuse_norms(model: nn.Module) -> int:
     fused = 0
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and _is_plain(module):
-            module.forward = partial(_forward, module)  # type: ignore[method-assign]
+            module.forward = partial(_forward, module)
             fused += 1
     return fused
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from skillsd.engines.options import Capabilities, EngineOptions, EngineSpec
 
@@ -60,6 +60,9 @@ class TorchOptions(EngineOptions):
             decode=self.decode,
         )
         return Engine(engine, engine, self.name, self.provides())
+
+    def resume_key(self) -> dict[str, Any]:
+        return {"name": self.name}  # `decode` changes the rounding only
 
     def estimator(self, spec: EngineSpec, workload: Workload) -> Estimator:
         from skillsd.engines.torch.estimate import TorchEstimator

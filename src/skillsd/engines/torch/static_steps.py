@@ -38,9 +38,9 @@ MOST_PADDED, CHEAP_PADDED = 8192, 1024
 """Tokens of a prefill step, padding included: at most the first, and at most three times the tokens without padding
 unless they are as few as the second, for which launches would take longer than the padding."""
 
-KEPT_SHARE = 1 / 8
-"""Keys and values are kept during scoring and training, with the graphs that use them, if they take no more than this
-share of the device's memory."""
+KEPT_SHARE = 1 / 16
+"""Keys and values are kept during scoring and training if they take no more than this share of the device's memory:
+then the graphs, which hold their addresses, are captured once in a run and not in every iteration."""
 
 # Rows of the state. Temperatures and uniform numbers are float64 in the same 8 bytes.
 _ID, _POSITION, _ACTIVE, _TEMPERATURE, _STEP, _UNIFORMS = range(6)
@@ -77,7 +77,7 @@ class StaticSteps(Steps):
     ) -> None:
         super().__init__(forward, device)
         self._attention, self._graphs, self._kept_bytes = attention, graphs, kept_bytes
-        self._most = bucket(most)
+        self._most = most
         self._stops = torch.zeros(vocabulary, dtype=torch.bool, device=device)
         self._state = torch.zeros(_UNIFORMS + STEPS, self._most, dtype=torch.long, device=device)
         self._results = torch.zeros(2, STEPS, self._most, dtype=torch.long, device=device)  # ids; float64 log-probs
@@ -92,10 +92,10 @@ class StaticSteps(Steps):
     # -- memory -------------------------------------------------------------------------------------------------
 
     def reserve(self, rows: int, length: int) -> None:
-        super().reserve(bucket(rows) + 1, length)  # one scrap row
+        super().reserve(self._slots(rows) + 1, length)  # one scrap row
 
     def rows_read(self, sessions: int) -> int:
-        return bucket(sessions)
+        return self._slots(sessions)
 
     def release(self) -> None:
         if self.pool.bytes() > self._kept_bytes:
@@ -119,6 +119,9 @@ class StaticSteps(Steps):
             step()
         else:
             self._graphs.run((kind, slots, new, length), step)
+
+    def _slots(self, needed: int) -> int:
+        return min(bucket(needed), self._most)
 
     def _length(self, needed: int) -> int:
         """Keys to read of each slot."""
@@ -144,7 +147,7 @@ class StaticSteps(Steps):
         numbers = [[session.rng.random() for _ in range(steps)] for session in sessions]
         floats[_UNIFORMS:, rows] = torch.tensor(numbers, dtype=torch.float64).T
         self._send(self._state, state)
-        slots = min(bucket(rows[-1] + 1), self._most)
+        slots = self._slots(rows[-1] + 1)
         length = self._length(max(session.cached for session in sessions) + steps)
         for _ in range(steps):
             self._run("decode", slots, 1, length)
@@ -186,14 +189,14 @@ class StaticSteps(Steps):
         if short:
             longest = max(session.uncached for session in short)
             new = next(width for width in WIDTHS if width >= longest)
-            padded = min(bucket(len(short)), self._most) * new
+            padded = self._slots(len(short)) * new
             real = sum(session.uncached for session in short)
             if padded <= min(MOST_PADDED, max(3 * real, CHEAP_PADDED)):
                 self._prefill_short(short, new)
         self.prefill([session for session in sessions if session.uncached])
 
     def _prefill_short(self, sessions: Sequence[Session], new: int) -> None:
-        slots = min(bucket(len(sessions)), self._most)
+        slots = self._slots(len(sessions))
         state = torch.zeros(_IDS + new, self._most, dtype=torch.long)
         state[_ROW] = self.pool.rows - 1  # unused slots: the scrap row
         used = len(sessions)
