@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engines import tiny
@@ -176,7 +176,7 @@ def test_learners_weights_are_those_it_publishes(lora: LoraOptions | None, tied_
     engine = tiny.embedded(tied_folder, lora=lora)
     tiny.train(engine, 2)
     asyncio.run(engine.learner.publish(tmp_path))
-    written = {name: w for path in tmp_path.glob("*.safetensors") for name, w in tiny.load_file(path).items()}
+    written = {name: w for path in tmp_path.glob("*.safetensors") for name, w in load_file(path).items()}
     held = dict(torch_engine(engine).weights())
     assert held.keys() == written.keys()
     assert all(torch.equal(held[name], tensor) for name, tensor in written.items())
@@ -305,7 +305,7 @@ def test_gpu_of_vllm_that_the_learner_does_not_see_is_refused(make: Make, monkey
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"weights": "ipc"}, r"engine\.weights=ipc.*on 'elsewhere'"),
+        ({"weights": "ipc"}, r"engine\.weights=ipc.*not on a GPU"),
         ({"sleep": True}, r"engine\.sleep=true.*not on a GPU"),
         ({"gpus": [1]}, r"engine\.gpus is \[1\], but this process sees 0 GPUs"),
     ],

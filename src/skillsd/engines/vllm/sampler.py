@@ -78,8 +78,8 @@ class VllmSampler(Sampler):
             raise UserError(f"engine.gpus is {options.gpus}, but this process sees {count} GPUs, counted from 0")
         if options.weights == "ipc" and not self._by_ipc:
             raise UserError(
-                "engine.weights=ipc hands over weights in GPU memory, but the learner's are on "
-                f"{self._device!r}: leave engine.weights out, or use a GPU"
+                "engine.weights=ipc hands over weights in GPU memory, but the learner's are not on a GPU of this "
+                "process: leave engine.weights out"
             )
         if self._sleeps and not self._device.startswith("cuda"):
             raise UserError("engine.sleep=true frees GPU memory, but the learner is not on a GPU: leave it out")
