@@ -7,8 +7,9 @@ import json
 import logging
 import re
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -350,3 +351,61 @@ def test_gpus_of_vllm(
     assert found["gpu_memory_utilization"] == share
     assert found.get("enable_sleep_mode", False) is sleeps
     assert found.get("tensor_parallel_size", 1) == len(gpus or [0])
+
+
+# -- on a GPU, without vLLM -----------------------------------------------------------------------------------------
+
+READER = """
+import base64, json, pickle, sys, torch
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
+opened = {}
+for line in sys.stdin:
+    message = json.loads(line)
+    if "chunk" in message:
+        update = pickle.loads(base64.b64decode(message["chunk"]))
+        handle = list(update["ipc_handles"][str(torch.cuda.get_device_properties(0).uuid)])
+        handle[6] = 0
+        if tuple(handle) not in opened:
+            opened[tuple(handle)] = rebuild_cuda_tensor(*handle)
+        packed = opened[tuple(handle)]
+        pieces = packed[: sum(update["tensor_sizes"])].split(update["tensor_sizes"])
+        kinds = zip(update["dtype_names"], pieces)
+        print(json.dumps([float(piece.view(getattr(torch, dtype)).sum()) for dtype, piece in kinds]), flush=True)
+    else:
+        if "finish" in message:
+            opened.clear()
+            packed = pieces = kinds = None
+        print("[]", flush=True)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_another_process_reads_the_weights_in_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice, as in two updates; a weight in CPU memory is a merged one."""
+    monkeypatch.setattr(transfer, "BUFFER", 4 << 20)
+    card = next(iter(transfer.gpus().items()))
+    sums: list[float] = []
+    with subprocess.Popen(
+        [sys.executable, "-c", READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+
+        def call(message: Mapping[str, Any]) -> None:
+            print(json.dumps(message), file=reader.stdin, flush=True)
+            assert reader.stdout is not None
+            sums.extend(json.loads(reader.stdout.readline()))
+
+        before = torch.cuda.memory_allocated()
+        for version in (1, 2):
+            weights = {
+                str(n): torch.full((1 << 20,), n * version, dtype=torch.bfloat16, device="cuda") for n in range(4)
+            }
+            weights["merged"] = torch.full((1 << 20,), 3.0 * version)
+            sums.clear()
+            transfer.send(weights.items(), dict([card]), call)
+            assert sums == [float(n * version << 20) for n in (0, 1, 2, 3, 3)]
+            del weights
+            assert torch.cuda.memory_allocated() == before  # the buffer is gone, too
+        reader.stdin.close()
