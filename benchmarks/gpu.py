@@ -83,6 +83,10 @@ class Bench:
     def peak_memory(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
+    def forget_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
     def measure(self, name: str, seconds: float, work: Callable[[], None]) -> None:
         """Run a part; what goes wrong in it is recorded."""
         begin = time.perf_counter()

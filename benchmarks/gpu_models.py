@@ -44,8 +44,8 @@ CHATML = (
 TEXT = "user\nassistant\nSokoban: #r1c1 .r1c1 @r1c1 $r1c1 *r1c1 Invalid Solved Over Up Down Left Right\n"
 """The words that the tokenizer has tokens for, as a large one would."""
 
-LOGITS = 3.0
-"""Standard deviation of the random models' logits: a distribution as peaked as a language model's."""
+LOGITS = 4.0
+"""Standard deviation of the random models' logits: entropies of about 3 nats, as a language model's."""
 
 
 @dataclass

@@ -164,13 +164,13 @@ def learn(bench: Bench, run: Run, model: str, groups: int, members: int, prompt:
             report = await built.learner.step(1e-6)
             assert report.applied
 
-        run(update(items[:members]))  # compiles, allocates the optimiser's state
-        run(built.learner.logprobs(sequences[:members]))
+        run(update(items))  # compiles, allocates the optimiser's state
+        run(built.learner.logprobs(sequences))
         for name, work, times, share in (
             ("scoring", lambda: built.learner.logprobs(sequences), 1, 40.0),
             ("update", lambda: update(items), 3, 40.0),
         ):
-            gpu_models.free(bench.device)
+            bench.forget_peak()
             tries = []
             for _ in range(1 if bench.quick or bench.toy else 2):
                 if tries and bench.left() < 2 * tries[0]:

@@ -224,14 +224,19 @@ class Learner:
         return estimate_torch(spec, workload, self.sizes)
 
 
-def test_vllm_reserves_its_memory_throughout(qwen: Sizes) -> None:
+def test_vllm_reserves_its_memory_throughout_or_while_it_is_awake(qwen: Sizes) -> None:
     def found(device: str, *overrides: str) -> Estimate:
         config: Any = recipe("engine.name=vllm", *overrides)
         return VllmEstimator(Learner(qwen, device), config.engine)(engine_spec(config), workload(config, 20))
 
-    on_gpu = found("cuda:0", "engine.gpu_memory_utilization=0.5")
+    on_gpu = found("cuda:0", "engine.gpu_memory_utilization=0.5", "engine.sleep=false")
     assert on_gpu.stays["vLLM's reservation"] == 40 * GIB
     assert estimates.SAMPLING not in on_gpu.phases
+    asleep = found("cuda:0")
+    assert asleep.stays["vLLM, asleep"] == 2 * GIB
+    assert asleep.phases[estimates.SAMPLING] == {"vLLM's reservation": 30 * GIB}
+    assert asleep.need < on_gpu.need
+    assert not [name for name in found("cuda:0", "engine.gpus=[1]").stays if name.startswith("vLLM")]
     assert found("cpu", "model.dtype=bfloat16").stays["vLLM's reservation"] == 2 * qwen.parameters + GIB
 
 

@@ -153,4 +153,5 @@ def test_the_kernel_of_torch(heads: tuple[int, int], window: int | None) -> None
     for kernel_for in (varlen.kernel_for, lambda *_: None):
         found = _attend(*layout, heads, window, device="cuda", dtype=torch.bfloat16, kernel_for=kernel_for)
         for ours, expected in zip(found, reference, strict=True):
-            assert (ours.cpu().float() - expected).abs().max() < 0.03 * expected.abs().max()
+            # With a window of 1 the gradient of queries is 0, up to rounding.
+            assert (ours.cpu().float() - expected).abs().max() < 0.03 * expected.abs().max() + 1e-5

@@ -235,6 +235,7 @@ def test_any_other_finish_reason_is_an_error() -> None:
         SimpleNamespace(
             finished=reason is not None,
             request_id=str(number),
+            num_cached_tokens=3,
             outputs=[
                 SimpleNamespace(finish_reason=reason, token_ids=[7], logprobs=[{7: SimpleNamespace(logprob=-0.5)}])
             ],
@@ -244,7 +245,7 @@ def test_any_other_finish_reason_is_an_error() -> None:
     llm = SimpleNamespace(llm_engine=SimpleNamespace(step=lambda: ended))
     Worker(llm, None, queue.Queue(), answers.append)._step()
     assert [answer["id"] for answer in answers] == [0, 1, 3]
-    assert answers[0] == {"id": 0, "tokens": [7], "logprobs": [-0.5], "stop": "stop"}
+    assert answers[0] == {"id": 0, "tokens": [7], "logprobs": [-0.5], "stop": "stop", "cached": 3}
     assert "'error'" in answers[1]["error"]
     assert "'repetition'" in answers[2]["error"]
 

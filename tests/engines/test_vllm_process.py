@@ -17,13 +17,15 @@ import torch
 
 from engines import tiny
 from engines.tiny import DATA, chosen, conforms, sample_all, torch_engine, view
-from skillsd.engines.base import Engine, SampleRequest, TokenSequence
+from skillsd.engines.base import Engine, Learner, SampleRequest, TokenSequence
 from skillsd.engines.conformance import CHECKS, Check, Subject, run_check, sampling
 from skillsd.engines.conformance.kit import gap
 from skillsd.engines.options import EngineSpec, LoraOptions
 from skillsd.engines.vllm import sampler as module
-from skillsd.engines.vllm.client import WorkerClient
+from skillsd.engines.vllm import transfer
+from skillsd.engines.vllm.client import WORKER, WorkerClient
 from skillsd.engines.vllm.options import VllmOptions
+from skillsd.engines.vllm.sampler import VllmSampler
 
 PYTHON = Path(__file__).parents[2] / "build" / "vllm" / "bin" / "python"
 """Where `make vllm-env` puts it."""
@@ -112,6 +114,82 @@ def test_no_layer_stays_old_after_an_update(subject: Subject) -> None:
 def test_adapters_are_sampled_with(subject: Subject) -> None:
     with_adapters: Any = functools.partial(subject.make, lora=LoraOptions(rank=4, alpha=8))
     run_check(sampling.sampling_follows_the_published_weights, replace(subject, make=with_adapters))
+
+
+ON_A_CPU = """
+import runpy, sys
+from types import SimpleNamespace
+import torch, vllm
+from torch.multiprocessing import reductions
+
+class LLM(vllm.LLM):
+    def __init__(self, *, enable_sleep_mode=False, **options):  # which it refuses on a CPU
+        super().__init__(**options)
+
+def opened(kind, path, size, *rest):
+    return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+
+vllm.LLM = LLM
+torch.cuda.get_device_properties = lambda index: SimpleNamespace(uuid="card")
+torch.accelerator.synchronize = lambda *args: None
+reductions.rebuild_cuda_tensor = opened
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+class OnAGpu:
+    """A learner that pretends to be on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._learner, name)
+
+
+@pytest.mark.parametrize("lora", [None, LoraOptions(rank=4, alpha=8)], ids=["full", "lora"])
+def test_weights_and_sleep_by_vllms_own_interface(
+    lora: LoraOptions | None, tied_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's weight-transfer engine ``ipc`` and its calls around sleep, with a file in place of GPU memory."""
+    script, buffer = tmp_path / "worker.py", tmp_path / "buffer"
+    script.write_text(ON_A_CPU.replace("sys.argv[1]", repr(str(WORKER))))
+
+    def allocate(size: int, device: torch.device) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        shared = torch.from_file(str(buffer), shared=True, size=size, dtype=torch.uint8)
+        return shared, ("file", str(buffer), size, None, None, None, 0)
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(transfer, "allocate", allocate)
+    monkeypatch.setattr(transfer, "gpus", lambda: {"card": torch.device("cpu")})
+    monkeypatch.setattr(transfer, "BUFFER", 20_000)
+    monkeypatch.setattr(module, "WorkerClient", functools.partial(WorkerClient, worker=script))
+    learner = tiny.embedded(tied_folder, lora=lora).learner
+    options = VllmOptions(python=str(PYTHON))
+    pretended: Any = OnAGpu(learner)
+    sampler = VllmSampler(pretended, options, at_once=8)
+    engine = Engine(learner, sampler, "vllm", options.provides())
+    turns = [DATA.ids(300, 1), DATA.ids(300, 1) + DATA.ids(20, 2)]  # its blocks have 128 tokens on a CPU
+
+    def largest_gap() -> float:
+        for prompt in turns:
+            [found] = sample_all(engine, [SampleRequest(prompt, 8, seed=1)])
+            marked = TokenSequence((*prompt, *found.tokens), (*[False] * len(prompt), *[True] * len(found.tokens)))
+        return gap(chosen(engine, [marked])[0], torch.tensor(found.logprobs))
+
+    asyncio.run(engine.publish())
+    assert sampler.inbox is None
+    assert largest_gap() <= 3e-5
+    assert sampler.metrics()["rollout/cached_prompt_tokens"] > 0.2
+    for _ in range(2):
+        old = view(engine)
+        asyncio.run(sampler.sleep())
+        tiny.train(engine, 5, learning_rate=0.1)
+        assert gap(view(engine), old) > 0.5
+        assert largest_gap() <= 3e-5
+    engine.close()
 
 
 PARENT = """

@@ -107,3 +107,30 @@ def test_resume_keeps_the_version(make_run: MakeRun) -> None:
     other = make_run("second")
     asyncio.run(checkpoint.load(other, checkpoint.find(run.folder)))
     assert other.learner.version == run.learner.version == 12
+
+
+def test_the_sampler_sleeps_from_the_last_sample_to_the_new_weights(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(
+        skills={"credit": "uplift", "uplift_episodes": 2}, training={"iterations": 4}, evaluation={"every": 1}
+    )
+    events: list[str] = []
+
+    def watch(name: str) -> None:
+        call = getattr(run.engine.sampler, name)
+
+        async def watched(*args: Any, **options: Any) -> Any:
+            events.append(name)
+            return await call(*args, **options)
+
+        monkeypatch.setattr(run.engine.sampler, name, watched)
+
+    for name in ("sample", "sleep", "logprobs", "forward_backward", "load"):
+        watch(name)
+    go(run)
+    awake = True
+    for event in events:
+        awake = {"sleep": False, "load": True}.get(event, awake)
+        assert awake == (event in ("sample", "load")), event
+    assert [event for event in events if event in ("sleep", "load")] == ["load", *["sleep", "load"] * 4]

@@ -334,6 +334,13 @@ class Sampler(ABC):
     async def load(self, weights: WeightsHandle) -> None:
         """Sample from these weights from now on. No KV cache of earlier weights outlives this call."""
 
+    async def sleep(self) -> None:  # noqa: B027 (most samplers have nothing to free)
+        """Free memory for the learner, where that helps. Later requests wait for the next `load`."""
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the requests since the last call."""
+        return {}
+
     def close(self) -> None:  # noqa: B027
         """No more calls will come: end what runs outside of this process. Closing twice is harmless."""
 

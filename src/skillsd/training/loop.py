@@ -150,8 +150,12 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
         run.best.update(groups)
     objective = run.objective()
 
+    with clock("uplift"):  # measured before the update, with the policy that the skill is to teach
+        credits = await _credits(run, groups, used)
+
     # 5. Group advantages, and the teacher re-scores the student's own tokens under x + S(x).
     with clock("teacher"):
+        await run.engine.sampler.sleep()  # until the new weights are published
         batch = await build_batch(
             groups,
             contexts,
@@ -163,8 +167,6 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
             best=run.best,
             rescore=run.method.sampler if objective.importance_cap else None,
         )
-    with clock("uplift"):  # measured before the update, with the policy that the skill is to teach
-        credits = await _credits(run, groups, used)
 
     # 6. L = L_GRPO + lambda * L_SDL, and the optimiser's steps.
     with clock("update"):
@@ -201,6 +203,7 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
         **updated,
         **describe_skills(run, added),
         **describe_system(run.learner),
+        **run.engine.sampler.metrics(),
         **{f"time/{phase}": spent for phase, spent in seconds.items()},
         "time/iteration": sum(seconds.values()),
     }

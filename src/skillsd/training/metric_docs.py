@@ -56,6 +56,11 @@ DOCS: tuple[MetricDoc, ...] = (
         "updates between the oldest weights that sampled a trajectory and those that train on it, mean",
         "0 in synchronous training",
     ),
+    MetricDoc(
+        "rollout/cached_prompt_tokens",
+        "share of the requests' prompt tokens that the sampler found in its prefix cache (vLLM only)",
+        "high with many turns: each turn's prompt begins with the last one's",
+    ),
     MetricDoc("rollout/dropped_groups", "groups given up because an episode failed in every attempt", "0"),
     MetricDoc(
         "outcome/*",

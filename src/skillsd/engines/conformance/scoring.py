@@ -54,7 +54,10 @@ async def distribution_is_the_models(subject: Subject) -> None:
         places = [place for place, marked in enumerate(sequence.mask) if marked]
         tokens = torch.tensor([[sequence.tokens[place]] for place in places])
         equal(one.chosen, whole.gather(1, tokens)[:, 0], "chosen log-probs and those in the distribution")
-        equal(only, one.chosen, "chosen log-probs, wanted alone or with the distribution")
+        off = gap(only, one.chosen)  # an engine may compute the chosen tokens' alone by another kernel
+        expect(
+            off <= subject.tolerance, f"chosen log-probs, wanted alone or with the distribution, differ by {off:.3g}"
+        )
         expect(whole.dtype == torch.float32 and whole.device.type == "cpu", "distributions are float32 on the CPU")
         if subject.reference is not None:
             plain = subject.reference(sequence.tokens)[[place - 1 for place in places]].log_softmax(-1)

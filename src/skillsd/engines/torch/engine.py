@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from skillsd.engines.base import (
@@ -31,11 +30,10 @@ from skillsd.engines.base import (
 )
 from skillsd.engines.options import LoraOptions
 from skillsd.engines.top_k import check_candidates, check_k, nothing
-from skillsd.engines.torch import state
+from skillsd.engines.torch import export, state
 from skillsd.engines.torch.attention import Plan
 from skillsd.engines.torch.budget import Budget, budget_of
 from skillsd.engines.torch.decode import Decoder
-from skillsd.engines.torch.export import bytes_written, check_written, probe_sequence, write_merged
 from skillsd.engines.torch.forward import Network, enable_recomputation, recomputed_activations, with_weights
 from skillsd.engines.torch.lm_head import TrunkAndHead
 from skillsd.engines.torch.memory import Phase, explained
@@ -340,26 +338,23 @@ class TorchEngine(Learner, Sampler):
     async def publish(self, folder: Path | None = None) -> WeightsHandle:
         if folder is None:
             return WeightsHandle(self.version)
-        try:
-            write_merged(self.model, folder, untie=True)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"can't write the weights for the sampler ({self.published_bytes / 2**30:.2f} GiB) into "
-                f"{str(folder)!r}: {error}. Make room there, or set TMPDIR to a folder that has it"
-            ) from error
+        export.write_for_sampler(self.model, folder)
         self._check_once("published", folder)
         return WeightsHandle(self.version, str(folder))
 
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        return export.merged_weights(export.without_adapters(self.model)).items()
+
     @property
     def published_bytes(self) -> int:
-        return bytes_written(self.model)
+        return export.bytes_written(self.model)
 
     async def export(self, folder: Path, *, merge: bool = False) -> None:
         if merge and not self.lora:
             raise UserError("all weights were trained, so there is no adapter to merge: leave out --merge")
         if merge:
             folder.mkdir(parents=True, exist_ok=True)
-            write_merged(self.model, folder, untie=False)
+            export.write_merged(self.model, folder, untie=False)
             self.tokenizer.save_pretrained(folder)
         else:
             self.save_weights(folder)
@@ -379,10 +374,10 @@ class TorchEngine(Learner, Sampler):
             self._checked.add((kind, self.version > 0))
 
     def _check_written(self, folder: Path, *, adapter: bool) -> None:
-        probed = probe_sequence(self.vocabulary, self.max_length)
+        probed = export.probe_sequence(self.vocabulary, self.max_length)
         [found] = self._logprobs([probed], "student", 1.0, WHOLE)
         dtype = next(self.model.parameters()).dtype
-        check_written(folder, probed.tokens, found, dtype=dtype, base=self._base if adapter else None)
+        export.check_written(folder, probed.tokens, found, dtype=dtype, base=self._base if adapter else None)
 
     async def save_state(self, folder: Path) -> None:
         self.save_weights(folder / "model")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -47,6 +48,21 @@ def write_merged(model: nn.Module, folder: Path, *, untie: bool) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if not tied:
         path.write_text(json.dumps({**config, "tie_word_embeddings": False}, indent=2), encoding="utf-8")
+
+
+def write_for_sampler(model: nn.Module, folder: Path) -> None:
+    """`write_merged` with a head of its own.
+
+    Raises:
+        UserError: also if there is no room.
+    """
+    try:
+        write_merged(model, folder, untie=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"can't write the weights for the sampler ({bytes_written(model) / 2**30:.2f} GiB) into {str(folder)!r}: "
+            f"{error}. Make room there, or set TMPDIR to a folder that has it"
+        ) from error
 
 
 def bytes_written(model: nn.Module) -> int:

@@ -17,6 +17,9 @@ from skillsd.errors import EngineFailedError, UserError
 
 WORKER = Path(__file__).with_name("worker.py")
 
+TESTED = "0.32.0"
+"""The version of vLLM that this package is written for."""
+
 
 class WorkerClient:
     """A worker process and its pending answers. May be used from any thread.
@@ -52,8 +55,8 @@ class WorkerClient:
         self._due: dict[int, Future[dict[str, Any]]] = {}
         self._number = 0
         self._ended: str | None = None  # why there are no more answers
-        self.ready: Future[str] = Future()
-        """vLLM's version, once it accepts requests."""
+        self.ready: Future[dict[str, Any]] = Future()
+        """``ready``: vLLM's version, and ``gpus``: the ids of its GPUs, once it accepts requests."""
         self._reader = threading.Thread(target=self._read, daemon=True, name="vllm worker")
         self._reader.start()
         with contextlib.suppress(OSError):  # if the process has ended, the reader thread reports why
@@ -108,7 +111,10 @@ class WorkerClient:
         for line in self._process.stdout:
             answer = json.loads(line)
             if "ready" in answer:
-                self.ready.set_result(answer["ready"])
+                self.ready.set_result(answer)
+                continue
+            if "lacks" in answer:
+                self._ended = self._outdated(**answer)
                 continue
             if "fatal" in answer:
                 fatal = answer["fatal"]
@@ -129,6 +135,12 @@ class WorkerClient:
         for future in pending:
             if not future.done() and future.set_running_or_notify_cancel():
                 future.set_exception(EngineFailedError(self._ended))
+
+    def _outdated(self, lacks: str, version: str) -> str:
+        return (
+            f"vLLM {version} ({self._python!r}, engine.python) has no {lacks}: install vLLM {TESTED} or later there "
+            "(e.g. by `make vllm-env`), or set engine.weights=file and engine.sleep=false"
+        )
 
     def _explain(self, code: int, fatal: str | None) -> str:
         if fatal is not None and "No module named 'vllm'" in fatal:

@@ -6,6 +6,9 @@ from skillsd.engines.estimate import SAMPLING, Estimate, Estimator, Workload
 from skillsd.engines.spec import EngineSpec
 from skillsd.engines.vllm.settings import VllmSettings
 
+ASLEEP = 2 << 30
+"""Bytes that vLLM is assumed to keep on a GPU while it sleeps: CUDA's context and graphs."""
+
 
 class VllmEstimator:
     """Wraps the learner's `skillsd.engines.estimate.Estimator`."""
@@ -15,11 +18,17 @@ class VllmEstimator:
         self.device, self.free, self.total = learner.device, learner.free, learner.total
 
     def __call__(self, spec: EngineSpec, workload: Workload) -> Estimate:
-        found = self._learner(spec, workload)
-        if self.device.startswith("cuda"):
-            reserved = round(self._options.gpu_memory_utilization * self.total)
-        else:
-            weights = next(size for name, size in found.stays.items() if name.startswith("weights"))
-            reserved = weights + (self._options.cpu_kv_cache_gib << 30)
+        found, options = self._learner(spec, workload), self._options
+        stays = dict(found.stays)
         phases = {name: parts for name, parts in found.phases.items() if name != SAMPLING}
-        return Estimate({**found.stays, "vLLM's reservation": reserved}, phases, found.seconds, found.note)
+        if not self.device.startswith("cuda"):
+            weights = next(size for name, size in stays.items() if name.startswith("weights"))
+            stays["vLLM's reservation"] = weights + (options.cpu_kv_cache_gib << 30)
+        elif options.shares(self.device):
+            reserved = round(options.reserved_share(self.device) * self.total)
+            if options.sleeps(self.device):
+                stays["vLLM, asleep"] = ASLEEP
+                phases = {SAMPLING: {"vLLM's reservation": max(0, reserved - ASLEEP)}, **phases}
+            else:
+                stays["vLLM's reservation"] = reserved
+        return Estimate(stays, phases, found.seconds, found.note)
