@@ -52,11 +52,10 @@ class NoWaiting(TorchDispatchMode):
             if isinstance(arg, list | tuple)
             for index in arg
         )
-        target = kwargs.get("device")
         copies = name in ("_to_copy", "copy_")  # elsewhere a scalar of the CPU becomes an argument of the kernel
-        devices = {x.device for x in tensors if x.ndim or copies} | (
-            {torch.device(target)} if target and copies else set()
-        )
+        devices = {x.device.type for x in tensors if x.ndim or copies}
+        if copies and kwargs.get("device"):
+            devices.add(torch.device(kwargs["device"]).type)
         if name in self.WAITING or by_mask or (name == "repeat_interleave" and len(tensors) == 1) or len(devices) > 1:
             raise WaitsForDeviceError(f"it waits for the device in {func}")
         return func(*args, **kwargs)
@@ -158,8 +157,8 @@ class GraphedSteps:
         self.failed = True
         self.clear()
         log.warning(
-            "decoding runs without CUDA graphs, which is slower: a step of the model can't be captured (%s). "
-            "engine.decode=plain silences this",
+            "decoding runs without CUDA graphs, which is slower: a step can't be captured (%s). engine.decode=plain "
+            "silences this",
             str(error).split("\n")[0] or type(error).__name__,
         )
 
