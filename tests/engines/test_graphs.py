@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from engines.schedules import play, run
 from skillsd.engines.torch.engine import TorchEngine
@@ -42,7 +43,7 @@ def test_the_first_use_runs_directly_the_second_is_captured_and_replayed() -> No
     recorder, done = Recorder(), []
     graphs = GraphedSteps(recorder.new)
     for _ in range(4):
-        graphs.run("a", lambda: done.append("a"))
+        graphs.run("kind", "a", lambda: done.append("a"))
     assert done == ["a"] * 4  # a capture alone does nothing
     assert (recorder.captured, recorder.replayed, recorder.made) == (1, 3, 1)
 
@@ -51,11 +52,11 @@ def test_the_least_recently_used_graph_is_dropped() -> None:
     recorder = Recorder()
     graphs = GraphedSteps(recorder.new, most=2)
     for key in ("a", "b", "a", "b", "a", "c", "c"):  # b is the oldest when c is captured
-        graphs.run(key, lambda: None)
+        graphs.run("kind", key, lambda: None)
     assert recorder.captured == 3
-    graphs.run("a", lambda: None)
+    graphs.run("kind", "a", lambda: None)
     assert recorder.captured == 3
-    graphs.run("b", lambda: None)  # warm already, so captured at once
+    graphs.run("kind", "b", lambda: None)  # warm already, so captured at once
     assert recorder.captured == 4
 
 
@@ -63,9 +64,9 @@ def test_cleared_graphs_are_captured_again_at_once_in_new_memory() -> None:
     recorder = Recorder()
     graphs = GraphedSteps(recorder.new)
     for _ in range(2):
-        graphs.run("a", lambda: None)
+        graphs.run("kind", "a", lambda: None)
     graphs.clear()
-    graphs.run("a", lambda: None)
+    graphs.run("kind", "a", lambda: None)
     assert (recorder.captured, recorder.replayed, recorder.made) == (2, 2, 2)
 
 
@@ -74,7 +75,7 @@ def test_after_a_failed_capture_all_steps_run_directly_with_one_warning(caplog: 
     graphs = GraphedSteps(recorder.new)
     with caplog.at_level(logging.WARNING):
         for key in "aaabbb":
-            graphs.run(key, lambda key=key: done.append(key))  # type: ignore[misc]
+            graphs.run("kind", key, lambda key=key: done.append(key))  # type: ignore[misc]
     assert done == list("aaabbb")
     assert graphs.failed
     assert recorder.made == 1  # never tried again
@@ -90,7 +91,7 @@ def test_an_error_of_the_step_itself_is_raised() -> None:
         raise ValueError("of the step")
 
     with pytest.raises(ValueError, match="of the step"):
-        graphs.run("a", fails)
+        graphs.run("kind", "a", fails)
 
 
 ONES = torch.ones(3)
@@ -126,12 +127,20 @@ def test_steps_that_wait_for_the_device_are_found_before_a_capture(
             done.append(name)
 
     for _ in range(3):
-        graphs.run("a", step)
+        graphs.run("kind", "a", step)
     assert len(done) == 3
     assert graphs.failed
     assert recorder.made == 0
     (record,) = caplog.records
     assert "waits for the device" in record.message
+
+
+def test_each_kind_is_checked_once() -> None:
+    """The check takes as long as some steps; a model does the same for every shape."""
+    graphs, modes = GraphedSteps(Recorder().new), []
+    for kind, shape in (("decode", 1), ("decode", 2), ("prefill", 1), ("prefill", 3)):
+        graphs.run(kind, shape, lambda: modes.append(len(_get_current_dispatch_mode_stack())))
+    assert modes == [1, 0, 1, 0]
 
 
 def test_ordinary_operations_do_not_wait() -> None:
@@ -143,7 +152,7 @@ def test_ordinary_operations_do_not_wait() -> None:
             x[:, :, torch.tensor([0, 1])] = x[:, :, torch.tensor([1, 2])] * torch.tensor(2.0)
             torch.where(x > 0, x, 1.0).to(torch.float64).cumsum(-1).masked_fill_(x > 0, 0.0)
 
-    graphs.run("a", step)
+    graphs.run("kind", "a", step)
     assert not graphs.failed
 
 

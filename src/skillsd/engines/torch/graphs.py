@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Hashable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -103,9 +103,9 @@ class CudaCapture:
 class GraphedSteps:
     """Runs steps by their graphs.
 
-    The first use of a key runs the step itself, which loads its kernels and is checked by `NoWaiting`; the second
-    captures it. If a step can't be captured (it waits for the device, or memory is short), all steps are run directly
-    from then on, with one warning.
+    The first use of a key runs the step itself, which loads its kernels, the first of a kind under `NoWaiting`; the
+    second captures it. If a step can't be captured (it waits for the device, or memory is short), all steps are run
+    directly from then on, with one warning.
 
     Args:
         new_capture: makes a `Capture` with memory of its own.
@@ -117,25 +117,22 @@ class GraphedSteps:
         self._capture: Capture | None = None
         self._graphs: dict[Hashable, Step] = {}  # least recently used first
         self._warm: set[Hashable] = set()
+        self._checked: set[str] = set()  # kinds
         self.failed = False
 
-    def run(self, key: Hashable, step: Step) -> None:
-        """Run `step`, which must do the same for the same key until `clear`, in fixed memory.
+    def run(self, kind: str, shape: Hashable, step: Step) -> None:
+        """Run `step`, which must do the same for the same kind and shape until `clear`, in fixed memory.
 
         A step that waits for the device is broken off there and run again, so it must not change what it reads before.
         """
+        key = (kind, shape)
         graph = self._graphs.pop(key, None)
         if graph is None and not self.failed:
-            if key not in self._warm:
-                try:
-                    with NoWaiting():
-                        step()
-                    self._warm.add(key)
-                    return
-                except WaitsForDeviceError as error:
-                    self._give_up(error)
-            else:
+            if key in self._warm:
                 graph = self._try_capture(step)
+            elif self._runs(kind, step):
+                self._warm.add(key)
+                return
         if graph is None:
             step()
             return
@@ -143,6 +140,17 @@ class GraphedSteps:
         if len(self._graphs) > self._most:
             del self._graphs[next(iter(self._graphs))]
         graph()
+
+    def _runs(self, kind: str, step: Step) -> bool:
+        """Run a step for the first time; False if it was broken off."""
+        try:
+            with nullcontext() if kind in self._checked else NoWaiting():
+                step()
+        except WaitsForDeviceError as error:
+            self._give_up(error)
+            return False
+        self._checked.add(kind)
+        return True
 
     def _try_capture(self, step: Step) -> Step | None:
         try:

@@ -118,7 +118,7 @@ class StaticSteps(Steps):
         if self._graphs is None:
             step()
         else:
-            self._graphs.run((kind, slots, new, length), step)
+            self._graphs.run(kind, (slots, new, length), step)
 
     def _slots(self, needed: int) -> int:
         return min(bucket(needed), self._most)
