@@ -204,7 +204,9 @@ def result(folder: Path) -> dict[str, Any]:
         bank = {name: sorted(map(repr, db.execute(f'SELECT * FROM "{name}"'))) for name in tables}
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     metrics = [{key: value for key, value in record.items() if not key.startswith(CLOCKS)} for record in metrics]
-    return {"engine": state, "bank": bank, "metrics": metrics, "state": json.loads((newest / "state.json").read_text())}
+    rest = json.loads((newest / "state.json").read_text())
+    del rest["totals"]["seconds"]
+    return {"engine": state, "bank": bank, "metrics": metrics, "state": rest}
 
 
 def difference(one: Any, other: Any, path: str = "") -> str | None:
