@@ -120,7 +120,7 @@ def test_given_by_hand(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_gguf_is_missing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"skillsd\[smollm2\]"):
+    with pytest.raises(UserError, match=r"pip install gguf"):
         pretrained.fetch(NAME)
 
 
