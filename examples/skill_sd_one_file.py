@@ -44,7 +44,7 @@ class Settings:
     clip_high: float = 0.28
     ucb_c: float = math.sqrt(2)
     template: str = "teacher_terse"
-    place: str = "after"  # of the skill; the paper's is before the task, but this base model was trained so
+    place: str = "before"  # of the skill: before the task
     seed: int = 0
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skillsd.envs import load
+from skillsd.envs.checked import CheckedTaskSet
 from skillsd.envs.conformance import assert_conforms
 from skillsd.envs.sokoban import Sokoban
 from skillsd.envs.sokoban.board import SYMBOLS, Level
@@ -132,6 +133,8 @@ def test_any_text_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, c
 
 def test_a_file_is_the_split_test(write: Write) -> None:
     sokoban = load("sokoban", {"levels": str(write(PLAIN)), "preset": "paper"})
+    assert isinstance(sokoban, CheckedTaskSet)
+    sokoban = sokoban.inner
     assert isinstance(sokoban, Sokoban)
     assert sokoban.splits == ("test",)
     tasks = sokoban.tasks("test")

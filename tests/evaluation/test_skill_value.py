@@ -99,7 +99,10 @@ def uplifts(*points: tuple[float, float]) -> Any:
 
 
 def test_outgrown_skills_are_explained() -> None:
-    helped, neutral, harmed = (uplifts(*[pair] * 12) for pair in ((0.7, 0.4), (0.8, 0.8), (0.6, 0.8)))
+    helped, neutral, harmed = (
+        uplifts(*[(with_skill + 0.02, without), (with_skill - 0.02, without)] * 6)
+        for with_skill, without in ((0.7, 0.4), (0.8, 0.8), (0.6, 0.8))
+    )
     assert "outgrown" not in _compared(helped, helped, "student after 9 iterations")
     assert "outgrown" not in _compared(harmed, harmed, "student after 9 iterations"), "they never helped"
     text = _compared(helped, neutral, "student after 9 iterations")

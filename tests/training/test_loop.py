@@ -442,7 +442,7 @@ def test_evaluation_changes_nothing(make_run: MakeRun) -> None:
     run = make_run(toy=toy, evaluation={"greedy": True})
     go(run)
     before, rows, summarised = state(run), Path(run.bank.path).read_bytes(), len(toy.summarised)
-    record = asyncio.run(measure(run))
+    record = asyncio.run(measure(run, Listener()))
     assert same(before, state(run))
     assert Path(run.bank.path).read_bytes() == rows
     assert len(toy.summarised) == summarised
@@ -537,6 +537,14 @@ def test_iteration_without_groups_changes_nothing(make_run: MakeRun) -> None:
 def test_error_if_every_episode_of_the_first_iteration_fails(make_run: MakeRun) -> None:
     toy = Toy()
     toy.faults = lambda at, e: (_ for _ in ()).throw(OSError("no server")) if at == "step" else None
+    with pytest.raises(UserError, match=r"every episode of the evaluation on 'tune' failed.* no server"):
+        go(make_run(toy=toy))
+
+    def in_training(at: str, episode: Any) -> None:
+        if at == "step" and episode.task.split == "train":
+            raise OSError("no server")
+
+    toy.faults = in_training
     with pytest.raises(UserError, match=r"every episode of iteration 1 failed .* no server"):
         go(make_run(toy=toy))
 
