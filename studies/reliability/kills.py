@@ -262,24 +262,24 @@ def main() -> None:
         runs += 1
         if place is None:
             shutil.rmtree(folder)
+        figures = {
+            "kills": kills.total(),
+            "by moment": dict(kills),
+            "runs": runs,
+            "checkpoints lost": lost,
+            "results unequal": unequal,
+            "seconds": round(time.monotonic() - start),
+            "settings": SETTINGS,
+            "seed": args.seed,
+        }
+        if args.json:
+            args.json.write_text(json.dumps(figures, indent=1) + "\n")
         left = (time.monotonic() - start) / kills.total() * max(args.kills - kills.total(), 0)
         print(
             f"{kills.total()}/{args.kills} kills in {runs} runs, {lost} checkpoints lost, {len(unequal)} results "
             f"unequal; {left / 60:.0f} min left",
             flush=True,
         )
-    figures = {
-        "kills": kills.total(),
-        "by moment": dict(kills),
-        "runs": runs,
-        "checkpoints lost": lost,
-        "results unequal": unequal,
-        "seconds": round(time.monotonic() - start),
-        "settings": SETTINGS,
-        "seed": args.seed,
-    }
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
     sys.exit(bool(lost or unequal))
 
