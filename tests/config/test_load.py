@@ -179,6 +179,10 @@ def test_a_dumped_configuration_loads_as_the_same(
         ("skills.summariser=my.writers", "unknown summariser 'my.writers'"),
         ("engine.name=vlm", "unknown engine 'vlm'. Did you mean 'vllm'? Known: torch, vllm"),
         ("engine.name=no.such:Engine", "engine 'no.such:Engine' can't be imported"),
+        (
+            "training.micro_batch_tokens=lots",
+            "input should be a valid integer, unable to parse string as an integer, or 'auto'",
+        ),
         ("engine.name=pathlib:Path", "expected a subclass of skillsd.engines.options.EngineOptions"),
         ("engine.name=3", "engine.name is 3, expected the name of an engine"),
         ("engine=3", "engine is 3: expected keys and values"),

@@ -18,12 +18,14 @@ _MAY_HOLD_A_SECRET = ("api_key_env", "base_url")
 def explain(kind: type[BaseModel], data: Mapping[str, Any], error: ValidationError) -> list[str]:
     """One line per problem."""
     engine = _engine_of(data)
-    # For a union pydantic reports one error per member type; keep the first.
-    problems = {}
-    for problem in reversed(error.errors()):
+    # For a union pydantic reports one error per member type: keep the first, and the words that were allowed instead.
+    problems: dict[tuple[str, ...], dict[str, Any]] = {}
+    for problem in error.errors():
         path = problem["loc"][:-1] if problem["type"] == "invalid_key" else problem["loc"]
-        problems[tuple(_location(kind, path, engine))] = dict(problem)
-    return [_line(kind, list(location), problem, engine) for location, problem in reversed(problems.items())]
+        kept = problems.setdefault(tuple(_location(kind, path, engine)), dict(problem))
+        if problem["type"] == "literal_error" and kept["type"] != "literal_error":
+            kept["msg"] += f", or {problem['ctx']['expected']}"
+    return [_line(kind, list(location), problem, engine) for location, problem in problems.items()]
 
 
 def _engine_of(data: Mapping[str, Any]) -> str:
