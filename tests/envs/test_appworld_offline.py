@@ -226,7 +226,6 @@ class TestPrompt:
             ("1. First\n   ```python\n   if x:\n     y()\n   ```", "if x:\n  y()"),
             ("```json\n{}\n```\n```python\nprint(1)\n```", "print(1)"),
             ("```python\nprint('```')\n```", "print('```')"),
-            ("<think>```python\nno()\n```</think>```python\nyes()\n```", "yes()"),
             (" x = 1\nprint(x)\n", "x = 1\nprint(x)"),
         ],
     )

@@ -110,11 +110,11 @@ class Unusable:
 def code_of(reply: str, style: Style = "react") -> Code | Unusable:
     """Extract the code from an agent's reply. Accepts any text and never raises.
 
-    Text up to ``</think>`` is ignored. If the whole reply is a Python program, that is the code. Otherwise it is the
-    first fenced block marked as Python or unmarked; an unclosed block extends to the end. In the style `short`, a reply
-    without such a block is code even if it doesn't parse: Python's error message is the best feedback.
+    If the whole reply is a Python program, that is the code. Otherwise it is the first fenced block marked as Python or
+    unmarked; an unclosed block extends to the end. In the style `short`, a reply without such a block is code even if
+    it doesn't parse: Python's error message is the best feedback.
     """
-    reply = reply.rpartition("</think>")[2].strip()
+    reply = reply.strip()
     if not reply:
         return Unusable("Your answer is empty. Write one ```python code block.")
     if _is_program(reply):
