@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# One process per core; each starts torch, so more than eight gain nothing.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 # vLLM pins its own torch and transformers, so it gets an environment of its own. docs/vllm.md.
 VLLM := build/vllm
@@ -35,7 +37,7 @@ demo: setup
 	$(BIN)/skillsd demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -43,7 +45,7 @@ test-slow: setup
 LOWEST := build/lowest
 
 test-lowest: $(LOWEST)/.ready
-	PYTHONPATH=src $(LOWEST)/bin/python -m pytest -m "not slow"
+	PYTHONPATH=src $(LOWEST)/bin/python -m pytest $(PARALLEL) -m "not slow"
 
 $(LOWEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(LOWEST)

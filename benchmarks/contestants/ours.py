@@ -91,12 +91,16 @@ def make_run(model: str, folder: Path, method: str, turns: int) -> Run:
         "log": {"tensorboard": False, "trajectories_every": 0},
     })  # fmt: skip
     engine = make_engine(config)
+    folder.mkdir()
+    run = build(config, folder, engine=engine, task_set=EchoTasks(turns))
+    # The end of a turn is a token like any other, so that a turn has exactly 8, and the template's comes after them.
+    # Set after `build`, which refuses a model whose turns nothing ends.
     learner: Any = engine.learner
-    learner.stop_tokens = frozenset()  # the end of a turn is a token like any other: exactly 8 a turn
+    learner.stop_tokens = frozenset()
     for decoder in learner.decoders.values():
         decoder.set_stop_tokens(frozenset())
-    folder.mkdir()
-    return build(config, folder, engine=engine, task_set=EchoTasks(turns))
+    run.renderer._stop_texts.clear()
+    return run
 
 
 class Meter:

@@ -78,6 +78,23 @@ def expected_tokens(turns: int) -> dict[str, int]:
     return {"sampled": sampled, "trained": sampled, "sequence": 99 * TASKS * EPISODES + observed + sampled}
 
 
+def arithmetic(turns: int) -> float:
+    """Operations of a rollout whose prompts are computed once per task: of the matrices, and of exact attention,
+    a multiplication and an addition each."""
+    hidden, inner, layers, vocabulary = 192, 512, 6, 260
+    matrices = 2 * (layers * (4 * hidden**2 + 3 * hidden * inner) + hidden * vocabulary)
+    attention = 4 * hidden * layers  # per earlier token: query times key, weight times value
+
+    def up_to(length: int) -> float:
+        return length * matrices + attention * length * (length + 1) / 2
+
+    total = 0.0
+    for task in range(TASKS):
+        observed = sum(len(observation(task, turn)) + 4 for turn in range(turns - 1))
+        total += EPISODES * (up_to(99 + observed + turns * TOKENS_A_TURN) - up_to(99)) + up_to(99)
+    return total
+
+
 def make_model(folder: Path) -> None:
     """Write the random model and its tokenizer. All contestants load the same weights."""
     import torch
