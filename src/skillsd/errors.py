@@ -14,6 +14,10 @@ class EngineFailedError(RuntimeError):
     """A worker process, server or device of an engine failed. The command line prints no traceback."""
 
 
+class SamplerLostError(EngineFailedError):
+    """A sampler's process has ended or does not answer. Another sampler may answer the same request."""
+
+
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> UserError:
     """An error for an unknown name, with the nearest known one."""
     names = sorted(known)

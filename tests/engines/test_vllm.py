@@ -43,6 +43,7 @@ from skillsd.engines.base import (
     WeightsHandle,
 )
 from skillsd.engines.options import Capabilities, EngineOptions, EngineSpec
+from skillsd.engines.replicas import Replicas
 from skillsd.engines.torch.options import TorchOptions
 from skillsd.engines.vllm import sampler as module
 from skillsd.engines.vllm.client import WorkerClient
@@ -97,8 +98,9 @@ def sample(engine: Engine, *tokens: int, **more: Any) -> Sample:
 
 
 def sampler_of(engine: Engine) -> VllmSampler:
-    assert isinstance(engine.sampler, VllmSampler)
-    return engine.sampler
+    sampler = engine.sampler.samplers[0] if isinstance(engine.sampler, Replicas) else engine.sampler
+    assert isinstance(sampler, VllmSampler)
+    return sampler
 
 
 def worker_of(engine: Engine) -> WorkerClient:
@@ -176,6 +178,71 @@ def test_request_that_does_not_extend_its_session_is_refused(echo: Engine) -> No
     sample(echo, 50, session="a")
 
 
+def test_only_a_sessions_new_tokens_are_sent(echo: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    ask = WorkerClient.ask
+
+    def spy(self: WorkerClient, message: Any) -> Any:
+        sent.append((message.get("tokens"), message.get("keep")))
+        return ask(self, message)
+
+    monkeypatch.setattr(WorkerClient, "ask", spy)
+    sample(echo, 40, 41, session="a")
+    sample(echo, 40, 41, 7, 50, session="a")
+    sample(echo, 40, 41, 7, 50)
+    sample(echo, 40, 41, session="b")
+    train(echo)  # publishes
+    sample(echo, 40, 41, 7, 50, 7, session="a")
+    echo.sampler.end_session("a")
+    sample(echo, 60, session="a")
+    assert sent == [
+        ((40, 41), 0),
+        ((50,), 3),
+        ((40, 41, 7, 50), None),
+        ((40, 41), 0),
+        (None, None),  # the new weights
+        ((40, 41, 7, 50, 7), 0),
+        ((60,), 0),
+    ]
+
+
+def test_the_worker_keeps_the_sessions_tokens() -> None:
+    prompts: list[list[int]] = []
+    answers: list[dict[str, Any]] = []
+    finished: list[Any] = []
+
+    def add(name: str, prompt: dict[str, Any], parameters: Any) -> None:
+        prompts.append(prompt["prompt_token_ids"])
+        output = SimpleNamespace(finish_reason="stop", token_ids=[7], logprobs=[{7: SimpleNamespace(logprob=-0.5)}])
+        finished[:] = [SimpleNamespace(finished=True, request_id=name, num_cached_tokens=0, outputs=[output])]
+
+    engine = SimpleNamespace(add_request=add, step=lambda: finished, abort_request=lambda names: None)
+    llm = SimpleNamespace(llm_engine=engine, reset_prefix_cache=lambda: True)
+    worker = Worker(llm, SimpleNamespace(SamplingParams=lambda **options: options), queue.Queue(), answers.append)
+
+    def take(number: int, *tokens: int, keep: int, step: bool = True) -> None:
+        worker._take({"id": number, "session": "a", "keep": keep, "tokens": [*tokens], "parameters": {}})
+        if step:
+            worker._step()
+
+    take(1, 1, 2, keep=0)
+    take(2, 5, keep=3)
+    assert prompts == [[1, 2], [1, 2, 7, 5]]
+    take(3, 8, keep=5, step=False)
+    worker._take({"abort": 3})
+    take(4, 9, keep=5)  # the aborted request's tokens are not among the kept
+    take(5, 6, keep=3)  # the client gave up on the answers to 2 and 4
+    assert prompts[2:] == [[1, 2, 7, 5, 7, 8], [1, 2, 7, 5, 7, 9], [1, 2, 7, 6]]
+    assert all("error" not in answer for answer in answers)
+    worker._take({"end": "a"})
+    take(6, 6, keep=3, step=False)
+    assert "the session has 0 tokens, but 3 were to be kept" in answers[-1]["error"]
+    take(7, 1, keep=0)
+    worker._resume()  # new weights
+    take(8, 1, keep=2, step=False)
+    assert "the session has 0 tokens" in answers[-1]["error"]
+
+
 @pytest.mark.parametrize("echo", [16], indirect=True)
 def test_the_samplers_length_does_not_limit_scoring(echo: Engine) -> None:
     assert echo.sampler.max_length == 16
@@ -225,7 +292,7 @@ def test_interpreter_that_is_missing_or_has_no_vllm(
         with pytest.raises(UserError, match=words):
             asyncio.run(engine.publish())
         engine.close()
-        assert not list(tmp_path.glob("skillsd-vllm-*"))
+        assert not list(tmp_path.glob("skillsd-weights-*"))
 
 
 def test_any_other_finish_reason_is_an_error() -> None:
@@ -377,7 +444,7 @@ def test_learner_is_closed_if_the_sampler_can_not_be_made(monkeypatch: pytest.Mo
         raise OSError("no room")
 
     monkeypatch.setattr(FolderLearner, "close", lambda self: closed.append(self))
-    monkeypatch.setattr(module.tempfile, "mkdtemp", fail)
+    monkeypatch.setattr(tempfile, "mkdtemp", fail)
     with pytest.raises(OSError, match="no room"):
         with_learner("engines.test_vllm:FolderOptions").build(SPEC)
     assert len(closed) == 1

@@ -21,6 +21,7 @@ from skillsd.engines.base import Engine, Learner, SampleRequest, TokenSequence
 from skillsd.engines.conformance import CHECKS, Check, Subject, run_check, sampling
 from skillsd.engines.conformance.kit import gap
 from skillsd.engines.options import EngineSpec, LoraOptions
+from skillsd.engines.replicas import Replicas
 from skillsd.engines.vllm import sampler as module
 from skillsd.engines.vllm import transfer
 from skillsd.engines.vllm.client import WORKER, WorkerClient
@@ -29,6 +30,9 @@ from skillsd.engines.vllm.sampler import VllmSampler
 
 PYTHON = Path(__file__).parents[2] / "build" / "vllm" / "bin" / "python"
 """Where `make vllm-env` puts it."""
+
+SampledEpisode = tuple[TokenSequence, tuple[float, ...]]
+"""An episode's tokens, the sampled ones marked, and the sampler's log-probs of those."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -192,13 +196,54 @@ def test_weights_and_sleep_by_vllms_own_interface(
     engine.close()
 
 
+@pytest.mark.timeout(900)  # three starts of vLLM
+def test_a_killed_replica_is_replaced(tied_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = VllmOptions(python=str(PYTHON), replicas=2)
+    engine = options.build(EngineSpec(str(tied_folder), seed=0, device="cpu", max_sessions=8))
+    assert isinstance(engine.sampler, Replicas)
+
+    async def episodes(*, kill: bool) -> list[SampledEpisode]:
+        async def episode(number: int) -> SampledEpisode:
+            tokens, logprobs, mask = tuple(DATA.ids(20 + number, number)), (), (False,) * (20 + number)
+            for turn in range(4):
+                found = await engine.sampler.sample(SampleRequest(tokens, 12, 10 * number + turn, session=str(number)))
+                tokens, logprobs = (*tokens, *found.tokens, 40), (*logprobs, *found.logprobs)
+                mask = (*mask, *[True] * len(found.tokens), False)
+                if kill and (number, turn) == (0, 1):
+                    victim = engine.sampler.samplers[0]
+                    assert isinstance(victim, VllmSampler)
+                    assert victim._worker is not None
+                    victim._worker._process.kill()
+            engine.sampler.end_session(str(number))
+            return TokenSequence(tokens, mask), logprobs
+
+        return await asyncio.gather(*(episode(number) for number in range(8)))
+
+    def largest_gap(*, kill: bool = False) -> float:
+        found = asyncio.run(episodes(kill=kill))
+        ours = chosen(engine, [sequence for sequence, _ in found])
+        return gap(torch.cat(ours), torch.tensor([x for _, logprobs in found for x in logprobs]))
+
+    asyncio.run(engine.publish())
+    assert largest_gap(kill=True) <= 3e-5
+    tiny.train(engine, 3, learning_rate=0.1)
+    assert len(engine.sampler.samplers) == 2
+    metrics = engine.sampler.metrics()
+    assert metrics["rollout/sampler_restarts"] == 1
+    assert metrics["rollout/moved_requests"] >= 1
+    assert largest_gap() <= 3e-5
+    engine.close()
+
+
 PARENT = """
 import asyncio, sys, time
 from skillsd.engines.options import EngineSpec
 from skillsd.engines.vllm.options import VllmOptions
 engine = VllmOptions(python=sys.argv[2]).build(EngineSpec(sys.argv[1], seed=0, device="cpu"))
 asyncio.run(engine.publish())
-print(engine.sampler._worker._process.pid, engine.sampler.inbox, flush=True)
+sampler = engine.sampler.samplers[0]
+print(sampler._worker._process.pid, sampler.inbox, engine.sampler.folder, flush=True)
 time.sleep(600)
 """
 
@@ -207,10 +252,11 @@ def test_a_killed_parent_leaves_nothing_behind(tied_folder: Path) -> None:
     command = [sys.executable, "-c", PARENT, str(tied_folder), str(PYTHON)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        pid, weights = parent.stdout.readline().split()
+        pid, weights, shared = parent.stdout.readline().split()
         parent.kill()
     deadline = time.monotonic() + 20
     while Path("/proc", pid).exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not Path("/proc", pid).exists()
     assert not Path(weights).exists()
+    assert not Path(shared).exists()

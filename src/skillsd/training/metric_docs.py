@@ -61,6 +61,8 @@ DOCS: tuple[MetricDoc, ...] = (
         "share of the requests' prompt tokens that the sampler found in its prefix cache (vLLM only)",
         "high with many turns: each turn's prompt begins with the last one's",
     ),
+    MetricDoc("rollout/sampler_restarts", "samplers that failed and were started anew (vLLM only)", "0"),
+    MetricDoc("rollout/moved_requests", "requests that a failed sampler left to another (vLLM only)", "0"),
     MetricDoc("rollout/dropped_groups", "groups given up because an episode failed in every attempt", "0"),
     MetricDoc(
         "outcome/*",

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any
 
-from skillsd.errors import EngineFailedError, UserError
+from skillsd.errors import EngineFailedError, SamplerLostError, UserError
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -63,11 +63,11 @@ class WorkerClient:
             self._write(dict(options))
 
     def ask(self, message: Mapping[str, Any]) -> tuple[int, Future[dict[str, Any]]]:
-        """Send a request; returns its number and its future answer, an `EngineFailedError` if there will be none."""
+        """Send a request; returns its number and its future answer, a `SamplerLostError` if there will be none."""
         future: Future[dict[str, Any]] = Future()
         with self._lock:
             if self._ended is not None:
-                raise EngineFailedError(self._ended)
+                raise SamplerLostError(self._ended)
             self._number += 1
             number = self._number
             self._due[number] = future
@@ -78,9 +78,15 @@ class WorkerClient:
     def abort(self, number: int) -> None:
         """Cancel a request, if it is still pending."""
         with self._lock:
-            if self._due.pop(number, None) is not None and self._ended is None:
-                with contextlib.suppress(OSError):
-                    self._write({"abort": number})
+            pending = self._due.pop(number, None) is not None
+        if pending:
+            self.tell({"abort": number})
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Send what has no answer."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._ended is None:
+                self._write(message)
 
     def close(self) -> None:
         """End the process. Pending requests fail."""
@@ -134,7 +140,7 @@ class WorkerClient:
         pending: list[Future[Any]] = [*due.values(), self.ready]
         for future in pending:
             if not future.done() and future.set_running_or_notify_cancel():
-                future.set_exception(EngineFailedError(self._ended))
+                future.set_exception(SamplerLostError(self._ended))
 
     def _outdated(self, lacks: str, version: str) -> str:
         return (

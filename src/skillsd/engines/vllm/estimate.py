@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from skillsd.engines.estimate import SAMPLING, Estimate, Estimator, Workload
 from skillsd.engines.spec import EngineSpec
 from skillsd.engines.vllm.settings import VllmSettings
@@ -16,6 +18,7 @@ class VllmEstimator:
     def __init__(self, learner: Estimator, options: VllmSettings) -> None:
         self._learner, self._options = learner, options
         self.device, self.free, self.total = learner.device, learner.free, learner.total
+        self._gpus = torch.cuda.device_count() if options.replicas > 1 else 1
 
     def __call__(self, spec: EngineSpec, workload: Workload) -> Estimate:
         found, options = self._learner(spec, workload), self._options
@@ -23,8 +26,8 @@ class VllmEstimator:
         phases = {name: parts for name, parts in found.phases.items() if name != SAMPLING}
         if not self.device.startswith("cuda"):
             weights = next(size for name, size in stays.items() if name.startswith("weights"))
-            stays["vLLM's reservation"] = weights + (options.cpu_kv_cache_gib << 30)
-        elif options.shares(self.device):
+            stays["vLLM's reservation"] = options.replicas * (weights + (options.cpu_kv_cache_gib << 30))
+        elif options.shares(self.device) and (options.gpus or self._gpus <= options.replicas):
             reserved = round(options.reserved_share(self.device) * self.total)
             if options.sleeps(self.device):
                 stays["vLLM, asleep"] = ASLEEP

@@ -50,6 +50,11 @@ class VllmOptions(VllmSettings, EngineOptions):
     def check(self, spec: EngineSpec) -> None:
         super().check(spec)
         self.learner.check(spec)
+        if self.replicas > 1 or self.gpus:
+            import torch
+
+            count = torch.cuda.device_count()
+            self.of_replica(0, "cuda" if count and spec.device == "auto" else spec.device, count)
         if not self.learner.provides().publishes_folder:
             raise UserError(
                 f"engine.learner is {self.learner.name!r}, which can't publish its weights into a folder for vLLM to "
@@ -78,18 +83,26 @@ class VllmOptions(VllmSettings, EngineOptions):
         return {"name": self.name, "learner": self.learner.resume_key()}
 
     def build(self, spec: EngineSpec) -> Engine:
+        import torch
+
         from skillsd.engines.base import Engine
+        from skillsd.engines.replicas import Replicas
         from skillsd.engines.vllm.sampler import VllmSampler
 
         trainer = self.learner.build(spec)
+        learner, length = trainer.learner, self.sampled_length(spec)
+        device = str(getattr(learner, "device", "elsewhere"))
+
+        def replica(number: int) -> VllmSampler:
+            settings = self.of_replica(number, device, torch.cuda.device_count())
+            return VllmSampler(learner, settings, max_length=length, at_once=-(-spec.max_sessions // self.replicas))
+
         try:
-            sampler = VllmSampler(
-                trainer.learner, self, max_length=self.sampled_length(spec), at_once=spec.max_sessions
-            )
+            sampler = Replicas(replica, self.replicas, learner, tolerance=self.logprob_tolerance)
         except BaseException:
             trainer.close()
             raise
-        return Engine(trainer.learner, sampler, self.name, self.provides())
+        return Engine(learner, sampler, self.name, self.provides())
 
     def estimator(self, spec: EngineSpec, workload: Workload) -> Estimator | None:
         from skillsd.engines.vllm.estimate import VllmEstimator

@@ -8,12 +8,10 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 import time
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,8 @@ from skillsd.engines.base import Learner, Sample, Sampler, SampleRequest, Weight
 from skillsd.engines.vllm import transfer
 from skillsd.engines.vllm.client import WorkerClient
 from skillsd.engines.vllm.settings import VllmSettings
-from skillsd.errors import EngineFailedError, UserError
+from skillsd.engines.weights_folder import weights_folder
+from skillsd.errors import EngineFailedError, SamplerLostError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +67,12 @@ class VllmSampler(Sampler):
         self._prompt_tokens = self._cached_tokens = 0  # since the last call of `metrics`
         self._held: dict[str, tuple[int, ...]] = {}  # each session's tokens
         self.seconds_reloading = 0.0
-        self._folder = Path(tempfile.mkdtemp(prefix="skillsd-vllm-", dir=_in_memory(learner.published_bytes)))
+        self._folder = weights_folder(learner.published_bytes)
         self.inbox = self._folder  # None while weights are handed over in memory
         self._close: Any = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def _check_options(self) -> None:
-        options, count = self.options, torch.cuda.device_count()
-        if options.gpus and not 0 <= min(options.gpus) <= max(options.gpus) < count:
-            raise UserError(f"engine.gpus is {options.gpus}, but this process sees {count} GPUs, counted from 0")
+        options = self.options
         if options.weights == "ipc" and not self._by_ipc:
             raise UserError(
                 "engine.weights=ipc hands over weights in GPU memory, but the learner's are not on a GPU of this "
@@ -100,8 +97,11 @@ class VllmSampler(Sampler):
             await asyncio.sleep(0.05)
         if self._refusal or self._worker is None:
             raise EngineFailedError(self._refusal)
-        worker = self._worker
-        number, answer = worker.ask({"tokens": request.tokens, "parameters": self._parameters(request)})
+        worker, held = self._worker, self._held.get(request.session or "", ())
+        message = {"tokens": request.tokens[len(held) :], "parameters": self._parameters(request)}
+        if request.session is not None:  # the worker has the rest of the session
+            message |= {"session": request.session, "keep": len(held)}
+        number, answer = worker.ask(message)
         try:
             found = await self._answer(answer)
         finally:
@@ -115,12 +115,14 @@ class VllmSampler(Sampler):
 
     def end_session(self, session: str) -> None:
         self._held.pop(session, None)
+        if self._worker is not None:
+            self._worker.tell({"end": session})
 
     async def _answer(self, future: Future[dict[str, Any]]) -> dict[str, Any]:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(future), self.options.timeout_seconds)
         except TimeoutError:
-            raise EngineFailedError(
+            raise SamplerLostError(
                 f"vLLM gave no answer within {self.options.timeout_seconds:g} s (engine.timeout_seconds)"
             ) from None
 
@@ -285,13 +287,6 @@ class VllmSampler(Sampler):
                 f"vLLM {what} within {self.options.timeout_seconds:g} s (engine.timeout_seconds). The end of its log:\n"
                 f"{self._worker.log_tail()}"
             ) from None
-
-
-def _in_memory(size: int) -> str | None:
-    """``/dev/shm`` if it has room for `size` bytes, else None."""
-    memory = "/dev/shm"
-    room = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1.1 * size
-    return memory if room else None
 
 
 def _known(ids: list[str]) -> dict[str, torch.device]:

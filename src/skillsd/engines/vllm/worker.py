@@ -92,6 +92,8 @@ class Worker:
         self._llm, self._vllm, self._inbox, self._answer = llm, vllm, inbox, answer
         self._engine = llm.llm_engine
         self._held: Message | None = None  # waits for earlier requests
+        self._sessions: dict[str, list[int]] = {}  # each one's tokens, so that only new ones are sent
+        self._session_of: dict[str, str] = {}  # of the requests under way
         self._complete, self._asleep = True, False
 
     def serve(self) -> None:
@@ -115,22 +117,41 @@ class Worker:
         try:
             if "abort" in message:
                 self._engine.abort_request([str(message["abort"])])
+                self._session_of.pop(str(message["abort"]), None)
+            elif "end" in message:
+                self._sessions.pop(message["end"], None)
             elif "tokens" not in message:
                 self._held = message
             elif not self._complete:
                 raise RuntimeError("the weights are incomplete: vLLM sleeps, or an update failed half way")
             else:
                 parameters = self._vllm.SamplingParams(**message["parameters"], logprobs=0, detokenize=False)
-                prompt = {"prompt_token_ids": message["tokens"]}
+                prompt = {"prompt_token_ids": self._whole(message)}
                 self._engine.add_request(str(message["id"]), prompt, parameters)
         except Exception as error:  # fails this request only
             self._fail(message, error)
+
+    def _whole(self, message: Message) -> list[int]:
+        """The request's whole sequence: what is kept of its session, and its new tokens."""
+        session = message.get("session")
+        if session is None:
+            return list(message["tokens"])
+        # A session may be longer than what is kept of it: the last sample's answer came too late.
+        kept = self._sessions.get(session, [])[: message["keep"]]
+        if len(kept) < message["keep"]:
+            raise RuntimeError(f"the session has {len(kept)} tokens, but {message['keep']} were to be kept")
+        self._sessions[session] = [*kept, *message["tokens"]]
+        self._session_of[str(message["id"])] = session
+        return self._sessions[session]
 
     def _step(self) -> None:
         for finished in self._engine.step():
             if not finished.finished:
                 continue
             output = finished.outputs[0]
+            session = self._session_of.pop(finished.request_id, None)
+            if session in self._sessions:
+                self._sessions[session] = [*self._sessions[session], *output.token_ids]
             if output.finish_reason not in ("stop", "length"):
                 # The client ignores this answer if it has aborted the request itself.
                 reason = f"it ended without a sample (finish_reason {output.finish_reason!r})"
@@ -178,6 +199,7 @@ class Worker:
             self._asleep = False
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not reset its prefix cache, which belongs to the old weights")
+        self._sessions.clear()  # as the client does
         self._complete = True
 
     def _fail(self, message: Message, error: Exception) -> None:
