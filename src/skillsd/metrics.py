@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -77,7 +78,24 @@ class Histogram:
         return 0.0 if bin_ == ZERO_BIN else min(self.high, 10 ** ((bin_ + 1) / BINS_PER_DECADE))
 
 
-Metric = Mean | Histogram
+@dataclass(frozen=True)
+class PerToken:
+    """A value per token, for the records of an iteration. Each carries its token's number, so that micro-batches merge
+    in any order.
+
+    Attributes:
+        tokens: the tokens' numbers in the training batch, int64.
+        values: of these tokens, float32.
+    """
+
+    tokens: array[int]
+    values: array[float]
+
+    def __add__(self, other: PerToken) -> PerToken:
+        return PerToken(self.tokens + other.tokens, self.values + other.values)
+
+
+Metric = Mean | Histogram | PerToken
 Metrics = dict[str, Metric]
 
 

@@ -50,15 +50,6 @@ def test_values_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None:
     assert seen[0][0] == "iteration"
 
 
-@pytest.mark.parametrize(("every", "expected"), [(0, []), (1, [1, 2, 3, 4, 5]), (2, [1, 3, 5]), (4, [1, 5])])
-def test_trajectories_are_written_every_n_iterations(tmp_path: Path, every: int, expected: list[int]) -> None:
-    writer = RunWriter(tmp_path, LogSection(tensorboard=False, trajectories_every=every), name="x")
-    for i in range(1, 6):
-        writer.trajectories(i, [])
-    found = sorted(path.name for path in tmp_path.glob("trajectories/*"))
-    assert found == [f"iteration-{i:05d}.jsonl" for i in expected]
-
-
 def test_tensorboard_event_files(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path, LogSection(), name="x")
     writer.iteration({"iteration": 1, "loss": 0.25, "text": "left out"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gzip
 import json
 import subprocess
 import sys
@@ -250,6 +251,12 @@ def test_trajectories(run: skillsd.OpenRun) -> None:
     assert json.dumps([dataclasses.asdict(t) for t in trajectories])
     episodes = [episode for episode in run.episodes if episode["iteration"] == 2]
     assert [episode["reward"] for episode in episodes] == [t.reward for t in trajectories]
+    groups = list(run.groups(2))
+    assert [group.iteration for group in groups] == [2, 2, 2]
+    assert [t for group in groups for t in group.trajectories] == trajectories
+    gaps = [episode.gaps for group in groups for episode in group.episodes]
+    assert [episode["gap"] for episode in episodes] == [gap and pytest.approx(sum(gap) / len(gap)) for gap in gaps]
+    assert run.objective(2).lambda_sdl == 0.1
     assert [t.task.id for t in run.trajectories()] == [episode["task"] for episode in run.episodes]
 
 
@@ -284,10 +291,10 @@ def test_run_in_progress_can_be_opened(config: RunConfig, run: skillsd.OpenRun, 
         [],
         [],
     )
-    for name in ("metrics.jsonl", "trajectories/iteration-00001.jsonl"):
-        (folder / name).write_bytes((run.folder / name).read_bytes()[:-40])
+    (folder / "metrics.jsonl").write_bytes((run.folder / "metrics.jsonl").read_bytes()[:-40])
+    (folder / "trajectories" / ".iteration-00001.jsonl.gz.partial").write_bytes(b"\x1f\x8b")
     assert len(opened.metrics) == 2
-    assert len(opened.episodes) == 11
+    assert opened.episodes == []
 
 
 def test_mistakes_in_opening(run: skillsd.OpenRun, tmp_path: Path) -> None:
@@ -300,10 +307,11 @@ def test_mistakes_in_opening(run: skillsd.OpenRun, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "trajectories").mkdir(parents=True)
     (folder / "config.yaml").write_text((run.folder / "config.yaml").read_text())
-    (folder / "trajectories" / "iteration-00001.jsonl").write_text("{}\n")
-    with pytest.raises(
-        skillsd.UserError, match=r"iteration-00001\.jsonl' is damaged \(line 1: not a trajectory record"
-    ):
+    (folder / "trajectories" / "iteration-00001.jsonl.gz").write_bytes(gzip.compress(b"{}\n"))
+    with pytest.raises(skillsd.UserError, match=r"00001\.jsonl\.gz' is damaged \(line 1: not a group's record"):
         list(skillsd.open_run(folder).trajectories())
+    (folder / "trajectories" / "iteration-00001.jsonl.gz").rename(folder / "trajectories" / "iteration-00001.jsonl")
+    with pytest.raises(skillsd.UserError, match=r"00001\.jsonl' has an earlier version's format, which"):
+        _ = skillsd.open_run(folder).episodes
     with pytest.raises(skillsd.UserError, match=r"manifest\.json.* can.t be read"):
         skillsd.open_run(folder).manifest  # noqa: B018

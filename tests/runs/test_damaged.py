@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -154,13 +155,16 @@ def test_a_manifest_with_other_content(panels: str, run: Path) -> None:
 
 
 def test_damaged_trajectories_and_skills(run: Path) -> None:
-    path = run / "trajectories" / "iteration-00001.jsonl"
+    path = run / "trajectories" / "iteration-00001.jsonl.gz"
     content = path.read_bytes()
-    for damaged in (content[:-10] + b"\n", b'{"format": 2}\n', b"3\n", b"\xff\n", content.replace(b'"reward"', b'"r"')):
+    lines = gzip.decompress(content)
+    bad_lines = (lines[:-10] + b"\n", b'{"format": 1}\n', b"3\n", b"\xff\n", lines.replace(b'"reward"', b'"r"'))
+    bad_files = (content[:-10], content[: len(content) // 2], b"", b"{}", content + b"more", b"\0" + content[1:])
+    for damaged, at in [*((gzip.compress(bad), r"\(line ") for bad in bad_lines), *((bad, r"\(") for bad in bad_files)]:
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"iteration-00001\.jsonl' is damaged \(line "):
-            list(open_run(run).trajectories(1))
-    path.write_bytes(content + content[:100])  # the run is writing it
+        with pytest.raises(UserError, match=rf"iteration-00001\.jsonl\.gz' is damaged {at}"):
+            assert list(open_run(run).trajectories(1))
+    path.write_bytes(content)
     assert len(list(open_run(run).trajectories(1))) == 12
     (run / "skills.sqlite").write_bytes(b"SQLite format 3\0" + b"x" * 5000)
     with pytest.raises(UserError, match=r"skills\.sqlite"):

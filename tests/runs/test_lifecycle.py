@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import errno
+import gzip
 import io
 import json
 import os
@@ -65,7 +66,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     names = [sorted(path.name for path in (f / "trajectories").iterdir()) for f in (folder, expected)]
     assert names[0] == names[1]
     for name in names[0]:
-        assert (folder / "trajectories" / name).read_text() == (expected / "trajectories" / name).read_text()
+        assert (folder / "trajectories" / name).read_bytes() == (expected / "trajectories" / name).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +101,8 @@ def test_files_of_a_run(uninterrupted: Path, config: RunConfig) -> None:
     assert manifest["seed"] == 0
     assert set(manifest["panels"]) == {"train", "tune", "test"}
     assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir()) == ["step-4", "step-6"]
-    lines = (uninterrupted / "trajectories" / "iteration-00001.jsonl").read_text().splitlines()
-    assert len(lines) == 12
+    lines = gzip.decompress((uninterrupted / "trajectories" / "iteration-00001.jsonl.gz").read_bytes()).splitlines()
+    assert len(lines) == 3
     assert len(list((uninterrupted / "trajectories").iterdir())) == 6
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -70,6 +72,19 @@ def read_lines(path: Path, remedy: str) -> Iterator[tuple[int, Any]]:
     with suppress(ValueError):  # incomplete
         if last.strip():
             yield len(lines) + 1, json.loads(last)
+
+
+def read_compressed_lines(path: Path, remedy: str) -> Iterator[tuple[int, Any]]:
+    """(number, content) of the lines of a .jsonl.gz file, which is written whole: any fault is an error."""
+    try:
+        packed = path.read_bytes()
+        content = gzip.decompress(packed or b"\0")  # without any bytes there would be no error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DamagedError(path, f"is damaged ({error})", remedy) from error
+    except OSError as error:
+        raise DamagedError(path, f"can't be read ({error.strerror})", remedy) from error
+    for number, line in enumerate(content.splitlines(), 1):
+        yield number, _json(_decoded(line, number, path, remedy), path, f"line {number}: ", remedy)
 
 
 def _decoded(line: bytes, number: int, path: Path, remedy: str) -> str:

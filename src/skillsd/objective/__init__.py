@@ -12,9 +12,12 @@ from skillsd.objective.distillation import (
 from skillsd.objective.logprobs import CHOSEN, WHOLE, TokenLogprobs, Want, top_k
 from skillsd.objective.loss import (
     ACTION_MASK,
+    DIVERGENCE,
     IMITATION_MASK,
     SAMPLER_DIFF,
+    STUDENT_LOGPROBS,
     TEACHER_MASK,
+    TOKEN_NUMBER,
     Loss,
     LossTemplate,
     LossTerm,
@@ -30,11 +33,14 @@ from skillsd.objective.policy_gradient import (
 __all__ = [
     "ACTION_MASK",
     "CHOSEN",
+    "DIVERGENCE",
     "ESTIMATORS",
     "IMITATION_MASK",
     "SAMPLER_DIFF",
     "SCHEDULES",
+    "STUDENT_LOGPROBS",
     "TEACHER_MASK",
+    "TOKEN_NUMBER",
     "WHOLE",
     "Distillation",
     "DistillationTerms",

@@ -7,13 +7,14 @@ row.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from skillsd.metrics import BINS_PER_DECADE, INFINITE_BIN, ZERO_BIN, Histogram, Mean, Metrics
+from skillsd.metrics import BINS_PER_DECADE, INFINITE_BIN, ZERO_BIN, Histogram, Mean, Metrics, PerToken
 from skillsd.objective.checked import losses_of
 from skillsd.objective.logprobs import CHOSEN, TokenLogprobs, Want, at_least_float32, log_difference
 
@@ -24,6 +25,13 @@ TEACHER_MASK = "teacher_mask"
 IMITATION_MASK = "imitation_mask"
 """Signal: tokens of earlier successes to imitate, bool ``[tokens]``; disjoint from the action tokens."""
 
+TOKEN_NUMBER = "token_number"
+"""Signal: the token's number in the training batch, int64 ``[tokens]``; used only by `Loss.per_token`."""
+
+STUDENT_LOGPROBS = "per_token/student_logprobs"
+"""Metric, `PerToken`: the student's log-prob of each token."""
+DIVERGENCE = "per_token/distil_value"
+"""Metric, `PerToken`: the value of L_SDL's estimator at each token with a teacher."""
 SAMPLER_DIFF = "sampler_trainer_logprob_diff"
 """Metric: histogram of |log-prob of the student - log-prob that the sampler reported|, over action tokens."""
 
@@ -66,12 +74,14 @@ class Loss:
         want: which log-probs of the student the terms need.
         compare_with_sampler: also log `SAMPLER_DIFF`. Only meaningful before the first update after sampling, while
             both log-probs come from the same weights.
+        per_token: also log `STUDENT_LOGPROBS` and `DIVERGENCE`; needs the signal `TOKEN_NUMBER`.
     """
 
     terms: tuple[LossTerm, ...]
     counts: Mapping[str, int]
     want: Want = CHOSEN
     compare_with_sampler: bool = False
+    per_token: bool = False
 
     def __call__(self, student: TokenLogprobs, signals: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         """A micro-batch's share of the loss, a scalar to back-propagate, and its metrics.
@@ -106,9 +116,15 @@ class Loss:
             part = term.weight * losses.sum() / max(count, 1)
             total = part if total is None else total + part
             metrics |= means(logged)
+            # A clamp leaves tokens out: then it is unknown which ones the values belong to.
+            values = logged.get("distil_value")
+            if self.per_token and values is not None and len(values) == present:
+                metrics[DIVERGENCE] = per_token(of_term[TOKEN_NUMBER], values)
         if self.compare_with_sampler and bool(signals[ACTION_MASK].any()):
             acted = signals[ACTION_MASK]
             metrics[SAMPLER_DIFF] = histogram(log_difference(student.chosen[acted], signals["old_logprobs"][acted]))
+        if self.per_token:
+            metrics[STUDENT_LOGPROBS] = per_token(signals[TOKEN_NUMBER], student.chosen)
         return student.chosen.sum() * 0.0 if total is None else total, metrics
 
 
@@ -119,19 +135,21 @@ class LossTemplate:
     terms: tuple[LossTerm, ...]
     want: Want = CHOSEN
 
-    def bind(self, batch: Iterable[Mapping[str, Tensor]], *, compare_with_sampler: bool = False) -> Loss:
+    def bind(
+        self, batch: Iterable[Mapping[str, Tensor]], *, compare_with_sampler: bool = False, per_token: bool = False
+    ) -> Loss:
         """The loss of a minibatch, with the counts derived from its masks.
 
         Args:
             batch: the signals of each of its items.
-            compare_with_sampler: see `Loss`.
+            compare_with_sampler, per_token: see `Loss`.
         """
         items = list(batch)
         masks = {name for term in self.terms for name in (term.mask, term.counted)}
         counts = {name: sum(int(signals[name].sum()) for signals in items) for name in sorted(masks)}
         # More than the chosen tokens' log-probs is needed only to compare with a teacher.
         want = self.want if counts.get(TEACHER_MASK, 0) else CHOSEN
-        return Loss(self.terms, counts, want, compare_with_sampler)
+        return Loss(self.terms, counts, want, compare_with_sampler, per_token)
 
 
 def means(values: Mapping[str, Tensor]) -> Metrics:
@@ -156,6 +174,13 @@ def histogram(values: Tensor) -> Histogram:
     bins[sizes.isinf()] = INFINITE_BIN
     numbers, counts = torch.unique(bins, return_counts=True)
     return Histogram(dict(zip(numbers.tolist(), counts.tolist(), strict=True)), float(sizes.max()))
+
+
+def per_token(numbers: Tensor, values: Tensor) -> PerToken:
+    """Values ``[tokens]`` with the tokens' numbers ``[tokens]``."""
+    return PerToken(
+        array("q", numbers.cpu().numpy().tobytes()), array("f", values.detach().float().cpu().numpy().tobytes())
+    )
 
 
 def _check_aligned(logprobs: Tensor, signals: Mapping[str, Tensor]) -> None:

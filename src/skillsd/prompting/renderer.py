@@ -165,6 +165,17 @@ class ChatRenderer:
                 run.append(token)
         return without_thinking("".join([*parts, self._decode(run)]), self._opened).strip()
 
+    def with_markup(self, tokens: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
+        return text
+
+    def token_text(self, token: int) -> str:
+        """The text of one id inside a text: some tokenizers leave the blank before a word out at the beginning."""
+        text = self.with_markup([token])
+        begins_word = str(self._tokenizer.convert_ids_to_tokens(token)).startswith("\N{LOWER ONE EIGHTH BLOCK}")
+        return f" {text}" if begins_word and not text.startswith(" ") else text
+
     def notes(self) -> list[str]:
         """Changes that the template would make to earlier text as a dialogue goes on; the ids keep the original."""
         notes = []

@@ -14,8 +14,7 @@ from skillsd.config import LogSection
 from skillsd.errors import UserError
 from skillsd.files.read import read_records
 from skillsd.files.write import append, make_folder, write_whole, writing
-from skillsd.rollouts.records import trajectory_to_json
-from skillsd.types import Group
+from skillsd.rollouts.groups import RecordedGroup, write_groups
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -42,7 +41,7 @@ class RunWriter:
         on_record: Callable[[str, Mapping[str, Any]], None] = lambda kind, record: None,
         on_note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._folder, self._options = folder, options
+        self._folder = folder
         self._on_record, self._on_note = on_record, on_note
         for file in (METRICS, EVALUATIONS):
             keep_until(folder / file, -1 if resumed_at is None else resumed_at)
@@ -58,15 +57,9 @@ class RunWriter:
         self._write(EVALUATIONS, record)
         self._on_record("evaluation", record)
 
-    def trajectories(self, iteration: int, groups: Sequence[Group]) -> None:
-        """Write an iteration's trajectories: a file per iteration, a JSON object per line."""
-        every = self._options.trajectories_every
-        if not every or (iteration - 1) % every:
-            return
-        folder = self._folder / TRAJECTORIES
-        make_folder(folder)
-        lines = (json.dumps(trajectory_to_json(t)) + "\n" for group in groups for t in group.trajectories)
-        write_whole(folder / f"iteration-{iteration:05d}.jsonl", "".join(lines))
+    def trajectories(self, iteration: int, groups: Sequence[RecordedGroup]) -> None:
+        """Write an iteration's groups, with their trajectories."""
+        write_groups(self._folder / TRAJECTORIES, iteration, groups)
 
     def note(self, text: str) -> None:
         self._on_note(text)

@@ -1,4 +1,4 @@
-"""Trajectories as JSON and back without loss, for ``trajectories/*.jsonl`` and checkpoints."""
+"""Trajectories as JSON and back without loss, for checkpoints and interrupted evaluations."""
 
 from __future__ import annotations
 

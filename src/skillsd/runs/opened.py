@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from skillsd.config import RunConfig
-from skillsd.errors import UserError
-from skillsd.files.read import DamagedError, read_json_object, read_lines
-from skillsd.report.writer import EVALUATIONS, METRICS, read
-from skillsd.rollouts.records import trajectory_from_json
+from skillsd.files.read import read_json_object
+from skillsd.objective import Objective
+from skillsd.report.writer import EVALUATIONS, METRICS, TRAJECTORIES, read
+from skillsd.rollouts.groups import RecordedGroup, read_groups, written_iterations
 from skillsd.runs.build import BANK
 from skillsd.runs.lifecycle import load_config
 from skillsd.skills.bank import Bank, StoredSkill
 from skillsd.training import checkpoint
+from skillsd.training.recorded import recorded_objective
 from skillsd.types import Trajectory
 
 Records = list[dict[str, Any]]
@@ -64,33 +65,37 @@ class OpenRun:
     @property
     def iterations_with_trajectories(self) -> list[int]:
         """The iterations whose trajectories were written (``log.trajectories_every``), ascending."""
-        return sorted(int(path.stem.removeprefix("iteration-")) for path in self._trajectory_files())
+        return written_iterations(self.folder / TRAJECTORIES)
 
-    def trajectories(self, iteration: int | None = None) -> Iterator[Trajectory]:
-        """The trajectories of an iteration, counted from 1 as in the metrics; of all iterations if None.
+    def groups(self, iteration: int | None = None) -> Iterator[RecordedGroup]:
+        """The groups of an iteration as they were trained on: trajectories, advantages, the teacher's context, and the
+        log-probs of teacher and student.
+
+        Args:
+            iteration: counted from 1, as in the metrics; all that were written if None.
 
         Raises:
-            UserError: if the iteration's trajectories were not written, or a record is damaged.
+            UserError: if the iteration was not written, a record is damaged, or it has an earlier version's format.
         """
-        wanted = self.iterations_with_trajectories if iteration is None else [iteration]
-        for number in wanted:
-            path = self.folder / "trajectories" / f"iteration-{number:05d}.jsonl"
-            if not path.is_file():
-                known = ", ".join(map(str, self.iterations_with_trajectories)) or "none"
-                raise UserError(f"{str(self.folder)!r} has no trajectories of iteration {number}; it has: {known}")
-            remedy = "remove the damaged line, or restore the file"
-            for place, record in read_lines(path, remedy):
-                try:
-                    yield trajectory_from_json(record)
-                except ValueError as error:
-                    raise DamagedError(path, f"is damaged (line {place}: {error})", remedy) from error
+        for number in self.iterations_with_trajectories if iteration is None else [iteration]:
+            yield from read_groups(self.folder / TRAJECTORIES, number)
+
+    def trajectories(self, iteration: int | None = None) -> Iterator[Trajectory]:
+        """The trajectories of `groups`. Their log-probs have four decimals."""
+        for group in self.groups(iteration):
+            yield from group.trajectories
+
+    def objective(self, iteration: int) -> Objective:
+        """The loss's settings in an iteration, for `skillsd.training.recorded`."""
+        return recorded_objective(self.config, iteration)
 
     @property
     def episodes(self) -> Records:
-        """One record per written trajectory, without its tokens and turns."""
+        """One record per written trajectory, without its tokens and turns. ``gap`` is the mean over the action tokens
+        of the teacher's log-prob minus the student's."""
         return [
             {
-                "iteration": number,
+                "iteration": group.iteration,
                 "task": t.task.id,
                 "difficulty": t.task.difficulty,
                 "outcome": t.outcome.value,
@@ -100,9 +105,14 @@ class OpenRun:
                 "tokens": len(t.tokens),
                 "sampled_tokens": t.action_tokens,
                 "seed": t.seed,
+                "advantage": episode.advantage,
+                "taught": group.taught,
+                "skill": group.skill_id,
+                "gap": sum(episode.gaps) / len(episode.gaps) if episode.gaps else None,
             }
-            for number in self.iterations_with_trajectories
-            for t in self.trajectories(number)
+            for group in self.groups()
+            for episode in group.episodes
+            for t in [episode.trajectory]
         ]
 
     @property
@@ -145,9 +155,6 @@ class OpenRun:
             UserError: if there is no such checkpoint.
         """
         return checkpoint.find(self.folder, iteration) / "model"
-
-    def _trajectory_files(self) -> list[Path]:
-        return list((self.folder / "trajectories").glob("iteration-*.jsonl"))
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from skillsd.objective import (
     CHOSEN,
     IMITATION_MASK,
     TEACHER_MASK,
+    TOKEN_NUMBER,
     TokenLogprobs,
     Want,
     group_advantages,
@@ -111,6 +112,7 @@ async def build_batch(
             items.append(TrainItem(teacher_sequence(success, context.student, renderer), made[-1]))
             batch.imitated += 1
         batch.groups.append(items)
+    _number_tokens(made)
     if rescore is not None:
         scored = await learner.logprobs([sequence for sequence, _ in sampled], rescore, temperature=temperature)
         for signals in made:  # a placeholder for imitated items, whose ratio is not used
@@ -137,6 +139,15 @@ def _signals(trajectory: Trajectory, advantage: float, *, taught: bool, imitated
     }
 
 
+def _number_tokens(made: Sequence[Signals]) -> None:
+    """Add the numbers of the tokens, counted through the whole batch."""
+    start = 0
+    for signals in made:
+        end = start + len(signals["old_logprobs"])
+        signals[TOKEN_NUMBER] = torch.arange(start, end)
+        start = end
+
+
 def _add_teacher(made: Sequence[Signals], taught: Sequence[Signals], answers: Sequence[TokenLogprobs]) -> None:
     """Add the teacher's log-probs to the signals of the taught items."""
     wide: dict[str, Tensor] = {}
@@ -153,12 +164,12 @@ def _add_teacher(made: Sequence[Signals], taught: Sequence[Signals], answers: Se
                 signals[name] = torch.zeros((), dtype=like.dtype).expand(shape)
 
 
-def minibatches(batch: Batch, count: int, seed: int) -> list[list[TrainItem]]:
-    """The batch in `count` parts of whole groups, as equal as possible, in a random order determined by the seed.
+def minibatches(batch: Batch, count: int, seed: int) -> list[list[int]]:
+    """The numbers of the groups in `count` parts, as equal as possible, in a random order determined by the seed.
 
-    Empty parts are left out.
+    Parts without items are left out.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "minibatches"))
     order = torch.randperm(len(batch.groups), generator=generator).tolist()
-    parts = [[item for place in order[i::count] for item in batch.groups[place]] for i in range(count)]
-    return [part for part in parts if part]
+    parts = [order[i::count] for i in range(count)]
+    return [part for part in parts if any(batch.groups[place] for place in part)]

@@ -15,11 +15,13 @@ from skillsd.errors import UserError
 from skillsd.evaluation.evaluate import evaluate
 from skillsd.evaluation.uplift import measure_uplift
 from skillsd.rollouts.collect import Collected, collect
+from skillsd.rollouts.groups import RecordedGroup
 from skillsd.seeds import derive_seed
 from skillsd.training import checkpoint
 from skillsd.training.batch import build_batch
 from skillsd.training.contexts import TeacherContext, commit_contexts, contexts_for, select_contexts
 from skillsd.training.metrics import describe_batch, describe_rollouts, describe_skills, describe_system
+from skillsd.training.recorded import record_groups
 from skillsd.training.run import Run
 from skillsd.training.update import update
 from skillsd.types import Group
@@ -28,13 +30,13 @@ Record = dict[str, Any]
 
 
 class Reporter(Protocol):
-    """Receives metrics, trajectories and notes."""
+    """Receives metrics, notes, and the groups of the iterations whose trajectories are written."""
 
     def iteration(self, record: Record) -> None: ...
 
     def evaluation(self, record: Record) -> None: ...
 
-    def trajectories(self, iteration: int, groups: list[Group]) -> None: ...
+    def trajectories(self, iteration: int, groups: list[RecordedGroup]) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -170,7 +172,7 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
 
     # 6. L = L_GRPO + lambda * L_SDL, and the optimiser's steps.
     with clock("update"):
-        updated = await update(run, batch, objective, reporter.note)
+        updated = await update(run, batch, objective, reporter.note, per_token=run.recorded)
         await run.engine.publish()
 
     # 7. Credit each used skill with its group's rewards, unless it was too long or nothing was updated.
@@ -180,7 +182,7 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
     ]
     with run.bank.batch():
         for context, seen, values in zip(used, in_prompt, credits, strict=True):
-            if context.skill and seen and updated["step/applied"] and config.skills.content == "own":
+            if context.skill and seen and updated.figures["step/applied"] and config.skills.content == "own":
                 run.bank.credit(context.skill.id, values)
 
     # 8. Summarise the finished trajectories into skills for later iterations.
@@ -188,19 +190,22 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
         with clock("summarise"):
             added = await _summarise(run, groups)
 
+    if run.recorded:
+        with clock("records"):
+            reporter.trajectories(run.iteration + 1, record_groups(run, groups, used, contexts, batch, updated))
+
     seconds = {"rollout": rollouts.seconds, **clock.seconds}
     run.iteration += 1
     run.totals["episodes"] += sum(len(group.trajectories) for group in groups)
     run.totals["sampled_tokens"] += sum(t.action_tokens for group in groups for t in group.trajectories)
     run.totals["seconds"] += sum(seconds.values())
-    reporter.trajectories(run.iteration, groups)
     return {
         "iteration": run.iteration,
         **run.totals,
         **describe_rollouts(rollouts.collected, rollouts.seconds),
         "rollout/policy_lag": lag,
         **describe_batch(batch, used, in_prompt if run.method.has_context else None),
-        **updated,
+        **updated.figures,
         **describe_skills(run, added),
         **describe_system(run.learner),
         **run.engine.sampler.metrics(),

@@ -177,7 +177,9 @@ DOCS: tuple[MetricDoc, ...] = (
     MetricDoc("memory/peak_mib", "peak memory of the process, MiB"),
     MetricDoc("memory/gpu_peak_mib", "peak GPU memory that torch allocated, MiB"),
     MetricDoc(
-        "time/*", "wall-clock seconds by phase: rollout, teacher, uplift, update, summarise; iteration is their sum"
+        "time/*",
+        "wall-clock seconds by phase: rollout, teacher, uplift, update, summarise, records (writing trajectories); "
+        "iteration is their sum",
     ),
     # evaluations.jsonl
     MetricDoc("eval*/accuracy", "share of held-out episodes with full success, plain prompt", "rises"),

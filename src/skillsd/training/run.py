@@ -72,6 +72,12 @@ class Run:
         """The student at another temperature (0: greedy)."""
         return dataclasses.replace(self.student, temperature=temperature)
 
+    @property
+    def recorded(self) -> bool:
+        """Whether this iteration's trajectories are written."""
+        every = self.config.log.trajectories_every
+        return bool(every) and self.iteration % every == 0
+
     def objective(self) -> Objective:
         """The objective of this iteration."""
         progress = self.iteration / max(1, self.config.training.iterations)
