@@ -9,6 +9,7 @@ from toy_env import Toy
 from toy_run import MakeRun, go, toy_settings
 
 from skillsd.config import ArchitectureSection, RunConfig, load
+from skillsd.engines.replicas import Replicas
 from skillsd.engines.vllm.options import VllmOptions
 from skillsd.engines.vllm.sampler import VllmSampler
 from skillsd.errors import UserError
@@ -100,10 +101,11 @@ def test_run_with_rollouts_by_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "run").mkdir()
     run = build(config, tmp_path / "run", task_set=Toy())
     try:
-        assert isinstance(run.engine.sampler, VllmSampler)
-        assert run.engine.sampler is not run.learner
+        assert isinstance(run.engine.sampler, Replicas)
+        [sampler] = run.engine.sampler.samplers
+        assert isinstance(sampler, VllmSampler)
         records = go(run).iterations
-        assert run.engine.sampler.seconds_reloading > 0
+        assert sampler.seconds_reloading > 0
     finally:
         run.close()
     assert len(records) == 4

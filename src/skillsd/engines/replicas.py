@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -254,7 +254,9 @@ class Replicas(Sampler):
             self._loading = False
             shutil.rmtree(self.folder, ignore_errors=True)  # or they would outlive a process that is killed
 
-    async def _load_all(self, replicas: Sequence[_Replica], weights: WeightsHandle) -> dict[_Replica, Exception]:
+    async def _load_all(
+        self, replicas: Sequence[_Replica], weights: WeightsHandle
+    ) -> dict[_Replica, EngineFailedError]:
         """Load the weights, all at the same time. Returns the replicas that failed.
 
         Raises:
@@ -279,7 +281,7 @@ class Replicas(Sampler):
 
     def metrics(self) -> dict[str, float]:
         """The samplers' metrics, averaged with the number of prompt tokens as weight, and those of failures."""
-        sums: Counter[str] = Counter()
+        sums: defaultdict[str, float] = defaultdict(float)
         tokens: Counter[str] = Counter()
         for replica in self._replicas:
             found = replica.sampler.metrics() if replica.sampler is not None else {}

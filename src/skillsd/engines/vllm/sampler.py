@@ -98,7 +98,7 @@ class VllmSampler(Sampler):
         if self._refusal or self._worker is None:
             raise EngineFailedError(self._refusal)
         worker, held = self._worker, self._held.get(request.session or "", ())
-        message = {"tokens": request.tokens[len(held) :], "parameters": self._parameters(request)}
+        message: dict[str, Any] = {"tokens": request.tokens[len(held) :], "parameters": self._parameters(request)}
         if request.session is not None:  # the worker has the rest of the session
             message |= {"session": request.session, "keep": len(held)}
         number, answer = worker.ask(message)
