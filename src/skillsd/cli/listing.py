@@ -11,6 +11,7 @@ from skillsd import __version__
 from skillsd import config as configs
 from skillsd.cli.common import Overrides, console
 from skillsd.config.load import COMMANDS
+from skillsd.errors import UserError
 
 
 def add_to(app: typer.Typer) -> None:
@@ -47,11 +48,30 @@ def doctor(
         typer.Argument(metavar="RECIPE", help="Also estimate the memory and time of this recipe."),
     ] = None,
     overrides: Overrides = None,
+    gpus: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Estimate the recipe on paper for this many GPUs, of the kind that the next options give."),
+    ] = None,
+    gpu_memory: Annotated[float, typer.Option(help="Memory of each, GiB.")] = 80.0,
+    bandwidth: Annotated[float, typer.Option(help="Bandwidth of its memory, GB/s.")] = 3350.0,
+    flops: Annotated[float, typer.Option(help="Its dense arithmetic in the model's dtype, TFLOP/s.")] = 989.0,
 ) -> None:
     """Show versions and devices, and whether a recipe fits."""
     from skillsd.cli.doctor import examine
+    from skillsd.cli.gpu_plan import show_plan
+    from skillsd.engines.plan import Gpus
 
-    examine(console, configs.load(configs.RunConfig, recipe, overrides or ()) if recipe else None)
+    config = configs.load(configs.RunConfig, recipe, overrides or ()) if recipe else None
+    if gpus is None:
+        examine(console, config)
+        return
+    if config is None:
+        raise UserError("--gpus estimates a recipe: give one, e.g. skillsd doctor sokoban-qwen3-4b --gpus 8")
+    given = {"--gpus": gpus, "--gpu-memory": gpu_memory, "--bandwidth": bandwidth, "--flops": flops}
+    for name, value in given.items():
+        if value <= 0:
+            raise UserError(f"{name} is {value:g}, expected more than 0")
+    show_plan(console, config, Gpus(gpus, gpu_memory * 2**30, bandwidth * 1e9, flops * 1e12))
 
 
 def version() -> None:

@@ -233,7 +233,7 @@ def _seconds(spec: EngineSpec, workload: Workload, sizes: Sizes, speed: Speed, b
     episodes, most = workload.episodes, workload.trajectory_tokens
     at_once = min(episodes, spec.max_sessions)
     sampled = min(workload.turns * workload.turn_tokens, most)
-    attention = sizes.layers * 2 * sizes.hidden * most  # scores and weighted sums, over half of the tokens on average
+    attention = sizes.layers * 2 * sizes.queries * most  # scores and weighted sums, over half of the tokens on average
     token, word = 2 * sizes.matrices + attention, 2 * sizes.head
     passes = -(-episodes // at_once) * sampled  # decoding steps, each for all episodes at once
     calls = sizes.layers * CALLS * speed.call

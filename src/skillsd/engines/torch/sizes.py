@@ -39,6 +39,7 @@ class Sizes:
         head: parameters of the output head.
         flow: inputs and outputs of these matrices per token, in all layers.
         cache: elements of the KV cache per token.
+        queries: width of a layer's queries, all heads together.
         adapter: trainable parameters per unit of LoRA's rank.
         adapted_in: inputs of matrices with an adapter per token, in all layers.
         adapted_out: the most outputs of one such matrix.
@@ -53,6 +54,7 @@ class Sizes:
     cache: int
     layers: int
     hidden: int
+    queries: int
     vocabulary: int
     adapter: int
     adapted_in: int
@@ -105,6 +107,7 @@ class Sizes:
             cache=2 * text.num_hidden_layers * heads * width,
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
+            queries=text.num_attention_heads * width,
             vocabulary=text.vocab_size,
             adapter=adapter,
             adapted_in=sum(a for a, _, module in adapted if module in within),
