@@ -57,8 +57,7 @@ def episode_text(group: RecordedGroup, member: int, picture: Picture, *, whole: 
     for message in t.prompt:
         yield from _block(message.role, message.content, longest)
     yield from _drawn(picture(None), "", longest)
-    gaps = _by_turn(episode)
-    for number, (turn, of_turn) in enumerate(zip(t.turns, gaps, strict=True)):
+    for number, (turn, of_turn) in enumerate(zip(t.turns, episode.by_turn(episode.gaps), strict=True)):
         yield _action(number, turn, group, episode, of_turn, longest)
         yield from _drawn(picture(number), turn.observation, longest)
 
@@ -82,17 +81,6 @@ def _teaching(group: RecordedGroup) -> str:
     if group.untaught:
         return f"no teacher: {group.untaught}"
     return f"no teacher; {what} in the student's prompt" if what else "no teacher in this method"
-
-
-def _by_turn(episode: RecordedEpisode) -> list[Sequence[float] | None]:
-    """The gaps of each turn's tokens."""
-    t, gaps = episode.trajectory, episode.gaps
-    if gaps is None:
-        return [None] * len(t.turns)
-    before = [0]
-    for marked in t.action_mask:
-        before.append(before[-1] + marked)
-    return [gaps[before[turn.start] : before[turn.end]] for turn in t.turns]
 
 
 def _action(
