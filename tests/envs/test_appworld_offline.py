@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skillsd.envs import load
 from skillsd.envs.appworld import demonstrations, paths, prompt
 from skillsd.envs.appworld.data import APPS, SolutionTurn, World, scenario_of
 from skillsd.envs.appworld.demonstrations import demonstrate, recording_path
@@ -400,6 +401,23 @@ class TestSummarise:
 
         assert summariser("react")(trajectory(Outcome.TRUNCATED_TURNS)) is not None
         assert summariser("react")(trajectory(Outcome.ENV_ERROR)) is None
+
+    def test_the_picture_is_the_code_and_its_output(self, root: Path) -> None:
+        turns = (
+            Turn("```python\nprint(1)\n```", "1", 0, 0, turn(LOGIN)),
+            Turn("x", "Failed", 0, 0, turn(error="NameError: x")),
+            Turn("no code", "Write code.", 0, 0, turn(code=None, error="no code")),
+        )
+        trajectory = Trajectory(
+            Task("t_1", "appworld", "train"), (), (), (), (), 0, turns, Outcome.FAILED, 0.0, False, 0
+        )
+        pictures = [load("appworld", {"root": str(root)}).picture(trajectory, place) for place in (None, 0, 1, 2)]
+        assert pictures == [
+            None,
+            {"kind": "code", "input": "print(1)", "output": "1", "error": None},
+            {"kind": "code", "input": "print(1)", "output": "Failed", "error": "NameError: x"},
+            None,
+        ]
 
     @settings(max_examples=50, deadline=None)
     @given(st.data(), st.booleans(), st.sampled_from(STYLES))

@@ -293,6 +293,49 @@ def test_an_invalid_value_for_a_task_is_a_user_error(name: str, value: Any) -> N
     assert name in {problem.check for problem in check(task_set)}
 
 
+GRID = {"kind": "grid", "rows": ["#@ #"]}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "#@ #",
+        {"rows": ["#"]},
+        {"kind": "film"},
+        {"kind": ["grid"]},
+        {"kind": "grid"},
+        {"kind": "grid", "rows": "#@ #"},
+        {"kind": "grid", "rows": [3]},
+        {**GRID, "legend": ["wall"]},
+        {**GRID, "legend": {"#": 3}},
+        {**GRID, "caption": 3},
+        {**GRID, "colour": "red"},
+        {"kind": "code", "input": "print(1)"},
+        {"kind": "code", "input": "print(1)", "output": "1", "error": ValueError()},
+        {"kind": "text", "text": "\ud83d"},
+    ],
+)
+def test_an_invalid_picture_is_a_user_error(value: Any) -> None:
+    task_set = with_method("picture", value)
+    with pytest.raises(UserError, match=r"Changed\.picture: .*expected"):
+        checked(task_set).picture(episode(Three()), None)
+    assert "picture" in {problem.check for problem in check(task_set)}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        GRID,
+        {**GRID, "legend": {"#": "wall"}, "caption": None},
+        {"kind": "code", "input": "", "output": "1", "error": None},
+        {"kind": "text", "text": "a\nb", "caption": "c"},
+    ],
+)
+def test_a_picture_is_handed_on(value: Any) -> None:
+    assert checked(with_method("picture", value)).picture(episode(Three()), None) == value
+
+
 def demonstrating(*given: Any) -> TaskSet:
     return with_method("demonstrations", iter(given))
 

@@ -108,6 +108,8 @@ BROKEN: list[tuple[str, type[Good]]] = [
     ("disjoint", tasking(lambda split, tasks: [replace(t, id=t.id[-1]) for t in tasks])),
     ("task_split", tasking(lambda split, tasks: [replace(t, split="train") for t in tasks])),
     ("payload", tasking(lambda split, tasks: [replace(t, payload={"x": {1}}) for t in tasks])),
+    ("picture", type("Broken", (Good,), {"picture": lambda self, trajectory, turn: {"kind": "film"}})),
+    ("picture", type("Broken", (Good,), {"picture": lambda self, trajectory, turn: trajectory.turns[99]})),
     ("secrets", type("Broken", (Good,), {"secrets": lambda self, task: "up"})),
     ("prompt", resetting(text_reset)),
     ("reset_again", resetting(forgetful_reset)),

@@ -16,7 +16,7 @@ from skillsd.envs.sokoban.language import parse
 from skillsd.envs.sokoban.levels import generate
 from skillsd.envs.sokoban.presets import PRESETS, STYLES
 from skillsd.errors import UserError
-from skillsd.types import Task
+from skillsd.types import Outcome, Task, Trajectory, Turn
 
 ROWS = ["######", "#@$ .#", "# #  #", "#    #", "#    #", "######"]
 TWO = ["######", "#@$. #", "# #  #", "# $. #", "#    #", "######"]
@@ -42,6 +42,22 @@ def test_terse_episode() -> None:
     step = episode.step("<action>right</action>")
     assert (step.observation, step.done, step.reward, step.success) == ("Solved", True, 1.0, True)
     assert episode.steps == 3
+
+
+def test_the_picture_is_the_board() -> None:
+    episode = game()
+    steps = [episode.step(move) for move in ("Right", "Right")]
+    turns = tuple(Turn("Right", step.observation, 0, 0, step.info) for step in steps)
+    task = task_of(episode.level, "train", 2)
+    trajectory = Trajectory(task, (), (), (), (), 0, turns, Outcome.SOLVED, 1.0, True, 0)
+    start, one, two = (load("sokoban").picture(trajectory, turn) for turn in (None, 0, 1))
+    assert start
+    assert one
+    assert two
+    assert [start["rows"], one["rows"][1], two["rows"][1]] == [ROWS, "# @$.#", "#  @*#"]
+    assert [start["caption"], two["caption"]] == ["0 of 1 boxes on targets", "1 of 1 boxes on targets"]
+    assert start["kind"] == "grid"
+    assert set("".join(start["rows"] + two["rows"])) <= start["legend"].keys()
 
 
 def test_terse_marks_the_box_and_the_player_on_targets() -> None:

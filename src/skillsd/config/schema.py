@@ -219,6 +219,8 @@ class LogSection(Options):
     """Write TensorBoard event files."""
     wandb: str | None = None
     """Weights & Biases project (needs ``pip install wandb``). Default: off."""
+    trackio: str | None = None
+    """Trackio project (needs ``pip install trackio``). Default: off."""
     trajectories_every: int = Field(1, ge=0)
     """Write the trajectories of every n-th iteration. 0: none."""
 

@@ -132,6 +132,25 @@ class TaskSet(ABC):
         """A skill of this environment's summariser in words for human readers, if it is in a shorthand for a model."""
         return skill
 
+    def picture(self, trajectory: Trajectory, turn: int | None) -> Mapping[str, Any] | None:
+        """What a turn looks like, for `skillsd show` and the page of `skillsd report`; None shows the plain texts.
+
+        Drawn from the trajectory alone (``turns[turn].info``): nothing is played again. One of these, as JSON:
+
+        - ``{"kind": "grid", "rows": ["#@$.#"], "legend": {"#": "wall"}}``: a board, a character per cell. The optional
+          legend names the characters; the page draws wall, floor, target, player, box, "player on target" and "box on
+          target" as shapes, any other as the character with its name.
+        - ``{"kind": "code", "input": "print(1)", "output": "1", "error": None}``: what was run and what came back. The
+          error (its text) is optional.
+        - ``{"kind": "text", "text": "..."}``: text with its line breaks.
+
+        Each may have a ``caption``, one line of text.
+
+        Args:
+            turn: index into ``trajectory.turns``: the state after this turn; None: before the first one.
+        """
+        return None
+
     def summariser(self) -> Callable[[Trajectory], Skill | None] | None:
         """A rule-based summariser of this environment's trajectories (no language model), or None."""
         return None

@@ -124,6 +124,9 @@ class CheckedTaskSet(TaskSet):
     def for_people(self) -> TaskSet:
         return checked(self._call("for_people", _task_set))
 
+    def picture(self, trajectory: Trajectory, turn: int | None) -> Mapping[str, Any] | None:
+        return self._call("picture", values.picture, trajectory, turn)
+
     def summariser(self) -> Callable[[Trajectory], Skill | None] | None:
         return self._call("summariser", lambda value: values.optional_function(value, "summariser"))
 

@@ -17,7 +17,7 @@ from skillsd.envs import values
 from skillsd.envs.base import Environment, TaskSet
 from skillsd.envs.checked import CheckedTaskSet
 from skillsd.errors import UserError
-from skillsd.types import TRAIN_SPLIT, Task
+from skillsd.types import TRAIN_SPLIT, Outcome, Task, Trajectory, Turn
 
 T = TypeVar("T")
 
@@ -178,6 +178,7 @@ class _Checker:
             )
             # Abandon an episode, then reset: no state may carry over.
             await self._attempt("reset_again", reused, task, seed, script[:2])
+            self._check_pictures(task, seed, script, first or [])
             third = await self._attempt("reset_again", reused, task, seed, script)
             self._expect(
                 first == third, "reset_again", "reset() to clear all state", "another episode than in a new one"
@@ -189,6 +190,18 @@ class _Checker:
             await reused.close()
         except Exception as error:
             self._expect(False, "close", "close() to be idempotent", user_code.describe(error))
+
+    def _check_pictures(self, task: Task, seed: int, script: Sequence[str], played: Sequence[Any]) -> None:
+        """Checks of what people see of the episode."""
+        if not played:
+            return
+        prompt, *steps = played
+        turns = [Turn(action, s.observation, 0, 0, s.info) for action, s in zip(script, steps, strict=False)]
+        reward, success = (steps[-1].reward, steps[-1].success) if steps else (0.0, False)
+        outcome = Outcome.SOLVED if success else Outcome.FAILED
+        trajectory = Trajectory(task, prompt, (), (), (), 0, tuple(turns), outcome, reward, success, seed)
+        for turn in (None, *range(len(turns))):
+            self._valid("picture", lambda turn=turn: values.picture(self._task_set.picture(trajectory, turn)))
 
     async def _attempt(
         self, name: str, environment: Environment, task: Task, seed: int, script: Sequence[str]

@@ -174,6 +174,38 @@ def step(value: object) -> Step:
     return checked
 
 
+# kind -> key -> whether it may be missing or None; all are text but for rows and legend
+_PICTURES = {
+    "grid": {"rows": False, "legend": True, "caption": True},
+    "code": {"input": False, "output": False, "error": True, "caption": True},
+    "text": {"text": False, "caption": True},
+}
+
+
+def picture(value: object) -> Mapping[str, Any] | None:
+    """What a turn looks like (`TaskSet.picture`), or None."""
+    if value is None:
+        return None
+    found = json_object(value, "picture")
+    keys = _PICTURES.get(str(found.get("kind")))
+    if keys is None:
+        raise InvalidError("picture", f"one of {', '.join(_PICTURES)}", found.get("kind"), "the picture's kind")
+    if unknown := [key for key in found if key not in (*keys, "kind")]:
+        raise InvalidError("picture", f"kind, {', '.join(keys)}", unknown[0], "a key of the picture")
+    for key, optional in keys.items():
+        given, where = found.get(key), f"the picture's {key}"
+        if given is None and optional:
+            continue
+        if key == "rows":
+            texts(given, "picture", where)
+        elif key == "legend":
+            legend = given if isinstance(given, Mapping) else {None: given}
+            texts([part for pair in legend.items() for part in pair], "picture", where)
+        else:
+            text(given, "picture", where)
+    return found
+
+
 # -- a task set -----------------------------------------------------------------------------------------------------
 
 

@@ -1,12 +1,14 @@
-"""What a run writes: metrics.jsonl, evaluations.jsonl, trajectories, TensorBoard and W&B."""
+"""What a run writes: metrics.jsonl, evaluations.jsonl, trajectories, TensorBoard, W&B and Trackio."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,9 @@ class RunWriter:
         self._on_record, self._on_note = on_record, on_note
         for file in (METRICS, EVALUATIONS):
             keep_until(folder / file, -1 if resumed_at is None else resumed_at)
-        # W&B first: if it is not installed, nothing else has been created.
+        # W&B and Trackio first: if one is not installed, nothing else has been created.
         self._wandb = _wandb(folder, options.wandb, name) if options.wandb else None
+        self._trackio = _trackio(options.trackio, name, resumed_at) if options.trackio else None
         self._tensorboard = _tensorboard(folder, resumed_at) if options.tensorboard else None
 
     def iteration(self, record: Mapping[str, Any]) -> None:
@@ -67,6 +70,9 @@ class RunWriter:
     def close(self) -> None:
         if self._wandb is not None:
             self._wandb.finish()
+        if self._trackio is not None:
+            with silent():
+                self._trackio.finish()
 
     def _write(self, file: str, record: Mapping[str, Any]) -> None:
         append(self._folder / file, json.dumps(_jsonable(record)) + "\n")
@@ -76,6 +82,8 @@ class RunWriter:
             self._tensorboard.add(numbers, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
+        if self._trackio is not None:
+            self._trackio.log(numbers, step=step)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -147,3 +155,20 @@ def _wandb(folder: Path, project: str, name: str) -> Any:
     if not kept.exists():
         write_whole(kept, uuid.uuid4().hex[:16])
     return wandb.init(project=project, name=name, id=kept.read_text(), dir=str(folder), resume="allow")
+
+
+def _trackio(project: str, name: str, resumed_at: int | None) -> Any:
+    try:
+        import trackio
+    except ImportError as error:
+        raise UserError("log.trackio needs a package: pip install trackio") from error
+    with silent():
+        trackio.init(project=project, name=name, resume="never" if resumed_at is None else "allow", embed=False)
+    return trackio
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without what a library prints on standard output."""
+    with redirect_stdout(io.StringIO()):
+        yield

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,14 @@ class RecordedEpisode:
         if self.teacher_logprobs is None or self.student_logprobs is None:
             return None
         return tuple(q - p for q, p in zip(self.teacher_logprobs, self.student_logprobs, strict=True))
+
+    def by_turn(self, values: Sequence[float] | None) -> list[Sequence[float] | None]:
+        """Values of the action tokens, ``[action tokens]``, by turn; Nones for None."""
+        t = self.trajectory
+        if values is None:
+            return [None] * len(t.turns)
+        before = [0, *accumulate(t.action_mask)]  # action tokens before each place
+        return [values[before[turn.start] : before[turn.end]] for turn in t.turns]
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from skillsd.config import RunConfig
+from skillsd.envs.base import TaskSet
+from skillsd.envs.registry import load as load_environment
+from skillsd.errors import UserError
 from skillsd.files.read import read_json_object
 from skillsd.objective import Objective
 from skillsd.report.writer import EVALUATIONS, METRICS, TRAJECTORIES, read
@@ -84,6 +87,22 @@ class OpenRun:
         """The trajectories of `groups`. Their log-probs have four decimals."""
         for group in self.groups(iteration):
             yield from group.trajectories
+
+    @cached_property
+    def task_set(self) -> TaskSet:
+        """The run's environment.
+
+        Raises:
+            UserError: if it can't be loaded here.
+        """
+        return load_environment(self.config.environment.name, self.config.environment.options)
+
+    def picture(self, trajectory: Trajectory, turn: int | None) -> Mapping[str, Any] | None:
+        """What a turn looks like, see `TaskSet.picture`; None too if the environment can't be loaded or fails."""
+        try:
+            return self.task_set.picture(trajectory, turn)
+        except UserError:
+            return None
 
     def objective(self, iteration: int) -> Objective:
         """The loss's settings in an iteration, for `skillsd.training.recorded`."""

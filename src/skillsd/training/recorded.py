@@ -1,4 +1,4 @@
-"""The records of an iteration's groups: what was trained on, and what student and teacher thought of each token.
+"""The records of an iteration's groups: what was trained on, with the log-probs of student and teacher.
 
 Everything is a by-product of training: there is no further forward pass. The loss terms can be evaluated again on what
 was recorded (`token_values`).

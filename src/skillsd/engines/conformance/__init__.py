@@ -40,6 +40,7 @@ CHECKS: tuple[Check, ...] = (
     scoring.top_k_is_the_head_of_the_distribution,
     scoring.long_sequences_are_refused,
     learning.gradient_does_not_depend_on_micro_batches,
+    learning.metrics_by_token_come_back_whole,
     learning.gradients_accumulate,
     learning.training_moves_towards_the_loss,
     learning.candidates_coarse_grain_the_distribution,

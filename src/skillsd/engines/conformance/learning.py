@@ -27,8 +27,9 @@ from skillsd.engines.conformance.kit import (
     require,
     sample_all,
 )
-from skillsd.metrics import Mean, Metrics
+from skillsd.metrics import Mean, Metrics, PerToken
 from skillsd.objective.logprobs import CHOSEN, WHOLE, TokenLogprobs, Want, top_k
+from skillsd.objective.loss import TOKEN_NUMBER, per_token
 
 
 async def gradient_does_not_depend_on_micro_batches(subject: Subject) -> None:
@@ -48,6 +49,34 @@ async def gradient_does_not_depend_on_micro_batches(subject: Subject) -> None:
         equal(other_loss.count, loss.count, "the number of tokens in the metric")
         near(other_norm, norm, subject.relative, "the gradient's norm")
         expect(gap(other_view, view) <= 20 * subject.tolerance, "the update depends on how the batch is cut")
+
+
+@dataclass(frozen=True)
+class LossByToken:
+    """A loss with a metric by token, as the records of a run need it."""
+
+    def __call__(self, student: TokenLogprobs, signals: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        return student.chosen.sum(), {"by_token": per_token(signals[TOKEN_NUMBER], student.chosen)}
+
+
+async def metrics_by_token_come_back_whole(subject: Subject) -> None:
+    """A metric by token has the value of every token, in one forward pass or in many."""
+    sequences = subject.sequences()
+    counts = [sequence.marked for sequence in sequences]
+    numbers = torch.arange(sum(counts)).split(counts)
+    items = [TrainItem(s, {TOKEN_NUMBER: number}) for s, number in zip(sequences, numbers, strict=True)]
+    for budget, backwards in ((10_000, False), (40, True)):
+        engine = subject.make(micro_batch_tokens=budget)
+        expected = torch.cat(await chosen(engine.learner, sequences))
+        metrics = await engine.learner.forward_backward(items[::-1] if backwards else items, LossByToken())
+        found = metrics.get("by_token")
+        if not isinstance(found, PerToken):
+            raise AssertionError(f"the metric by token came back as {type(found).__name__}, expected a PerToken")
+        order = torch.tensor(found.tokens).argsort()
+        equal(torch.tensor(found.tokens)[order], torch.arange(sum(counts)), "the numbers of the tokens in the metric")
+        difference = gap(torch.tensor(found.values)[order], expected)
+        expect(difference <= subject.tolerance, f"log-probs in a metric by token differ by up to {difference:.3g}")
+        engine.close()
 
 
 async def gradients_accumulate(subject: Subject) -> None:

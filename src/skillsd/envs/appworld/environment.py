@@ -223,6 +223,14 @@ class AppWorld(TaskSet):
         rules |= {"code_seconds": self.code_seconds, "wording": prompt.wording(self.style, data.APPS)}
         return rules | {"world": self.data.fingerprint_source}
 
+    def picture(self, trajectory: Trajectory, turn: int | None) -> Mapping[str, Any] | None:
+        """A turn's code and its output; None before the first turn, and for a turn without code."""
+        info = {} if turn is None else trajectory.turns[turn].info
+        if turn is None or not info.get("code"):
+            return None
+        output = trajectory.turns[turn].observation
+        return {"kind": "code", "input": info["code"], "output": output, "error": info.get("error")}
+
     def summariser(self) -> Callable[[Trajectory], Skill | None]:
         """The rule-based summariser: API names, errors and a workflow."""
         return summarise.summariser(self.style)

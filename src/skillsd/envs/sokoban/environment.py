@@ -29,6 +29,17 @@ ORACLE_LIMIT = 200_000
 """States that the solver visits for an oracle, some seconds' work. Levels of the presets need a few thousand."""
 
 
+LEGEND = {
+    "#": "wall",
+    " ": "floor",
+    ".": "target",
+    "$": "box",
+    "*": "box on target",
+    "@": "player",
+    "+": "player on target",
+}
+
+
 class SokobanEnvironment(Environment):
     """Runs one `Game` at a time."""
 
@@ -141,6 +152,15 @@ class Sokoban(TaskSet):
     def skill_for_people(self, task: Task, skill: Skill) -> Skill:
         """The rules' skills of the terse style in the words of the prose styles."""
         return in_prose(level_of(task), skill) if self.rules.style == "terse" else skill
+
+    def picture(self, trajectory: Trajectory, turn: int | None) -> Mapping[str, Any]:
+        """The board."""
+        level = level_of(trajectory.task)
+        info = {} if turn is None else trajectory.turns[turn].info
+        rows = str(info.get("board", level.ascii())).split("\n")
+        solved = sum(row.count("*") for row in rows)
+        caption = f"{solved} of {len(level.boxes)} boxes on targets" + ", deadlock" * bool(info.get("deadlock"))
+        return {"kind": "grid", "rows": rows, "legend": LEGEND, "caption": caption}
 
     def make(self) -> Environment:
         return SokobanEnvironment(self.rules)
