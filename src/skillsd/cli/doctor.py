@@ -24,6 +24,7 @@ EXTRAS = {
     "openai": "skills.summariser=openai, skillsd eval --endpoint (pip install openai)",
     "gguf": "the model smollm2-135m (pip install gguf)",
     "wandb": "Weights & Biases (pip install wandb)",
+    "tinker": "engine.name=tinker (pip install tinker; docs/tinker.md)",
 }
 
 FILL = 0.9
@@ -67,9 +68,10 @@ def _examine_recipe(console: Console, config: RunConfig) -> None:
     registry.tasks_of(task_set, config.evaluation.split, "evaluation.split")
     spec = engine_spec(config)
     config.engine.check(spec)
+    iterations = config.training.iterations
     estimator = config.engine.estimator(spec, workload(config, task_set.max_turns))
     if estimator is None:
-        console.print(f"\nrecipe {config.name}: no estimate for the engine {config.engine.name!r}", highlight=False)
+        _show_usage(console, config, config.engine.usage(spec, workload(config, task_set.max_turns), iterations))
         return
 
     def expected(other: RunConfig) -> Estimate:
@@ -105,6 +107,21 @@ def _examine_recipe(console: Console, config: RunConfig) -> None:
         run = whole * config.training.iterations
         hint = ". Too slow here: use a smaller model or a faster device" if run > MONTH else ""
         console.print(f"  time of the run, about: {duration(run)}, on an idle machine, without evaluations{hint}")
+
+
+def _show_usage(console: Console, config: RunConfig, usage: list[str]) -> None:
+    """What a run uses of its engine's server."""
+    if not usage:
+        console.print(f"\nrecipe {config.name}: no estimate for the engine {config.engine.name!r}", highlight=False)
+        return
+    console.print(
+        f"\nrecipe {config.name} with the engine {config.engine.name!r}: {config.episodes_per_iteration} episodes per "
+        f"iteration, {config.training.iterations} iterations. Each iteration, if every episode uses its whole token "
+        "budget:",
+        highlight=False,
+    )
+    for line in usage:
+        console.print(f"  {line}", highlight=False)
 
 
 def remedies(config: RunConfig, free: float, need: Callable[[RunConfig], int]) -> tuple[list[tuple[str, int]], int]:

@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from typing import Annotated, ClassVar
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from skillsd.options import JsonObject, Options
+
+
+def _variable_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError("expected the name of an environment variable, not the key itself")
+    return name
+
+
+def _address(address: str) -> str:
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("expected an address such as http://localhost:8000/v1")
+    if "@" in parts.netloc or parts.query:
+        raise ValueError(
+            "expected no credentials or query in the address, which is written to files: name the environment variable "
+            "of the key instead"
+        )
+    try:
+        _ = parts.port  # parsed, and checked, on access
+    except ValueError:
+        raise ValueError("its port has to be a number up to 65535, as in http://localhost:8000/v1") from None
+    return address
+
+
+VariableName = Annotated[str, AfterValidator(_variable_name)]
+"""The name of an environment variable that holds a key. A key given by mistake is refused."""
+
+Address = Annotated[str, AfterValidator(_address)]
+"""The address of a server, without credentials."""
 
 
 class EndpointOptions(Options):
@@ -16,9 +45,9 @@ class EndpointOptions(Options):
 
     model: str | None = None
     """The model's name at the endpoint."""
-    base_url: str | None = None
+    base_url: Address | None = None
     """The endpoint's address, usually ending in ``/v1``. None is OpenAI's own."""
-    api_key_env: str | None = None
+    api_key_env: VariableName | None = None
     """Name of the environment variable that holds the key; the key itself is never written anywhere. None is
     ``OPENAI_API_KEY`` for OpenAI's own address, and no key for another ``base_url``."""
     request: JsonObject = Field(default_factory=dict)
@@ -49,29 +78,3 @@ class EndpointOptions(Options):
         if self.price_in is None and self.price_out is None:
             return None
         return (tokens_in * (self.price_in or 0) + tokens_out * (self.price_out or 0)) / 1e6
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _is_a_variable_name(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError("expected the name of an environment variable, not the key itself")
-        return name
-
-    @field_validator("base_url")
-    @classmethod
-    def _is_an_address_without_secrets(cls, address: str | None) -> str | None:
-        if address is None:
-            return None
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("expected an address such as http://localhost:8000/v1")
-        if "@" in parts.netloc or parts.query:
-            raise ValueError(
-                "expected no credentials or query in the address, which is written to files: name the environment "
-                "variable of the key instead"
-            )
-        try:
-            _ = parts.port  # parsed, and checked, on access
-        except ValueError:
-            raise ValueError("its port has to be a number up to 65535, as in http://localhost:8000/v1") from None
-        return address

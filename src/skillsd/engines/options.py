@@ -61,6 +61,10 @@ class EngineOptions(Options):
         """
         return None
 
+    def usage(self, spec: EngineSpec, workload: Workload, iterations: int) -> list[str]:
+        """What a run uses of a server, as lines for `skillsd doctor`; none if nothing runs on one."""
+        return []
+
     def for_learner(self) -> EngineOptions:
         """The options of an engine that only has to load, score and export: without a separate sampler."""
         return self
