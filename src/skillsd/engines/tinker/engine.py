@@ -217,7 +217,9 @@ class TinkerEngine(Learner, Sampler):
             )
         self._finite &= found.finite
         if known is None:
-            self._pending += [share for share in found.shares if bool(share.advantages.any())]
+            # A sequence without gradient costs a pass for nothing; but a step without any gradient is still a step of
+            # Adam, whose moments move the weights.
+            self._pending += [share for share in found.shares if bool(share.advantages.any())] or found.shares[:1]
             return found.metrics
         if not found.finite:
             return found.metrics
