@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
@@ -264,6 +265,15 @@ def test_the_sdk_has_to_be_the_servers(
     monkeypatch.setattr(service, "installed", lambda: installed)
     with pytest.raises(UserError, match=words):
         TinkerOptions(server=server).build(SPEC)
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
+    """The SDK alone would try for five minutes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(UserError, match=rf"nothing answers at {address} \(engine\.base_url\): .*Start the server"):
+        service.Service(TinkerOptions(server="skyrl", base_url=address))
 
 
 def test_an_unknown_base_model_is_refused_with_those_that_there_are(server: FakeServer) -> None:

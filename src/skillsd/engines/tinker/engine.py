@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import secrets
 from collections.abc import Sequence
@@ -37,8 +36,6 @@ from skillsd.engines.torch.models import resolve
 from skillsd.errors import EngineFailedError, UserError
 from skillsd.metrics import Metrics
 from skillsd.objective.logprobs import CHOSEN, TokenLogprobs, Want
-
-log = logging.getLogger(__name__)
 
 MOST_APART = 1.0
 """Nats. If the sampler's and the trainer's log-probs of the same tokens and weights differ by more on average, they are
