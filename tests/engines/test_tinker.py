@@ -11,10 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-<<<<<<< HEAD
-=======
 from torch import Tensor
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
 
 pytest.importorskip("tinker", reason="the SDK is not installed: pip install tinker")
 
@@ -25,14 +22,9 @@ from engines import tiny
 from engines.fake_tinker import SEEDS, FakeServer, SameSeeds, adapter_engine
 from engines.tiny import conforms
 from skillsd.config import RunConfig
-<<<<<<< HEAD
-from skillsd.engines.base import Engine, Loss, TokenSequence, TrainItem
-from skillsd.engines.conformance import CHECKS, Check, Subject, learning
-=======
 from skillsd.engines.base import Engine, Learner, Loss, SampleRequest, TokenSequence, TrainItem
 from skillsd.engines.conformance import CHECKS, Check, Subject, learning
 from skillsd.engines.conformance.kit import WEIGHTED, chosen
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
 from skillsd.engines.options import EngineSpec, LoraOptions
 from skillsd.engines.tinker import servers
 from skillsd.engines.tinker.engine import TinkerEngine
@@ -146,14 +138,8 @@ def test_both_routes_give_the_embedded_engines_gradients_and_metrics(folder: Pat
             for name, metric in found.items():
                 if name != SAMPLER_DIFF:
                     assert metric.value == pytest.approx(expected[name].value, rel=1e-4, abs=1e-6)  # type: ignore[union-attr]
-<<<<<<< HEAD
-        sequences = tiny.DATA.sequences()
-        for a, b in zip(await learner.logprobs(sequences), await local.logprobs(sequences), strict=True):
-            assert torch.allclose(a.chosen, b.chosen, atol=1e-4)
-=======
         for a, b in zip(await scores(learner), await scores(local), strict=True):
             assert torch.allclose(a, b, atol=1e-4)
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
 
     asyncio.run(compare())
 
@@ -237,8 +223,6 @@ def test_sequences_without_gradient_are_not_sent(folder: Path) -> None:
     asyncio.run(count())
 
 
-<<<<<<< HEAD
-=======
 def test_a_step_without_gradient_moves_the_weights_as_the_embedded_engines_does(folder: Path) -> None:
     """By Adam's moments, which an earlier gradient left."""
 
@@ -258,7 +242,6 @@ async def scores(learner: Learner) -> list[Tensor]:
     return await chosen(learner, tiny.DATA.sequences())
 
 
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
 def test_clipping_and_adam_are_the_recipes(folder: Path) -> None:
     async def compare() -> None:
         local = local_engine(folder, max_grad_norm=0.01, betas=(0.5, 0.6))
@@ -269,14 +252,8 @@ def test_clipping_and_adam_are_the_recipes(folder: Path) -> None:
             for one in (learner, local):
                 await one.forward_backward(items, bound(items, on_policy=False))
                 await one.step(1e-2)
-<<<<<<< HEAD
-        sequences = tiny.DATA.sequences()
-        for a, b in zip(await learner.logprobs(sequences), await local.logprobs(sequences), strict=True):
-            assert torch.allclose(a.chosen, b.chosen, atol=1e-4)
-=======
         for a, b in zip(await scores(learner), await scores(local), strict=True):
             assert torch.allclose(a, b, atol=1e-4)
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
 
     asyncio.run(compare())
 
@@ -369,8 +346,6 @@ def test_a_snapshot_teacher_is_the_base_model_and_then_saved_weights(folder: Pat
     asyncio.run(follow())
 
 
-<<<<<<< HEAD
-=======
 def test_the_base_model_is_sampled_without_an_adapter(folder: Path) -> None:
     """As `skillsd eval --model` does, which has no LoRA."""
 
@@ -385,7 +360,6 @@ def test_the_base_model_is_sampled_without_an_adapter(folder: Path) -> None:
     asyncio.run(sample())
 
 
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
 # -- exports --------------------------------------------------------------------------------------------------------
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-<<<<<<< HEAD
-=======
 import socket
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
@@ -270,8 +267,6 @@ def test_the_sdk_has_to_be_the_servers(
         TinkerOptions(server=server).build(SPEC)
 
 
-<<<<<<< HEAD
-=======
 def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
     """The SDK alone would try for five minutes."""
     with socket.socket() as free:
@@ -281,7 +276,6 @@ def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
         service.Service(TinkerOptions(server="skyrl", base_url=address))
 
 
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
 def test_an_unknown_base_model_is_refused_with_those_that_there_are(server: FakeServer) -> None:
     with pytest.raises(UserError, match=rf"no model 'other' \(engine\.base_model.*it has: {server.folder}"):
         engine_of(server, base_model="other")

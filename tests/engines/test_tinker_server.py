@@ -36,12 +36,8 @@ def environment(**more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     path = f"{PYTHON.parent}{os.pathsep}{kept['PATH']}"
     offline = {"HF_HUB_OFFLINE": "1", "UV_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TINKER_TELEMETRY": "0"}
-<<<<<<< HEAD
-    return {**kept, **offline, "VIRTUAL_ENV": str(PYTHON.parents[1]), "PATH": path, **more}
-=======
     cache = {"JAX_COMPILATION_CACHE_DIR": str(PYTHON.parents[1] / "jax-cache")}
     return {**kept, **offline, **cache, "VIRTUAL_ENV": str(PYTHON.parents[1]), "PATH": path, **more}
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
 
 
 @pytest.fixture(scope="module")
@@ -123,17 +119,10 @@ def test_sokoban_is_trained_and_resumed(address: str, tmp_path: Path) -> None:
         ),
     ]
     settings += ["training.learning_rate=0.001", "log.tensorboard=false"]
-<<<<<<< HEAD
-    run("-m", "skillsd", "train", "sokoban-nano", *settings, "training.iterations=2", "--out", str(out))
-    run("-m", "skillsd", "train", "sokoban-nano", *settings, "training.iterations=3", "--out", str(out), "--resume")
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [record["iteration"] for record in records] == [1, 2, 3]
-=======
     run("-m", "skillsd", "train", "sokoban-nano", *settings, "training.iterations=1", "--out", str(out))
     run("-m", "skillsd", "train", "sokoban-nano", *settings, "training.iterations=2", "--out", str(out), "--resume")
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["iteration"] for record in records] == [1, 2]
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
     assert max(record["step/grad_norm"] for record in records) > 0
     for record in records:
         assert record["step/applied"] == 2

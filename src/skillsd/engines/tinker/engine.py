@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-<<<<<<< HEAD
-import logging
-=======
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
 import math
 import secrets
 from collections.abc import Sequence
@@ -41,11 +37,6 @@ from skillsd.errors import EngineFailedError, UserError
 from skillsd.metrics import Metrics
 from skillsd.objective.logprobs import CHOSEN, TokenLogprobs, Want
 
-<<<<<<< HEAD
-log = logging.getLogger(__name__)
-
-=======
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
 MOST_APART = 1.0
 """Nats. If the sampler's and the trainer's log-probs of the same tokens and weights differ by more on average, they are
 not of the same weights; in bfloat16 the mean is a few hundredths."""
@@ -223,13 +214,9 @@ class TinkerEngine(Learner, Sampler):
             )
         self._finite &= found.finite
         if known is None:
-<<<<<<< HEAD
-            self._pending += [share for share in found.shares if bool(share.advantages.any())]
-=======
             # A sequence without gradient costs a pass for nothing; but a step without any gradient is still a step of
             # Adam, whose moments move the weights.
             self._pending += [share for share in found.shares if bool(share.advantages.any())] or found.shares[:1]
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
             return found.metrics
         if not found.finite:
             return found.metrics

@@ -9,10 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
-<<<<<<< HEAD
-=======
 import socket
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -20,10 +17,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from typing import Any
-<<<<<<< HEAD
-=======
 from urllib.parse import urlsplit
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
 
 from skillsd.engines.tinker.settings import TinkerSettings
 from skillsd.errors import EngineFailedError, UserError
@@ -205,19 +199,14 @@ class _Worker:
 def _connect(address: str | None, key: str) -> tuple[Any, Any]:
     import tinker
 
-<<<<<<< HEAD
-=======
     if address:
         _check_reachable(address)
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
     access: dict[str, Any] = {"api_key": key, **({"base_url": address} if address else {})}
     client = tinker.ServiceClient(**access)
     own = hasattr(tinker.RestClient, "get_server_capabilities") if hasattr(tinker, "RestClient") else False
     return client, tinker.RestClient(**access) if own else client.create_rest_client()
 
 
-<<<<<<< HEAD
-=======
 def _check_reachable(address: str) -> None:
     """Raise UserError if nothing listens there: the SDK would try for five minutes without a word."""
     parts = urlsplit(address)
@@ -230,7 +219,6 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
->>>>>>> ba135e650e9605082735b55c83a90af47a998436
 def _may_pass(error: Exception) -> bool:
     """Whether the same request may succeed later: the server lost or failed it, rather than refused it."""
     status = getattr(error, "status_code", None)
