@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from skillsd import user_code
@@ -201,7 +202,10 @@ class _Checker:
         outcome = Outcome.SOLVED if success else Outcome.FAILED
         trajectory = Trajectory(task, prompt, (), (), (), 0, tuple(turns), outcome, reward, success, seed)
         for turn in (None, *range(len(turns))):
-            self._valid("picture", lambda turn=turn: values.picture(self._task_set.picture(trajectory, turn)))
+            self._valid("picture", partial(self._picture, trajectory, turn))
+
+    def _picture(self, trajectory: Trajectory, turn: int | None) -> object:
+        return values.picture(self._task_set.picture(trajectory, turn))
 
     async def _attempt(
         self, name: str, environment: Environment, task: Task, seed: int, script: Sequence[str]
