@@ -107,6 +107,23 @@ def test_an_action_of_several_tokens_has_one_number(skillsd: Command, run: Path)
     assert "  1  -0.50  Up Right?\n" in skillsd("show", run, "5.0.0").out
 
 
+def test_code_and_other_texts_are_drawn_too() -> None:
+    pictures: dict[int | None, Any] = {
+        None: {"kind": "text", "text": "the start\nof it", "caption": "before"},
+        0: {"kind": "code", "input": "print(1)", "output": "1\x1b", "error": None},
+        1: {"kind": "code", "input": "x", "output": "Failed", "error": "NameError"},
+    }
+    lines = list(episode_text(group(1, SOLVED), 0, pictures.get))
+    assert [line.plain for line in lines[-5:]] == [
+        "     the start\n     of it\n     before",
+        "\n  1  +0.50  Right",
+        "     1\\x1b",
+        "\n  2  -1.25  Right",
+        "     Failed",
+    ]
+    assert [any(str(span.style) == "red" for span in line.spans) for line in lines[-3::2]] == [False, True]
+
+
 def test_without_its_environment_turns_are_texts(skillsd: Command, tmp_path: Path) -> None:
     run = recorded_run(tmp_path / "other", environment=EnvironmentSection(name="gone:Gone"))
     out = skillsd("show", run, "3.0.0").out
