@@ -279,6 +279,12 @@ def test_teacher_and_student_logprobs_are_those_of_the_models_before_the_update(
                 assert [turn.action] == ["".join(texts).strip()] or "\N{REPLACEMENT CHARACTER}" in turn.action
 
 
+def test_with_several_epochs_the_records_are_of_the_first(make_run: MakeRun) -> None:
+    run = make_run(**settings(training={"iterations": 1, "minibatches": 1, "epochs": 2}))
+    for episode in (episode for group in go(run).groups for episode in group.episodes):
+        assert episode.student_logprobs == pytest.approx(episode.old_logprobs, abs=1e-5)
+
+
 def test_the_student_sees_the_skill_only_where_it_trains_under_it(make_run: MakeRun) -> None:
     augmented = go(make_run("augmented", **settings(method="skill-grpo", **LATER))).groups
     assert {group.context for group in augmented} == {None, "skill"}
