@@ -146,7 +146,7 @@ class Leader(Learner, Sampler):
         self, dealt: Sequence[Sequence[Part]], sequences: Sequence[TokenSequence], things: Sequence[Any]
     ) -> list[Passes]:
         """Each rank's passes over its micro-batches of `things`; as many for each, if weights are gathered in them."""
-        each = [[([things[i] for i in part], shared, False) for part, shared in hand] for hand in dealt]
+        each: list[Passes] = [[([things[i] for i in part], shared, False) for part, shared in h] for h in dealt]
         if self._layers and any(dealt):
             marked = [i for i, sequence in enumerate(sequences) if sequence.marked]
             shortest = min(marked, key=lambda i: len(sequences[i].tokens))
