@@ -186,7 +186,7 @@ def learn(bench: Bench, run: Run, model: str, groups: int, members: int, prompt:
                       note=f"{seconds:.2f} s, {len(sequences) * length / seconds:,.0f} tokens/s"
                       + (", recomputed activations" if tight and times == 3 else ""))  # fmt: skip
             bench.row(f"{name}, peak memory", bench.peak_memory() / 2**30, "GiB")
-        budget = getattr(getattr(built.learner, "_micro_batches", None), "budget", None)
+        budget = getattr(getattr(built.learner, "micro_batches", None), "budget", None)
         if budget is not None:
             bench.row("tokens of a micro-batch", float(budget), "tokens", note="chosen from free memory")
 

@@ -18,6 +18,14 @@ class SamplerLostError(EngineFailedError):
     """A sampler's process has ended or does not answer. Another sampler may answer the same request."""
 
 
+class RanksLostError(EngineFailedError):
+    """A rank has ended, or gave no answer in time. If the ranks are started again, training goes on from the last
+    checkpoint."""
+
+    EXIT_CODE = 75
+    """Of the command line: the system's code for a temporary failure."""
+
+
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> UserError:
     """An error for an unknown name, with the nearest known one."""
     names = sorted(known)

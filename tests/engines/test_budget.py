@@ -44,7 +44,7 @@ def test_recomputation_leaves_room_for_more() -> None:
 def test_a_number_stays_and_auto_on_a_cpu_is_fixed(model_folder: Callable[[str], Path]) -> None:
     for given_budget, expected in ((40, 40), ("auto", 8192)):
         engine = embedded(model_folder("llama"), micro_batch_tokens=given_budget)
-        assert torch_engine(engine)._micro_batches.budget == expected
+        assert torch_engine(engine).micro_batches.budget == expected
 
 
 def test_on_a_gpu_memory_for_gradients_and_moments_is_kept_free(
@@ -99,5 +99,5 @@ def test_auto_on_a_gpu(dtype: str, relative: float, model_folder: Callable[[str]
         return Engine(engine, engine, "torch", TorchOptions.capabilities)
 
     auto = make("auto")
-    assert torch_engine(auto)._micro_batches.budget == budget.MOST  # a tiny model
+    assert torch_engine(auto).micro_batches.budget == budget.MOST  # a tiny model
     _same(_gradients(auto), _gradients(make(40)), relative)

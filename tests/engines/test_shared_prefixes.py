@@ -97,9 +97,9 @@ def test_any_tree_of_histories_in_any_micro_batches(
     engine = embedded(model_folder("qwen3"))
     sequences = [_sequence((*_ids(3 + prompt, prompt), *played), 3 + prompt) for prompt, played in tree]
     learner = torch_engine(engine)
-    learner._micro_batches.budget = 1
+    learner.micro_batches.budget = 1
     alone = chosen(engine, sequences)
-    learner._micro_batches.budget = budget
+    learner.micro_batches.budget = budget
     for ours, expected in zip(chosen(engine, sequences), alone, strict=True):
         assert torch.allclose(ours, expected, rtol=0, atol=1e-5)
     assert sorted(i for part, _ in micro_batches(sequences, budget) for i in part) == [

@@ -12,7 +12,7 @@ from skillsd.cli import config, envs, evaluation, export_trajectories, listing, 
 from skillsd.cli.common import SETTING, errors
 from skillsd.config import RunConfig, SftConfig
 from skillsd.config.keys import keys
-from skillsd.errors import EngineFailedError, UserError
+from skillsd.errors import EngineFailedError, RanksLostError, UserError
 
 app = typer.Typer(
     help="Skill-SD: skill-conditioned self-distillation for multi-turn LLM agents (arXiv 2604.10674).",
@@ -38,6 +38,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         code = app(prog_name="skillsd", standalone_mode=False) or 0
+    except RanksLostError as error:
+        _fail(str(error), RanksLostError.EXIT_CODE)
     except (UserError, EngineFailedError) as error:
         _fail(str(error))
     except _UsageError as error:
@@ -87,9 +89,9 @@ def _value_of(option: str) -> str:
     return "VALUE"
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 2) -> NoReturn:
     errors.print(f"error: {message}", style="red", highlight=False, soft_wrap=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import typer
 
 from skillsd import config as configs
 from skillsd.cli.common import SETTING, Overrides, Recipe, RunFolder, console, note_ineffective
+from skillsd.engines.torch.ranks import launched
 
 
 def add_to(app: typer.Typer) -> None:
@@ -28,8 +29,40 @@ def train(
         typer.Option(help="Folder of the run.", show_default="runs/NAME-METHOD-seedN"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in the folder.")] = False,
+    gpus: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", help="Train in N processes, each on a GPU (engine.shard; docs/scale.md)."),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, metavar="N", help="With --gpus: how often to go on after a process has died.")
+    ] = 3,
 ) -> None:
     """Train a policy with a recipe."""
+    if gpus is not None:
+        from skillsd.cli.launch import launch
+
+        config = configs.load(configs.RunConfig, recipe, overrides or ())
+        arguments = [recipe, *(overrides or ()), "--out", str(out or _folder(config)), *["--resume"][: int(resume)]]
+        sys.exit(launch(config, arguments, gpus, max_restarts))
+    if launched.size() == 1:
+        _train(recipe, overrides, out, resume)
+        return
+    from skillsd.engines.torch.ranks.group import led_here
+
+    with led_here() as here:
+        if here:
+            if launched.restarts():
+                console.print(f"note: the ranks were started again ({launched.restarts()}), after one of them failed")
+            _train(recipe, overrides, out, resume or launched.restarts() > 0)
+
+
+def _folder(config: configs.RunConfig) -> Path:
+    from skillsd.runs.lifecycle import default_folder
+
+    return default_folder(config)
+
+
+def _train(recipe: str, overrides: list[str] | None, out: Path | None, resume: bool) -> None:
     from skillsd.report.progress import Bars, summaries_note, training_note
     from skillsd.report.tables import percent
     from skillsd.runs.closing import closing
@@ -68,7 +101,8 @@ def train(
     if finished:
         console.print(f"done: {folder}/  (next: skillsd eval {folder})")
     else:
-        again = shlex.join(["skillsd", "train", recipe, *(overrides or ()), "--out", str(folder), "--resume"])
+        ranks = ["--gpus", str(launched.size())] if launched.size() > 1 else []
+        again = shlex.join(["skillsd", "train", recipe, *(overrides or ()), "--out", str(folder), "--resume", *ranks])
         console.print(f"stopped and saved. To resume: {again}", soft_wrap=True, highlight=False)
         sys.exit(130)
 

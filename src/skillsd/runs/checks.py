@@ -105,6 +105,63 @@ def _check_summariser(config: RunConfig) -> None:
             )
 
 
+def check_ranks(config: RunConfig, ranks: int) -> None:
+    """Check that a recipe can be trained in this number of ranks, on this machine.
+
+    Args:
+        ranks: 1 for an ordinary process.
+
+    Raises:
+        UserError: naming the number or setting to change.
+    """
+    learner = config.engine.for_learner()
+    shard = getattr(learner, "shard", None)
+    key = "engine.shard" if learner is config.engine else "engine.learner.shard"
+    if ranks == 1:
+        if shard not in (None, "none"):
+            raise UserError(
+                f"{key} is {shard!r}, which divides the training among several ranks, but this is one process: add "
+                f"--gpus N, or set {key}=none"
+            )
+        return
+    if shard is None:
+        raise UserError(
+            f"{ranks} ranks were asked for (--gpus), but the engine {learner.name!r} trains in one process: leave "
+            "--gpus out, or use the engine 'torch'"
+        )
+    if shard == "none":
+        raise UserError(
+            f"{ranks} ranks were asked for (--gpus), but {key} is 'none', which divides nothing among them: set "
+            f"{key}=state (docs/scale.md)"
+        )
+    _check_devices(config.model.device, ranks)
+    rollout, training = config.rollout, config.training
+    fewest = rollout.tasks_per_iteration // training.minibatches * rollout.group_size
+    if fewest < ranks:
+        raise UserError(
+            f"{ranks} ranks were asked for (--gpus), but a minibatch may have only {fewest} episodes "
+            f"(rollout.tasks_per_iteration {rollout.tasks_per_iteration}, training.minibatches {training.minibatches}, "
+            f"rollout.group_size {rollout.group_size}): ask for at most {fewest} ranks, or raise those"
+        )
+
+
+def _check_devices(device: str, ranks: int) -> None:
+    if device == "cpu":
+        return
+    import torch
+
+    if device not in ("auto", "cuda"):
+        raise UserError(
+            f"model.device is {device!r}, but each rank takes the GPU of its own number: set model.device=cuda, and "
+            "CUDA_VISIBLE_DEVICES to choose GPUs"
+        )
+    if (count := torch.cuda.device_count()) < ranks:
+        raise UserError(
+            f"{ranks} ranks were asked for (--gpus), but torch sees {count} GPUs here: ask for no more than that. "
+            "(Ranks on the CPU, to try it out: model.device=cpu)"
+        )
+
+
 async def check_engine(run: Run) -> None:
     """Check what depends on the loaded model.
 

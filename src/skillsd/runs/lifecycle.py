@@ -12,13 +12,14 @@ from typing import Any
 
 from skillsd import config as configs
 from skillsd.config import RunConfig
+from skillsd.engines.torch.ranks import launched
 from skillsd.errors import UserError
 from skillsd.files.read import DamagedError, read_json_object
 from skillsd.files.write import write_whole
 from skillsd.report import manifest
 from skillsd.report.writer import EVALUATIONS, METRICS, RunWriter, read
 from skillsd.runs.build import BANK, build
-from skillsd.runs.checks import check_engine, comparable, warm_start_note
+from skillsd.runs.checks import check_engine, check_ranks, comparable, warm_start_note
 from skillsd.runs.folder import CONFIG, EARLY, ERRORS, LOCK, clear, in_use, never_began, remove_early_files
 from skillsd.runs.sync import run_blocking
 from skillsd.training import checkpoint
@@ -94,6 +95,7 @@ async def run_training_async(
         UserError: if settings do not fit, the folder holds a run that `resume` does not allow to continue, another
             process trains in it, or a file can't be written.
     """
+    check_ranks(config, launched.size())
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file, but a run needs a folder: give another one with --out")
     with in_use(folder, on_note):

@@ -134,7 +134,7 @@ async def candidates_coarse_grain_the_distribution(subject: Subject) -> None:
         theirs.close()
     engine = subject.make()
     # A loss that wants only the chosen tokens gets candidates like any other signal.
-    await engine.learner.forward_backward(items, lambda p, signals: (p.chosen.sum() + signals["q"].sum(), {}))
+    await engine.learner.forward_backward(items, _SignalsOnly())
     width = distribution_of((await engine.learner.logprobs(sequences[:1], want=WHOLE))[0]).shape[1]
     ids = items[0].signals["candidates"]
     wrong = [ids[1:], ids[:, 0], ids.float(), ids - width, ids + width, torch.arange(width).expand(len(ids), width)]
@@ -164,6 +164,14 @@ class _Divergence:
         return loss, {"loss": Mean(loss.item(), len(log_p))}
 
 
+@dataclass(frozen=True)
+class _SignalsOnly:
+    """A loss that wants the chosen tokens' log-probs, of items with candidates."""
+
+    def __call__(self, student: TokenLogprobs, signals: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        return student.chosen.sum() + signals["q"].sum(), {}
+
+
 def _ids(top: TokenLogprobs) -> Tensor:
     if top.candidates is None:
         raise AssertionError("top-k log-probs come with candidates")
@@ -181,6 +189,16 @@ POISONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@dataclass(frozen=True)
+class _Poisoned:
+    """One of the `POISONS` as a loss."""
+
+    name: str
+
+    def __call__(self, student: TokenLogprobs, signals: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        return POISONS[self.name](student.chosen), {}
+
+
 async def what_is_not_finite_is_refused(subject: Subject) -> None:
     """Training goes on as if that step had never been attempted."""
     untouched, engine = subject.make(), subject.make()
@@ -188,16 +206,10 @@ async def what_is_not_finite_is_refused(subject: Subject) -> None:
     for one in (untouched, engine):
         await subject.train(one)
     view = await subject.view(engine)
-    for name, poison in POISONS.items():
-
-        def loss(
-            student: TokenLogprobs, signals: Mapping[str, Tensor], poison: Callable[[Tensor], Tensor] = poison
-        ) -> tuple[Tensor, Metrics]:
-            return poison(student.chosen), {}
-
+    for name in POISONS:
         # A good batch before and after it does not help.
         await engine.learner.forward_backward(subject.batch(), WEIGHTED)
-        await engine.learner.forward_backward(subject.batch(), loss)
+        await engine.learner.forward_backward(subject.batch(), _Poisoned(name))
         await engine.learner.forward_backward(subject.batch(), WEIGHTED)
         report = await engine.learner.step(1e-2)
         expect(not report.applied, f"{name}: the step was applied")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -90,18 +90,10 @@ def budget_of(
         if device.type != "cuda":
             return ON_CPU
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + unused - _missing(optimiser)
+        free = torch.cuda.mem_get_info(device)[0] + unused - optimiser.missing_bytes()
         sizes = Sizes.of(base, lora.target_modules if lora else "all-linear")
         found = tokens_that_fit(free, sizes, width, lora=lora is not None, recomputed=recomputed)
         log.info("micro-batches of %d tokens, by %.1f GiB of free memory", found, free / 2**30)
         return found
 
     return find
-
-
-def _missing(optimiser: MasterAdamW) -> int:
-    """Bytes of float32 gradients and moments that are not allocated yet."""
-    state: Any = optimiser.adamw.state
-    return sum(
-        (4 * (master.grad is None) + 8 * (not state.get(master))) * master.numel() for master in optimiser.masters
-    )

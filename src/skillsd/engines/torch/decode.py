@@ -8,85 +8,75 @@ from __future__ import annotations
 
 import asyncio
 import random
+from abc import ABC, abstractmethod
 
 import torch
 
 from skillsd.engines.base import SampleRequest
 from skillsd.engines.torch.memory import explained
-from skillsd.engines.torch.steps import Decoded, Session, Steps
+from skillsd.engines.torch.steps import Awaited, Decoded, Session, Steps
 from skillsd.errors import EngineFailedError
 
 GATHER_MILLISECONDS = 10
 """An idle decoder waits up to this long before it starts, as long as more requests arrive."""
 
 
-class Decoder:
-    """The decode batch of one set of weights, which `steps` computes with."""
+class DecodeLoop(ABC):
+    """Requests to sample, and the loop that works on them in the event loop as long as there are any."""
 
-    def __init__(self, steps: Steps, stop_tokens: frozenset[int], max_sessions: int) -> None:
-        self.steps, self._max_sessions = steps, max_sessions
-        self.set_stop_tokens(stop_tokens)
-        self._sessions: dict[str, Session] = {}
-        self._rows: list[Session] = []  # row -> session; sessions always fill the first rows
-        self._queue: list[tuple[SampleRequest, asyncio.Future[Decoded]]] = []
+    def __init__(self) -> None:
+        self._queue: list[tuple[SampleRequest, Awaited]] = []
         self._pump: asyncio.Task[None] | None = None
-        self._clock = 0
-        self._unnamed = 0  # number of requests without a session so far
-
-    def set_stop_tokens(self, tokens: frozenset[int]) -> None:
-        """End turns at these tokens from now on. No request may be under way."""
-        self._stop = tokens
-        self.steps.set_stop_tokens(tokens)
 
     async def sample(self, request: SampleRequest) -> Decoded:
         future: asyncio.Future[Decoded] = asyncio.get_running_loop().create_future()
-        self._queue.append((request, future))
+        self.submit(request, future)
         if self._pump is None or self._pump.done():
             self._pump = asyncio.ensure_future(self._run())
         return await future
 
-    def end_session(self, name: str) -> None:
-        session = self._sessions.pop(name, None)
-        if session is None:
-            return
-        last = self._rows.pop()
-        if session.future is not None and not session.future.done():
-            session.future.set_exception(RuntimeError(f"session {name!r} was ended while it was being sampled"))
-        if last is not session:  # the last row closes the gap
-            with torch.inference_mode():
-                self.steps.pool.move([last.row], [session.row], last.cached)
-            last.row = session.row
-            self._rows[last.row] = last
+    def submit(self, request: SampleRequest, future: Awaited) -> None:
+        """Queue a request, for the next `advance`."""
+        self._queue.append((request, future))
 
+    @abstractmethod
+    def end_session(self, name: str) -> None:
+        """Free what is kept for a session. Unknown sessions are ignored."""
+
+    @abstractmethod
     def clear(self) -> None:
         """Drop all KV caches, because the weights change. Episodes under way are prefilled again."""
-        if any(session.future is not None and not session.future.cancelled() for session in self._rows):
-            raise RuntimeError("the weights were changed while a request was being sampled with them")
-        self._sessions.clear()
-        self._rows.clear()
 
+    @abstractmethod
     def release(self) -> None:
         """Free the memory of the KV caches for the update, if no episode is under way."""
-        if not self._rows and not self._queue:
-            self.steps.release()
 
-    # -- the decode loop ----------------------------------------------------------------------------------------
+    @abstractmethod
+    def advance(self) -> None:
+        """Admit queued requests, and decode one token or a few for every request under way."""
+
+    @abstractmethod
+    def _under_way(self) -> list[Awaited]:
+        """The futures of requests that were admitted."""
+
+    @abstractmethod
+    def _sessions_kept(self) -> int: ...
+
+    @abstractmethod
+    def _reset(self) -> None:
+        """Drop everything after a failure."""
 
     async def _run(self) -> None:
         try:
             await self._gather()
-            while self._queue or any(session.request for session in self._rows):
-                with torch.inference_mode(), explained("sampling"):
-                    self._admit()
-                    self._step()
+            while self._queue or self._under_way():
+                self.advance()
                 await asyncio.sleep(0)
         except BaseException as error:
             # Fail all pending requests with the reason, so that none waits for ever.
-            waiting = [future for _, future in self._queue] + [s.future for s in self._rows if s.future]
+            waiting = [future for _, future in self._queue] + self._under_way()
             self._queue.clear()
-            self._rows.clear()
-            self._sessions.clear()
-            self.steps.reset()
+            self._reset()
             known = isinstance(error, EngineFailedError | FloatingPointError)
             for future in waiting:
                 if not future.done():
@@ -103,15 +93,74 @@ class Decoder:
         await asyncio.sleep(0)  # in-process environments have finished by now
         for _ in range(GATHER_MILLISECONDS):
             waiting = len(self._queue)
-            if waiting >= len(self._rows):
+            if waiting >= self._sessions_kept():
                 return
             await asyncio.sleep(0.001)
             if len(self._queue) == waiting:
                 return
 
+
+class Decoder(DecodeLoop):
+    """The decode batch of one set of weights, which `steps` computes with."""
+
+    def __init__(self, steps: Steps, stop_tokens: frozenset[int], max_sessions: int) -> None:
+        super().__init__()
+        self.steps, self._max_sessions = steps, max_sessions
+        self.set_stop_tokens(stop_tokens)
+        self._sessions: dict[str, Session] = {}
+        self._rows: list[Session] = []  # row -> session; sessions always fill the first rows
+        self._clock = 0
+        self._unnamed = 0  # number of requests without a session so far
+
+    def set_stop_tokens(self, tokens: frozenset[int]) -> None:
+        """End turns at these tokens from now on. No request may be under way."""
+        self._stop = tokens
+        self.steps.set_stop_tokens(tokens)
+
+    def end_session(self, name: str) -> None:
+        session = self._sessions.pop(name, None)
+        if session is None:
+            return
+        last = self._rows.pop()
+        if session.future is not None and not session.future.done():
+            session.future.set_exception(RuntimeError(f"session {name!r} was ended while it was being sampled"))
+        if last is not session:  # the last row closes the gap
+            with torch.inference_mode():
+                self.steps.pool.move([last.row], [session.row], last.cached)
+            last.row = session.row
+            self._rows[last.row] = last
+
+    def clear(self) -> None:
+        if any(session.future is not None and not session.future.cancelled() for session in self._rows):
+            raise RuntimeError("the weights were changed while a request was being sampled with them")
+        self._sessions.clear()
+        self._rows.clear()
+
+    def release(self) -> None:
+        if not self._rows and not self._queue:
+            self.steps.release()
+
+    # -- the decode loop ----------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        with torch.inference_mode(), explained("sampling"):
+            self._admit()
+            self._step()
+
+    def _under_way(self) -> list[Awaited]:
+        return [session.future for session in self._rows if session.future]
+
+    def _sessions_kept(self) -> int:
+        return len(self._rows)
+
+    def _reset(self) -> None:
+        self._rows.clear()
+        self._sessions.clear()
+        self.steps.reset()
+
     def _admit(self) -> None:
         """Give queued requests rows, as long as there are any, and prefill their new tokens."""
-        left: list[tuple[SampleRequest, asyncio.Future[Decoded]]] = []
+        left: list[tuple[SampleRequest, Awaited]] = []
         fresh: list[Session] = []
         for request, future in self._queue:
             if future.cancelled():

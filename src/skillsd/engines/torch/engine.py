@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skillsd.engines.base import (
     Learner,
@@ -33,7 +34,7 @@ from skillsd.engines.top_k import check_candidates, check_k, nothing
 from skillsd.engines.torch import export, state
 from skillsd.engines.torch.attention import Plan
 from skillsd.engines.torch.budget import Budget, budget_of
-from skillsd.engines.torch.decode import Decoder
+from skillsd.engines.torch.decode import DecodeLoop, Decoder
 from skillsd.engines.torch.forward import Network, enable_recomputation, recomputed_activations, with_weights
 from skillsd.engines.torch.lm_head import TrunkAndHead
 from skillsd.engines.torch.memory import Phase, explained
@@ -49,7 +50,7 @@ from skillsd.engines.torch.models import (
 )
 from skillsd.engines.torch.optimiser import MasterAdamW
 from skillsd.engines.torch.static_steps import Kind, make_steps
-from skillsd.engines.torch.teacher_copy import move_towards
+from skillsd.engines.torch.teacher_copy import STALE, check_rate, move_towards
 from skillsd.engines.torch.verify import verify_model
 from skillsd.errors import UserError
 from skillsd.metrics import Metrics, add_metrics
@@ -82,6 +83,7 @@ class TorchEngine(Learner, Sampler):
     """
 
     samples_teacher = True
+    _without_gradient: Callable[[], Any] = torch.inference_mode
 
     def __init__(
         self,
@@ -122,11 +124,10 @@ class TorchEngine(Learner, Sampler):
             self.max_length = min(self.max_length, longest_sequence(teacher.config))
             verify_model(teacher, self._external, teacher_model)
         verify_model(self.model, self._student, model)
-        self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.optimiser = MasterAdamW(self.trainable.values(), betas=betas, weight_decay=weight_decay)
+        self._prepare_training(betas=betas, weight_decay=weight_decay)
         self._max_grad_norm = max_grad_norm
         estimated = self.model, self._base, self.optimiser, lora, gradient_checkpointing
-        self._micro_batches = MicroBatches(budget_of(micro_batch_tokens, *estimated))
+        self.micro_batches = MicroBatches(budget_of(micro_batch_tokens, *estimated))
         self._in_thread = in_thread
         self._teacher_follows = teacher_follows
         self.teacher: dict[str, Tensor] | None = None  # the snapshot; None if the teacher follows or is another model
@@ -135,12 +136,25 @@ class TorchEngine(Learner, Sampler):
         self._since_step: list[Callable[[], Metrics]] = []  # each adds its part of the gradient
         self._loss_is_finite = True  # of everything accumulated since the last step
         self.decoders = {weights: self._decoder(weights, decode, max_sessions) for weights in get_args(Weights)}
-        self._checked: set[tuple[str, bool]] = set()  # which kinds of folders were checked: (kind, after an update)
+        self._exported: nn.Module = self.model  # what is written: the student, whole
+        self._written = export.WrittenCheck(self.model, self._base, self._predicted, self.vocabulary, self.max_length)
         self._sync_teacher(1.0)
+
+    def _prepare_training(self, **options: Any) -> None:
+        self.trainable = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimiser = MasterAdamW(self.trainable.values(), **options)
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        """The trainable weights of a teacher of its own."""
+        return {name: p.detach().clone() for name, p in self.trainable.items()}
 
     # -- sampling -----------------------------------------------------------------------------------------------
 
     async def sample(self, request: SampleRequest) -> Sample:
+        return await self.sample_by(self.decoders, request)
+
+    async def sample_by(self, decoders: Mapping[Weights, DecodeLoop], request: SampleRequest) -> Sample:
+        """`sample` by these decoders."""
         check_request(request, self.max_length)
         weights = request.weights
         if weights == "teacher":
@@ -148,7 +162,7 @@ class TorchEngine(Learner, Sampler):
             if self._teacher_is_student:  # share its decode batch
                 weights = "student"
         try:
-            tokens, logprobs, stopped = await self.decoders[weights].sample(request)
+            tokens, logprobs, stopped = await decoders[weights].sample(request)
         except FloatingPointError as error:
             raise not_finite(f"{weights}'s logits", self.version) from error
         return Sample(tokens, logprobs, "stop" if stopped else "length", self.version)
@@ -197,33 +211,39 @@ class TorchEngine(Learner, Sampler):
     def _logprobs(
         self, sequences: Sequence[TokenSequence], weights: Weights, temperature: float, want: Want
     ) -> list[TokenLogprobs]:
-        if want.kind == "top_k":
-            check_k(want.k, self.vocabulary)
-        if weights == "teacher":
-            self._check_teacher()
-        self._check_lengths(sequences)
+        self.check_scoring(sequences, weights, want)
         self._release()
         score = partial(self._score, sequences, weights, temperature, want)
-        return self._micro_batches.until_they_fit(score, score)
+        return self.micro_batches.until_they_fit(score, score)
 
     def _score(
         self, sequences: Sequence[TokenSequence], weights: Weights, temperature: float, want: Want
     ) -> list[TokenLogprobs]:
-        network = self._network(weights)
-        pieces: list[list[Tensor]] = [[] for _ in sequences]
-        with torch.inference_mode():
-            for part, shared in self._micro_batches.of(sequences):
-                counts = [sequences[i].marked for i in part]
-                read_off = network.forward([sequences[i] for i in part], shared, temperature, want)
-                if torch.isnan(read_off[0]).any():
-                    raise not_finite(f"{weights}'s log-probs", self.version)
-                for found in read_off:
-                    for i, piece in zip(part, found.cpu().split(counts), strict=True):
-                        pieces[i].append(piece.clone())
-        return [TokenLogprobs(*found) if found else nothing(want, self.vocabulary) for found in pieces]
+        scored: dict[int, TokenLogprobs] = {}
+        for part, shared in self.micro_batches.of(sequences):
+            found = self._score_pass([sequences[i] for i in part], shared, weights, temperature, want)
+            scored.update(zip(part, found, strict=True))
+        return [scored[i] if i in scored else nothing(want, self.vocabulary) for i in range(len(sequences))]
+
+    def _score_pass(
+        self,
+        sequences: Sequence[TokenSequence],
+        shared: Sequence[int],
+        weights: Weights,
+        temperature: float,
+        want: Want,
+    ) -> list[TokenLogprobs]:
+        """The log-probs of one micro-batch."""
+        with self._without_gradient():
+            read_off = self._network(weights).forward(sequences, shared, temperature, want)
+        if torch.isnan(read_off[0]).any():
+            raise not_finite(f"{weights}'s log-probs", self.version)
+        counts = [s.marked for s in sequences]
+        pieces = zip(*(found.cpu().split(counts) for found in read_off), strict=True)
+        return [TokenLogprobs(*(piece.clone() for piece in found)) for found in pieces]
 
     def _forward_backward(self, batch: Sequence[TrainItem], loss: Loss, temperature: float) -> Metrics:
-        self._check_lengths([item.sequence for item in batch])
+        self.check_lengths([item.sequence for item in batch])
         if wanted_by(loss).kind == "top_k":
             check_candidates(batch, self.vocabulary)
         self._release()
@@ -235,34 +255,28 @@ class TorchEngine(Learner, Sampler):
                 earlier()
             return accumulate()
 
-        metrics = self._micro_batches.until_they_fit(accumulate, again)
+        metrics = self.micro_batches.until_they_fit(accumulate, again)
         self._since_step.append(accumulate)
         return metrics
 
     def _accumulate(self, batch: Sequence[TrainItem], loss: Loss, temperature: float) -> Metrics:
-        want = wanted_by(loss)
-        network = self._network("student")
-        parts: list[Metrics] = []
-        for part, shared in self._micro_batches.of([item.sequence for item in batch]):
-            items = [batch[i] for i in part]
-            with recomputed_activations(self.model):
-                names = items[0].signals.keys()
-                signals = {name: torch.cat([item.signals[name] for item in items]).to(self.device) for name in names}
-                candidates = signals["candidates"] if want.kind == "top_k" else None
-                given = {} if candidates is None else {"candidates": candidates}
-                sequences = [item.sequence for item in items]
-                found = network.forward(sequences, shared, temperature, want, candidates)
-                value, metrics = loss(TokenLogprobs(*found, **given), signals)
-                # A loss can be infinite while its gradient is finite: `step` has to refuse that too.
-                self._loss_is_finite &= bool(torch.isfinite(value.detach()))
-                value.backward()
-            parts.append(metrics)
-        return add_metrics(parts)
+        passes = self.micro_batches.of([item.sequence for item in batch])
+        return add_metrics(
+            self._train_pass([batch[i] for i in part], shared, loss, temperature) for part, shared in passes
+        )
+
+    def _train_pass(self, items: Sequence[TrainItem], shared: Sequence[int], loss: Loss, temperature: float) -> Metrics:
+        """Add the gradient of one micro-batch."""
+        with recomputed_activations(self.model):
+            value, metrics = self._network("student").backward(items, shared, temperature, loss)
+        # A loss can be infinite while its gradient is finite: `step` has to refuse that too.
+        self._loss_is_finite &= math.isfinite(value)
+        return metrics
 
     def _step(self, learning_rate: float) -> StepReport:
-        norm = torch.nn.utils.clip_grad_norm_(self.optimiser.masters, self._max_grad_norm)
+        norm = self.optimiser.clip(self._max_grad_norm)
         # One non-finite entry makes the norm non-finite, so checking the norm checks every gradient.
-        finite = self._loss_is_finite and bool(torch.isfinite(norm))
+        finite = self._loss_is_finite and math.isfinite(norm)
         self._loss_is_finite = True
         self._since_step.clear()
         if finite:
@@ -271,7 +285,7 @@ class TorchEngine(Learner, Sampler):
             self.student_moved = True
             self.version += 1
         self.optimiser.zero_grad()
-        return StepReport(applied=finite, grad_norm=norm.item(), version=self.version)
+        return StepReport(applied=finite, grad_norm=norm, version=self.version)
 
     # -- the teacher --------------------------------------------------------------------------------------------
 
@@ -279,20 +293,18 @@ class TorchEngine(Learner, Sampler):
         with explained("updating the weights"):
             self._sync_teacher(rate)
 
+    def check_sync(self, rate: float) -> None:
+        """Refuse what `sync_teacher` promises to refuse."""
+        check_rate(rate, averages=self._external is not None or not self._teacher_follows)
+
     def _sync_teacher(self, rate: float) -> None:
-        if not 0 < rate <= 1:
-            raise ValueError(f"the rate of a teacher sync is {rate}; it must be above 0 and at most 1")
+        self.check_sync(rate)
         if self._external is not None:
             return
-        if self._teacher_follows and rate != 1:
-            raise ValueError(
-                f"a teacher that follows the student has no weights of its own to average (rate {rate}): sync with "
-                "rate 1, or make the engine with teacher_follows=False"
-            )
         if not self._teacher_follows:
             self.decoders["teacher"].clear()
             if self.teacher is None:
-                self.teacher = {name: p.detach().clone() for name, p in self.trainable.items()}
+                self.teacher = self._snapshot()
             else:
                 move_towards(self.optimiser, self.teacher, self.teacher_averages, rate)
         self.student_moved = False
@@ -303,10 +315,7 @@ class TorchEngine(Learner, Sampler):
 
     def _check_teacher(self) -> None:
         if self._teacher_is_student and self.student_moved:
-            raise StaleTeacherError(
-                "the teacher follows the student and has no weights of its own, and the student was updated since the "
-                "last sync_teacher(). Sync first, or make the engine with teacher_follows=False"
-            )
+            raise StaleTeacherError(STALE)
 
     # -- memory and models --------------------------------------------------------------------------------------
 
@@ -320,7 +329,15 @@ class TorchEngine(Learner, Sampler):
         for decoder in self.decoders.values():
             decoder.release()
 
-    def _check_lengths(self, sequences: Sequence[TokenSequence]) -> None:
+    def check_scoring(self, sequences: Sequence[TokenSequence], weights: Weights, want: Want) -> None:
+        """Refuse what `logprobs` promises to refuse."""
+        if want.kind == "top_k":
+            check_k(want.k, self.vocabulary)
+        if weights == "teacher":
+            self._check_teacher()
+        self.check_lengths(sequences)
+
+    def check_lengths(self, sequences: Sequence[TokenSequence]) -> None:
         longest = max((len(s.tokens) for s in sequences), default=0)
         if longest > self.max_length:
             raise ValueError(f"a sequence has {longest} tokens, but the model takes at most {self.max_length}")
@@ -338,12 +355,12 @@ class TorchEngine(Learner, Sampler):
     async def publish(self, folder: Path | None = None) -> WeightsHandle:
         if folder is None:
             return WeightsHandle(self.version)
-        export.write_for_sampler(self.model, folder)
-        self._check_once("published", folder)
+        export.write_for_sampler(self._exported, folder)
+        self._written.check_once("published", folder, self.version)
         return WeightsHandle(self.version, str(folder))
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
-        return export.merged_weights(export.without_adapters(self.model)).items()
+        return export.merged_weights(export.without_adapters(self._exported)).items()
 
     @property
     def published_bytes(self) -> int:
@@ -354,35 +371,27 @@ class TorchEngine(Learner, Sampler):
             raise UserError("all weights were trained, so there is no adapter to merge: leave out --merge")
         if merge:
             folder.mkdir(parents=True, exist_ok=True)
-            export.write_merged(self.model, folder, untie=False)
+            export.write_merged(self._exported, folder, untie=False)
             self.tokenizer.save_pretrained(folder)
         else:
             self.save_weights(folder)
-        self._check_written(folder, adapter=self.lora and not merge)
+        self._written.check(folder, adapter=self.lora and not merge)
 
     def save_weights(self, folder: Path) -> None:
         """The student's weights (under LoRA the adapter) and tokenizer, in the format of ``transformers``."""
-        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self._exported.save_pretrained(folder)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
         if self.lora:
             (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
-    def _check_once(self, kind: str, folder: Path, *, adapter: bool = False) -> None:
-        """Check what was written, the first time, and the first time after an update: a new adapter changes nothing."""
-        if (kind, self.version > 0) not in self._checked:
-            self._check_written(folder, adapter=adapter)
-            self._checked.add((kind, self.version > 0))
-
-    def _check_written(self, folder: Path, *, adapter: bool) -> None:
-        probed = export.probe_sequence(self.vocabulary, self.max_length)
-        [found] = self._logprobs([probed], "student", 1.0, WHOLE)
-        dtype = next(self.model.parameters()).dtype
-        export.check_written(folder, probed.tokens, found, dtype=dtype, base=self._base if adapter else None)
+    def _predicted(self, sequence: TokenSequence) -> TokenLogprobs:
+        [found] = self._logprobs([sequence], "student", 1.0, WHOLE)
+        return found
 
     async def save_state(self, folder: Path) -> None:
         self.save_weights(folder / "model")
         state.save(self, folder / state.FILE)
-        self._check_once("checkpoint", folder / "model", adapter=self.lora)
+        self._written.check_once("checkpoint", folder / "model", self.version, adapter=self.lora)
 
     async def load_state(self, folder: Path) -> None:
         state.load(self, folder / state.FILE)

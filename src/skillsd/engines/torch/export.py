@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +136,6 @@ def _weight_of(plain: nn.Module, part: nn.Module) -> str:
     return next(name for name, module in plain.named_modules() if module is part) + ".weight"
 
 
-def probe_sequence(vocabulary: int, longest: int) -> TokenSequence:
-    """The sequence to give `check_written`, at most `longest` tokens, all marked but the first."""
-    tokens = probe(vocabulary, min(PROBED, longest))
-    return TokenSequence(tokens, (False, *[True] * (len(tokens) - 1)))
-
-
 def check_written(
     folder: Path, tokens: tuple[int, ...], expected: TokenLogprobs, *, dtype: torch.dtype, base: str | None = None
 ) -> None:
@@ -173,3 +167,44 @@ def check_written(
             f"the weights just written to {str(folder)!r} differ from the model in training: their predictions are off "
             f"by {gap:.3g} nats (expected less than {limit}), so they are of no use. Please report this with the recipe"
         )
+
+
+class WrittenCheck:
+    """`check_written` for a model in training.
+
+    Args:
+        base: folder or hub name of the model without adapters.
+        predict: a sequence -> the whole distributions at its marked places, by the model as it is now.
+        longest: the most tokens of a sequence.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: str,
+        predict: Callable[[TokenSequence], TokenLogprobs],
+        vocabulary: int,
+        longest: int,
+    ) -> None:
+        self._dtype, self._base, self._predict = next(model.parameters()).dtype, base, predict
+        tokens = probe(vocabulary, min(PROBED, longest))
+        self._probe = TokenSequence(tokens, (False, *[True] * (len(tokens) - 1)))
+        self._checked: set[tuple[str, bool]] = set()
+
+    def check(self, folder: Path, *, adapter: bool = False) -> None:
+        """Check a folder.
+
+        Args:
+            adapter: whether it holds an adapter of the base model.
+
+        Raises:
+            UserError: as `check_written`.
+        """
+        found = self._predict(self._probe)
+        check_written(folder, self._probe.tokens, found, dtype=self._dtype, base=self._base if adapter else None)
+
+    def check_once(self, kind: str, folder: Path, version: int, *, adapter: bool = False) -> None:
+        """`check` the first folder of a kind, and the first one after an update: a new adapter changes nothing."""
+        if (kind, version > 0) not in self._checked:
+            self.check(folder, adapter=adapter)
+            self._checked.add((kind, version > 0))

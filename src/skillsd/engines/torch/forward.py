@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from skillsd.engines.base import TokenSequence
+from skillsd.engines.base import Loss, TokenSequence, TrainItem, wanted_by
 from skillsd.engines.top_k import coarse_grain, select
 from skillsd.engines.torch.attention import PackedPlan, Plan
 from skillsd.engines.torch.chosen import chosen_logprobs
 from skillsd.engines.torch.lm_head import TrunkAndHead, in_chunks, most_logits
 from skillsd.errors import UserError
-from skillsd.objective.logprobs import CHOSEN, Want
+from skillsd.metrics import Metrics
+from skillsd.objective.logprobs import CHOSEN, TokenLogprobs, Want
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,20 @@ class Network:
         size = max(1, most_logits(hidden.is_cuda, want.kind == "chosen") // self.vocabulary)
         more = [] if candidates is None else [candidates]
         return in_chunks(hidden, targets.to(self.device), size, compute, *more)
+
+    def backward(
+        self, items: Sequence[TrainItem], shared: Sequence[int], temperature: float, loss: Loss
+    ) -> tuple[float, Metrics]:
+        """A forward pass over whole sequences, and the backward pass of a loss; returns its value and metrics."""
+        want = wanted_by(loss)
+        names = items[0].signals.keys()
+        signals = {name: torch.cat([item.signals[name] for item in items]).to(self.device) for name in names}
+        candidates = signals["candidates"] if want.kind == "top_k" else None
+        given = {} if candidates is None else {"candidates": candidates}
+        found = self.forward([item.sequence for item in items], shared, temperature, want, candidates)
+        value, metrics = loss(TokenLogprobs(*found, **given), signals)
+        value.backward()
+        return value.item(), metrics
 
     def decode(self, ids: Tensor, plan: Plan, places: Tensor | None) -> Tensor:
         """One forward pass over new tokens, packed ``[tokens]``; logits ``[places, vocab]`` at the given places.

@@ -7,6 +7,7 @@ reference of `static_steps.StaticSteps`, which needs no host between tokens.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -26,6 +27,9 @@ tokens."""
 
 Decoded = tuple[tuple[int, ...], tuple[float, ...], bool]
 """Sampled ids, their log-probs, and whether the last one is a stop token."""
+
+Awaited = asyncio.Future[Decoded] | concurrent.futures.Future[Decoded]
+"""The result of a request: awaited in an event loop, or looked up without one."""
 
 PREFILL_ALONE_TOKENS = 64
 """Requests with more new tokens than this are prefilled separately, so they don't pad the rest of the batch."""
@@ -48,7 +52,7 @@ class Session:
     prompt_length: int = 0
     used: int = 0  # clock of the last request, for eviction
     request: SampleRequest | None = None
-    future: asyncio.Future[Decoded] | None = None
+    future: Awaited | None = None
     sampled: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     rng: random.Random = field(default_factory=random.Random)

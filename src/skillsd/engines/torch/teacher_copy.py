@@ -8,6 +8,30 @@ import torch
 from torch import Tensor
 
 from skillsd.engines.torch.optimiser import MasterAdamW
+from skillsd.engines.torch.slices import is_sliced, whole
+
+STALE = (
+    "the teacher follows the student and has no weights of its own, and the student was updated since the last "
+    "sync_teacher(). Sync first, or make the engine with teacher_follows=False"
+)
+
+
+def check_rate(rate: float, *, averages: bool) -> None:
+    """Check the rate of a sync.
+
+    Args:
+        averages: whether the teacher has weights of its own.
+
+    Raises:
+        ValueError: as `Learner.sync_teacher`.
+    """
+    if not 0 < rate <= 1:
+        raise ValueError(f"the rate of a teacher sync is {rate}; it must be above 0 and at most 1")
+    if not averages and rate != 1:
+        raise ValueError(
+            f"a teacher that follows the student has no weights of its own to average (rate {rate}): sync with "
+            "rate 1, or make the engine with teacher_follows=False"
+        )
 
 
 def move_towards(
@@ -27,8 +51,8 @@ def move_towards(
             if rate == 1:
                 weight.copy_(own)
             elif weight.dtype == torch.float32:
-                weight.lerp_(master, rate)
+                weight.lerp_(own, rate)
             else:
                 if name not in averages:
                     averages[name] = weight.float()
-                weight.copy_(averages[name].lerp_(master, rate))
+                weight.copy_(averages[name].lerp_(master if is_sliced(weight) else whole(master), rate))

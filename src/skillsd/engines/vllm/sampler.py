@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from skillsd.engines.base import Learner, Sample, Sampler, SampleRequest, WeightsHandle, check_request
+from skillsd.engines.torch.ranks import launched
 from skillsd.engines.vllm import transfer
 from skillsd.engines.vllm.client import WorkerClient
 from skillsd.engines.vllm.settings import VllmSettings
@@ -268,7 +269,8 @@ class VllmSampler(Sampler):
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
             "VLLM_NO_USAGE_STATS": "1",
         }
-        kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        inherited = launched.without_ranks(os.environ).items()
+        kept = {name: value for name, value in inherited if name not in ("PYTHONPATH", "PYTHONHOME")}
         gpus = self.options.gpus
         if gpus is None and self._device.startswith("cuda"):
             gpus = [torch.device(self._device).index or 0]

@@ -1,0 +1,1 @@
+"""One model over several processes of one machine: ranks, started by torchrun. docs/scale.md."""
