@@ -12,6 +12,7 @@ ROOT = SOURCE.parents[1]
 
 LAYERS = (
     ("cli", "__main__"),
+    ("page",),
     ("sweeps",),
     ("runs",),
     ("training", "warm_start"),

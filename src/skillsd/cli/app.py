@@ -8,7 +8,19 @@ from typing import Any, NoReturn
 
 import typer
 
-from skillsd.cli import config, envs, evaluation, export_trajectories, listing, models, show, skills, tables, training
+from skillsd.cli import (
+    config,
+    envs,
+    evaluation,
+    export_trajectories,
+    listing,
+    models,
+    report,
+    show,
+    skills,
+    tables,
+    training,
+)
 from skillsd.cli.common import SETTING, errors
 from skillsd.config import RunConfig, SftConfig
 from skillsd.config.keys import keys
@@ -22,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"max_content_width": 120},
 )
-for register in (training, evaluation, show, export_trajectories, tables, config, listing):
+for register in (training, evaluation, report, show, export_trajectories, tables, config, listing):
     register.add_to(app)
 app.add_typer(skills.app, name="skills")
 app.add_typer(models.app, name="models")

@@ -24,6 +24,7 @@ from skillsd.sweeps.plan import BASE, Sweep, plan
 from skillsd.sweeps.results import check, left_out, summarise
 from skillsd.sweeps.runner import jobs_at_once, run_cells
 from skillsd.sweeps.state import curve
+from skillsd.sweeps.table import save
 from skillsd.types import TRAIN_SPLIT
 
 RECIPE = "sokoban-nano"
@@ -55,6 +56,7 @@ def run_demo(folder: Path, seeds: Sequence[int], overrides: Sequence[str], conso
     _all_usable(sweep)
     summary = _summarise(sweep)
     write_whole(folder / "summary.json", json.dumps(summary, indent=2))
+    save(sweep)
     picture = folder / "learning-curves.png"
     curves = {method: [curve(cell) for cell in sweep.cells if cell.method == method] for method in METHODS}
     learning_curves(curves, picture, title="Sokoban, tiny agent", split=_panel(sweep), base=summary[BASE]["accuracy"])

@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from skillsd.cli.common import Overrides, Recipe, console, listed, note_ineffective, numbers
+from skillsd.cli.report import write_at_end
 
 
 def add_to(app: typer.Typer) -> None:
@@ -28,6 +29,7 @@ def demo(
     from skillsd.cli.demo import run_demo
 
     run_demo(out, range(seeds), overrides or (), console)
+    write_at_end(out)
 
 
 def make_table(
@@ -97,5 +99,8 @@ def make_table(
     note_ineffective([cell.config for cell in sweep.cells if cell.trained], overrides)
     if dry_run:
         show_plan(sweep, console)
-    elif not run_table(sweep, console, jobs=jobs):
+        return
+    complete = run_table(sweep, console, jobs=jobs)
+    write_at_end(sweep.out)
+    if not complete:
         sys.exit(1)

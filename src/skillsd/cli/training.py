@@ -12,6 +12,7 @@ import typer
 
 from skillsd import config as configs
 from skillsd.cli.common import SETTING, Overrides, Recipe, RunFolder, console, note_ineffective
+from skillsd.cli.report import write_at_end
 from skillsd.engines.torch.ranks import launched
 
 
@@ -98,6 +99,7 @@ def _train(recipe: str, overrides: list[str] | None, out: Path | None, resume: b
         )
     for line in [*([spent] if spent else []), *closing(folder)]:
         console.print(line, highlight=False, soft_wrap=True)
+    write_at_end(folder)
     if finished:
         console.print(f"done: {folder}/  (next: skillsd eval {folder})")
     else:

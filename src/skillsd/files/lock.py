@@ -69,6 +69,20 @@ def locked(path: Path, what: str, remedy: str) -> Iterator[IO[str] | None]:
             file.close()
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock now. False if the system has no locks."""
+    try:
+        import fcntl
+
+        with open(path, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # no locks here, or no such file
+        return False
+    return False
+
+
 class _ClosedInChildren:
     """Closes the file in forked children, which would otherwise hold the lock after this process has been killed."""
 

@@ -28,7 +28,7 @@ def closing(folder: Path) -> list[str]:
     """
     config = load_config(folder)
     records, evaluations = read(folder / METRICS), read(folder / EVALUATIONS)
-    lines = [_work(records, config)] if records else []
+    lines = [work(records, config)] if records else []
     lines += _gains(evaluations)
     lines += [f"warning: {finding}" for finding in health(records, config)]
     places = ["metrics.jsonl (docs/metrics.md)"]
@@ -39,7 +39,8 @@ def closing(folder: Path) -> list[str]:
     return [*lines, f"in {folder}/: {', '.join(places)}"]
 
 
-def _work(records: Sequence[Record], config: RunConfig) -> str:
+def work(records: Sequence[Record], config: RunConfig) -> str:
+    """Episodes, skills, and groups with a teacher, in words. `records` is not empty."""
     row, last = method(config.method), records[-1]
     parts = [f"{last['episodes']:,.0f} episodes in {last['iteration']} iterations, {duration(last['seconds'])}"]
     if row.uses_skills:
@@ -47,16 +48,22 @@ def _work(records: Sequence[Record], config: RunConfig) -> str:
         submitted, added = counts.pop("submitted"), counts.pop("added")
         without = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()) if count)
         parts.append(f"{added:,} skills from {submitted:,} trajectories{f' ({without})' if without else ''}")
-    groups = [_groups(record, config) for record in records]
     for what, metric, wanted in (
         ("with a teacher", "batch/groups_with_teacher", row.teacher != "none"),
         ("with a skill in the student's prompt", "batch/groups_with_context", row.student_prompt == "skill"),
         ("with a success to imitate", "batch/imitated", row.imitation_weight > 0),
     ):
         if wanted:
-            count = sum(round(record.get(metric, 0) * size) for record, size in zip(records, groups, strict=True))
-            parts.append(f"{count:,} of {sum(groups):,} groups {what}")
+            count, groups = counted(records, config, metric)
+            parts.append(f"{count:,} of {groups:,} groups {what}")
     return "; ".join(parts)
+
+
+def counted(records: Sequence[Record], config: RunConfig, metric: str) -> tuple[int, int]:
+    """Groups of a run from a metric that is a share of an iteration's groups, and the number of all groups."""
+    groups = [_groups(record, config) for record in records]
+    shares = [record.get(metric) or 0 for record in records]
+    return sum(round(share * size) for share, size in zip(shares, groups, strict=True)), sum(groups)
 
 
 def _groups(record: Record, config: RunConfig) -> int:

@@ -77,7 +77,7 @@ def estimate(cells: Iterable[Measured], figure: str, unit: Unit) -> Estimate | N
     if cells and _is_one_result([_known(getattr(cell, figure)) for cell in cells], unit):
         values = _known(getattr(cells[0], figure))
         return Estimate(_mean(values), mean_interval(values), len(cells)) if values else None
-    return _over({(c.model, c.seed): _mean(_known(getattr(c, figure))) for c in cells}, unit, (0.0, 1.0))
+    return mean_over({(c.model, c.seed): _mean(_known(getattr(c, figure))) for c in cells}, unit, (0.0, 1.0))
 
 
 def difference(ours: Iterable[Measured], theirs: Iterable[Measured], figure: str, unit: Unit) -> Estimate | None:
@@ -90,7 +90,7 @@ def difference(ours: Iterable[Measured], theirs: Iterable[Measured], figure: str
         found = _wide(student(values[0], (-1.0, 1.0)))
         return Estimate(_mean(values[0]), found, len(pairs)) if values[0] else None
     means = {(a.model, a.seed): _mean(value) for (a, _), value in zip(pairs, values, strict=True)}
-    return _over(means, unit, (-1.0, 1.0))
+    return mean_over(means, unit, (-1.0, 1.0))
 
 
 def _is_one_result(values: Sequence[Sequence[float]], unit: Unit) -> bool:
@@ -106,8 +106,13 @@ def _wide(interval: Interval | None) -> Interval | None:
     return interval if interval and interval[1] - interval[0] > 1e-9 else None
 
 
-def _over(values: Mapping[tuple[str, int], float], unit: Unit, bounds: Interval) -> Estimate | None:
-    """Mean over the unit: over all seeds, or over models, each averaged over its seeds first."""
+def mean_over(values: Mapping[tuple[str, int], float], unit: Unit, bounds: Interval) -> Estimate | None:
+    """Mean over the unit: over all seeds, or over models, each averaged over its seeds first. None without a value.
+
+    Args:
+        values: (model, seed) -> value; nan is left out.
+        bounds: of the interval.
+    """
     known = {key: value for key, value in values.items() if not math.isnan(value)}
     if not known:
         return None

@@ -55,6 +55,18 @@ def run_table(sweep: Sweep, console: Console, *, jobs: int | None = None) -> boo
 
 def write(sweep: Sweep, console: Console) -> dict[str, Any]:
     """Write and print the table of the existing results."""
+    summary = save(sweep)
+    for shown in tables(sweep, summary):
+        console.print()
+        console.print(shown)
+    for note in notes(summary):
+        console.print(f"\n{note}", highlight=False, soft_wrap=True)
+    console.print(f"\n{sweep.out}/: table.json, table.md, curves.png", highlight=False)
+    return summary
+
+
+def save(sweep: Sweep) -> dict[str, Any]:
+    """Write table.json, table.md and curves.png from the existing results; returns the content of the first."""
     command = shlex.join(["skillsd", *sys.argv[1:]])
     summary = {
         "recipe": sweep.recipe,
@@ -74,12 +86,6 @@ def write(sweep: Sweep, console: Console) -> dict[str, Any]:
     write_whole(sweep.out / "table.json", json.dumps(summary, indent=2))
     write_whole(sweep.out / "table.md", markdown(sweep, summary, command))
     curves(sweep, sweep.out / "curves.png")
-    for shown in tables(sweep, summary):
-        console.print()
-        console.print(shown)
-    for note in notes(summary):
-        console.print(f"\n{note}", highlight=False, soft_wrap=True)
-    console.print(f"\n{sweep.out}/: table.json, table.md, curves.png", highlight=False)
     return summary
 
 
