@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ COPIED_BYTES = 1 << 28
 class KVPool:
     """KV caches, one row per episode: for each layer ``[rows, kv_heads, capacity, dim]``.
 
-    Layers of the same form lie in one tensor ``[layers, rows, kv_heads, capacity, dim]``, so that rows are copied in
-    all of them at once. The forms are learnt in the first pass, in which each layer gets a tensor of its own; `emptied`
+    On a GPU, layers of the same form lie in one tensor ``[layers, rows, kv_heads, capacity, dim]``, so that rows are
+    copied in all of them at once. On a CPU each layer has its own tensor, so that a pool that grows holds one layer
+    twice, not all. The forms are learnt in the first pass, in which each layer gets a tensor of its own; `emptied`
     hands them on. With them, only `reserve` allocates.
 
     Attributes:
@@ -36,7 +37,7 @@ class KVPool:
         self._value_forms: dict[int, Form] = {}
         self.device: torch.device | None = None  # learnt, too
         self._stacks: list[Tensor] = []  # hold all keys and values
-        self._merged = True  # one stack per form
+        self._merged = True  # as `_together` wants it
         self.rows = self.capacity = self.allocations = 0
         self.most = (0, 0)  # the most rows and tokens that were reserved so far
         self.reserve(rows, length)
@@ -60,12 +61,11 @@ class KVPool:
             self._allocate()
 
     def _allocate(self) -> None:
-        """One tensor for all layers of a form, in the pool's present size, with what the present ones hold."""
+        """Tensors of the pool's present size, with what the present ones hold."""
         self._stacks, self._merged = [], True
         self.allocations += 1
         for layers, forms in ((self.keys, self._key_forms), (self.values, self._value_forms)):
-            for heads, width, dtype in dict.fromkeys(forms.values()):
-                members = [layer for layer, form in forms.items() if form == (heads, width, dtype)]
+            for (heads, width, dtype), members in self._together(forms):
                 shape = (len(members), self.rows, heads, self.capacity, width)
                 self._stacks.append(torch.zeros(shape, dtype=dtype, device=self.device))
                 for layer, new in zip(members, self._stacks[-1], strict=True):
@@ -74,6 +74,14 @@ class KVPool:
                         new[: old.shape[0], :, : old.shape[2]] = old
                     layers[layer] = new
                 old = None  # frees the old keys before the new values are allocated
+
+    def _together(self, forms: Mapping[int, Form]) -> list[tuple[Form, list[int]]]:
+        """Which layers share a tensor."""
+        if self.device is not None and self.device.type == "cpu":  # old and new tensors of one layer at a time
+            return [(form, [layer]) for layer, form in forms.items()]
+        return [
+            (form, [layer for layer, other in forms.items() if other == form]) for form in dict.fromkeys(forms.values())
+        ]
 
     def slots(self, rows: Tensor, positions: Tensor, heads: int) -> Tensor:
         """Where tokens at these rows and positions ``[tokens]`` are stored, for `write`: ``[tokens * heads]``."""
@@ -90,7 +98,8 @@ class KVPool:
 
     def _first_write(self, layer: int, key: Tensor, value: Tensor) -> None:
         assert layer not in self._key_forms, "a pool that knows its layers has to be reserved before it is written to"
-        self._merged, self.allocations, self.device = False, self.allocations + 1, key.device
+        self.allocations, self.device = self.allocations + 1, key.device
+        self._merged = key.device.type == "cpu"
         for layers, forms, states in (
             (self.keys, self._key_forms, key),
             (self.values, self._value_forms, value),
