@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import Command
 
 from skillsd.cli.doctor import remedies
 from skillsd.config import RunConfig, load
@@ -281,6 +283,15 @@ def test_remedies_are_listed_by_effect(qwen: Sizes) -> None:
     ])) == after  # fmt: skip
     assert remedies(config, 1e15, need) == ([], need(config))
     assert remedies(config, 1 * GIB, need)[1] > GIB  # it gives up
+
+
+def test_a_recipe_for_a_server_is_counted_in_tokens_without_a_key(skillsd: Command, monkeypatch: Any) -> None:
+    monkeypatch.delenv("TINKER_API_KEY", raising=False)
+    shown = skillsd("doctor", "sokoban-tinker", "engine.prices={prefill: 1, cached: 0, sample: 1, train: 1}")
+    assert shown.code == 0
+    assert "128 episodes per iteration, 120 iterations" in shown.out
+    for line in (r"prefilled +655,360 tokens", r"cost of an iteration +4\.66 in", r"of 120 iterations +559\.35"):
+        assert re.search(line, shown.out)
 
 
 SCRIPT = """
