@@ -175,7 +175,7 @@ def test_training_shows_progress(skillsd: Command, run: Path, tmp_path: Path) ->
     assert "training: 1/1 train accuracy " in result.out
     assert ", no skill yet, " in result.out
     assert "after 28 episodes: accuracy" in result.out
-    *_, work, gain, warning, places, done, empty = result.out.split("\n")
+    *_, work, gain, warning, places, report, done, empty = result.out.split("\n")
     assert work.startswith("28 episodes in 1 iterations, ")
     assert " skills from 28 trajectories" in work
     assert work.endswith("; 0 of 7 groups with a teacher")
@@ -183,6 +183,7 @@ def test_training_shows_progress(skillsd: Command, run: Path, tmp_path: Path) ->
     assert ", after 28 episodes " in gain
     assert warning.startswith("warning: no group had a teacher in 1 iterations, so the run is plain GRPO")
     assert places.startswith("in [bold]run[/]/: metrics.jsonl")
+    assert report.startswith("report: [bold]run[/]/report.html")
     assert done.startswith("done: [bold]run[/]/")
     assert empty == ""
     assert (tmp_path / "[bold]run[/]" / "checkpoints" / "step-1").is_dir()

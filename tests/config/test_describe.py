@@ -52,7 +52,7 @@ def test_all_or_one_section_or_key() -> None:
     assert names("objective.terms.fn") == ["objective.terms[].fn"]
     assert names("concurrency") == ["rollout.concurrency", "skills.concurrency"]
     assert "warm_start.steps" in names(sft=True)
-    assert names("engine") == ["engine.name", "engine.decode"]
+    assert names("engine") == ["engine.name", "engine.decode", "engine.shard", "engine.rank_seconds"]
     assert "engine.gpu_memory_utilization" in names("engine", engine="vllm")
 
 

@@ -147,9 +147,9 @@ def test_credit_uplift_is_measured_before_the_update_and_counted_as_episodes(
         measured.extend(found)
         return found
 
-    async def count(*args: Any) -> Any:
+    async def count(*args: Any, **options: Any) -> Any:
         updates.append(run.iteration)
-        return await update(*args)
+        return await update(*args, **options)
 
     monkeypatch.setattr(loop, "measure_uplift", watch)
     monkeypatch.setattr(loop, "update", count)

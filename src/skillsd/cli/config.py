@@ -26,7 +26,7 @@ def show_config(
     ] = "torch",
     schema: Annotated[bool, typer.Option("--schema", help="Print a JSON schema instead, for editors.")] = False,
 ) -> None:
-    """Show the keys of recipes: defaults, types and meanings."""
+    """Show the keys of recipes, with their meanings."""
     if schema:
         print(json.dumps(json_schema(sft=sft), indent=2))
         return

@@ -78,7 +78,7 @@ def evaluate(
     json_out: JsonOut = None,
     append: Annotated[bool, typer.Option("--append", help="Keep the other evaluations in the --json file.")] = False,
 ) -> None:
-    """Evaluate a run's checkpoint, a local model or an endpoint.
+    """Evaluate a checkpoint, a model or an endpoint.
 
     Reports accuracy and completion on a split of the environment, sampled and greedy, with 95 % intervals.
     """

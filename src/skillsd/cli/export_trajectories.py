@@ -27,7 +27,10 @@ def export_trajectories(
         typer.Option(min=1, help="Export this iteration; can be repeated.", show_default="all that were written"),
     ] = None,
 ) -> None:
-    """Export recorded episodes: for Inspect's viewer, as ATIF (Harbor), as JSON lines, or as traces for Trackio."""
+    """Export recorded episodes for other tools.
+
+    For Inspect's viewer, as ATIF (Harbor), as JSON lines, or as traces for Trackio.
+    """
     from skillsd.files.write import make_folder
     from skillsd.runs.exports import FORMATS, named_episodes
     from skillsd.runs.opened import open_run

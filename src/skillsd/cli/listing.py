@@ -29,7 +29,7 @@ def methods() -> None:
 
 
 def recipes() -> None:
-    """List the shipped recipes, by the command that takes them."""
+    """List the shipped recipes by command."""
     names = configs.recipes()
     for kind, command in COMMANDS.items():
         console.print(f"for `{command}`:", highlight=False)

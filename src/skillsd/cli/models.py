@@ -9,7 +9,7 @@ import typer
 from skillsd.cli.common import console
 from skillsd.errors import unknown_name
 
-app = typer.Typer(help="List models with a short name, or fetch them ahead of time.", no_args_is_help=True)
+app = typer.Typer(help="List or fetch models with a short name.", no_args_is_help=True)
 
 
 @app.command("list")

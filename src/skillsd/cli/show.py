@@ -40,10 +40,9 @@ def show(
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of episodes to list.")] = 64,
     full: Annotated[bool, typer.Option("--full", help="Show long texts in full.")] = False,
 ) -> None:
-    """Show a training episode, turn by turn: the environment's picture, and the gap between teacher
-    and student at each action.
+    """Show a training episode, turn by turn.
 
-    Without EPISODE, list the episodes of an iteration whose trajectories were written.
+    With the environment's picture, and the gap between teacher and student at each action. Without EPISODE, list the episodes of an iteration whose trajectories were written.
     """
     from skillsd.runs.opened import open_run
 

@@ -22,9 +22,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="Number of training seeds per method.")] = 1,
 ) -> None:
-    """Compare GRPO and Skill-SD with a tiny agent on Sokoban.
+    """Compare GRPO and Skill-SD on Sokoban.
 
-    Trains both and evaluates them on held-out levels, within minutes on two CPU cores.
+    Trains a tiny agent with both and evaluates them on held-out levels, within minutes on two CPU cores.
     """
     from skillsd.cli.demo import run_demo
 
@@ -75,7 +75,7 @@ def make_table(
     out: Annotated[Optional[Path], typer.Option(help="Output folder.", show_default="runs/table-NAME")] = None,  # noqa: UP045
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what is done and what would be run.")] = False,
 ) -> None:
-    """Compare methods on equal budgets of training episodes.
+    """Compare methods on equal budgets of episodes.
 
     Trains and evaluates what is missing, and prints a table. The same command resumes where it was stopped.
     """

@@ -128,7 +128,7 @@ def sft(
         typer.Option(help="Folder of the new model.", show_default="models/NAME"),
     ] = None,
 ) -> None:
-    """Warm-start a model on an environment's demonstrations.
+    """Warm-start a model on demonstrations.
 
     Supervised training, with and without a skill in the prompt, and a check of how well the model follows skills.
     """
