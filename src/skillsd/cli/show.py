@@ -42,7 +42,8 @@ def show(
 ) -> None:
     """Show a training episode, turn by turn.
 
-    With the environment's picture, and the gap between teacher and student at each action. Without EPISODE, list the episodes of an iteration whose trajectories were written.
+    With the environment's picture, and the gap between teacher and student at each action. Without EPISODE, list the
+    episodes of an iteration whose trajectories were written.
     """
     from skillsd.runs.opened import open_run
 
