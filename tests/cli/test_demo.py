@@ -21,7 +21,8 @@ SMALL = [
 ]
 
 
-@pytest.mark.timeout(900)  # six commands
+@pytest.mark.slow  # six commands; `.ci/run` runs the whole demo
+@pytest.mark.timeout(900)
 def test_the_demo_writes_a_summary_a_picture_and_its_runs(tmp_path: Path) -> None:
     output = io.StringIO()
     run_demo(tmp_path / "demo", [0], SMALL, Console(file=output, width=120))
