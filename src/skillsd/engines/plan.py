@@ -93,6 +93,7 @@ class Plan:
         replica_weights: bytes of the weights in a replica of the sampler.
         room: tokens whose keys and values fit beside them.
         wanted: tokens whose keys and values are wanted on a GPU at the end of all episodes; on average half of them.
+        waves: how many times the wanted tokens exceed the room, on average over the episodes; at least 1.
         seconds: of an iteration by phase.
         ideal: seconds of an iteration without tail and rescoring, at full bandwidth and `IDEAL_SHARE`.
         cache_share: of the bytes read in decoding, the share that are keys and values.
@@ -102,14 +103,10 @@ class Plan:
     replica_weights: float
     room: float
     wanted: float
+    waves: float
     seconds: Mapping[str, float]
     ideal: float
     cache_share: float
-
-    @property
-    def waves(self) -> float:
-        """How many times the episodes' keys and values exceed the room, on average over the episodes; at least 1."""
-        return max(1.0, self.wanted / 2 / self.room) if self.room > 0 else float("inf")
 
 
 def plan(sizes: ModelSizes, spec: EngineSpec, episodes: Episodes, gpus: Gpus) -> Plan:
@@ -148,7 +145,7 @@ def plan(sizes: ModelSizes, spec: EngineSpec, episodes: Episodes, gpus: Gpus) ->
     }
     ideal = decode + (prefill + forward * (passes + episodes.epochs * (1 + backward))) / IDEAL_SHARE
     share = read / (read + steps * weights) if read else 0.0
-    return Plan(ranks, weights, room, wanted, {k: s for k, s in seconds.items() if s}, ideal, share)
+    return Plan(ranks, weights, room, wanted, waves, {k: s for k, s in seconds.items() if s}, ideal, share)
 
 
 def assumptions() -> list[str]:

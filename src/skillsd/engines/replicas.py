@@ -138,11 +138,14 @@ class Replicas(Sampler):
         """The replica that holds the session, or else the one with the fewest. Waits while there is none to ask."""
         while self._loading:
             await asyncio.sleep(0.05)
-        while not (alive := [replica for replica in self._replicas if replica.sampler is not None]):
-            starting = [replica.starting for replica in self._replicas if replica.starting is not None]
-            if not (pending := [future for future in starting if not future.done()]):
+        while True:
+            # Before looking for samplers: one that has been started in between is there, and not taken for failed.
+            starting = [r.starting for r in self._replicas if r.starting is not None and not r.starting.done()]
+            if alive := [replica for replica in self._replicas if replica.sampler is not None]:
+                break
+            if not starting:
                 raise EngineFailedError(f"no sampler is left, and none could be started anew: {self._lost}")
-            await asyncio.wait([asyncio.wrap_future(f) for f in pending], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([asyncio.wrap_future(one) for one in starting], return_when=asyncio.FIRST_COMPLETED)
         holder = next((replica for replica in alive if session in replica.sessions), None)
         replica = holder or min(alive, key=lambda replica: replica.load)
         if session is not None:
