@@ -20,6 +20,7 @@ SHIPPED: Mapping[str, Mapping[str, str]] = {
     ENVIRONMENTS: {
         "sokoban": "skillsd.envs.sokoban:Sokoban",
         "appworld": "skillsd.envs.appworld:AppWorld",
+        "rulebook": "skillsd.envs.rulebook:Rulebook",
     },
     ENGINES: {
         "torch": "skillsd.engines.torch.options:TorchOptions",

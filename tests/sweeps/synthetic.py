@@ -38,7 +38,7 @@ def fill(sweep: Sweep, outcomes: Outcomes, *, weights: Callable[[Cell], str] | N
                         "successes": successes,
                         "rewards": successes,
                         "split": sweep.split,
-                        "fingerprint": sweep.panels[sweep.split],
+                        "fingerprint": sweep.panels[cell.seed][sweep.split],
                         "samples": sweep.samples if temperature else 1,
                         "settings": local_settings(cell.config),
                         "budget": {"turns": 3, "turn_tokens": 2, "trajectory_tokens": 48},
@@ -64,7 +64,7 @@ def _run(sweep: Sweep, cell: Cell, weights: str) -> None:
     (cell.folder / "config.yaml").write_text(configs.dump(cell.config))
     manifest = {
         "started": STARTED,
-        "panels": dict(sweep.panels),
+        "panels": dict(sweep.panels[cell.seed]),
         "model": {"name": "m", "weights": weights},
         "texts": texts(cell.config),
     }

@@ -189,7 +189,7 @@ def test_a_limit_keeps_evenly_spaced_tasks(make_sweep: Any) -> None:
     assert row["accuracy"] == 1  # the middle one
     assert row["interval"] == mean_interval([1.0])
     shown = write(sweep, Console(quiet=True))
-    assert (shown["tasks"], shown["fingerprint"]) == (1, sweep.panels["test"] + ":1 spread")
+    assert (shown["tasks"], shown["fingerprint"]) == (1, sweep.panels[0]["test"] + ":1 spread")
     assert "1 of the 3 tasks of 'test', evenly spaced" in (sweep.out / "table.md").read_text()
 
 

@@ -88,7 +88,7 @@ def _summarise(sweep: Sweep) -> dict[str, Any]:
         "recipe": RECIPE,
         "split": sweep.split,
         "tasks": sweep.tasks,
-        "fingerprint": sweep.panels[sweep.split],
+        "fingerprint": sweep.fingerprint,
         "seeds": list(sweep.seeds),
     }
     kept = ("accuracy", "completion", "interval", "completion_interval", "greedy_accuracy", "episodes", "seconds")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, field_validator
+from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, field_validator, model_validator
 
 from skillsd.config.skills import SkillsSection, SummariserSection
 from skillsd.engines import registry
@@ -52,13 +52,28 @@ class ModelSection(Options):
     """Arguments for the tokenizer's chat template, e.g. ``{enable_thinking: false}``. See docs/models.md."""
 
 
+OWN_SEED = "$seed"
+"""The value of an environment's option that stands for the run's seed, such as a world of its own for each seed."""
+
+
+def with_own_seed(recipe: Any) -> Any:
+    """The recipe's data with its seed in place of `OWN_SEED`."""
+    environment = recipe.get("environment") if isinstance(recipe, Mapping) else None
+    options = environment.get("options") if isinstance(environment, Mapping) else None
+    if not isinstance(options, Mapping) or OWN_SEED not in options.values():
+        return recipe
+    seed = recipe.get("seed", 0)
+    filled = {name: seed if value == OWN_SEED else value for name, value in options.items()}
+    return {**recipe, "environment": {**environment, "options": filled}}
+
+
 class EnvironmentSection(Options):
     """The environment that the agent acts in."""
 
     name: str = "sokoban"
     """A registered environment (`skillsd envs list`), or ``module:Class``."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments for the environment's task set."""
+    """Keyword arguments for the environment's task set. The value ``$seed`` is replaced by the run's ``seed``."""
 
 
 class RolloutSection(Options):
@@ -298,6 +313,8 @@ class RunConfig(Options):
         return self.rollout.tasks_per_iteration * (
             self.rollout.group_size + (self.skills.uplift_episodes if measured else 0)
         )
+
+    _fill_in_seed = model_validator(mode="before")(with_own_seed)
 
     @field_validator("method")
     @classmethod

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from skillsd.config.schema import EnvironmentSection, ModelSection
+from skillsd.config.schema import EnvironmentSection, ModelSection, with_own_seed
 from skillsd.options import Options
 
 
@@ -84,3 +84,5 @@ class SftConfig(Options):
     environment: EnvironmentSection = EnvironmentSection()
     warm_start: WarmStartSection = WarmStartSection()
     check: CheckSection = CheckSection()
+
+    _fill_in_seed = model_validator(mode="before")(with_own_seed)

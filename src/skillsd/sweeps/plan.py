@@ -93,7 +93,8 @@ class Sweep:
         samples: sampled episodes per task.
         limit: tabulate only this many of the split's tasks, evenly spaced.
         against: the method that the others are compared with.
-        panels: split -> fingerprint of its tasks, for every split of the environment.
+        panels: seed -> split -> fingerprint of its tasks, for every split of the environment. The seeds' differ only if
+            the recipe gives each seed an environment of its own (``$seed``).
         tasks: number of tasks in `split`.
     """
 
@@ -110,8 +111,14 @@ class Sweep:
     against: str
     cells: tuple[Cell, ...]
     config: RunConfig
-    panels: Mapping[str, str]
+    panels: Mapping[int, Mapping[str, str]]
     tasks: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tabulated tasks."""
+        panels = ", ".join(dict.fromkeys(of_seed[self.split] for of_seed in self.panels.values()))
+        return panels + (f":{self.limit} spread" if self.limit else "")
 
 
 def plan(
@@ -172,7 +179,7 @@ def plan(
                 settings = known.get(method) or ([("method", method)] if method != BASE else [])
                 try:
                     cells.append(
-                        _cell(recipe, overrides, base, label, model, method, seed, folder, settings, budgets, before)
+                        _cell(recipe, overrides, label, model, method, seed, folder, settings, budgets, before)
                     )
                 except UserError as error:
                     problems |= dict.fromkeys(str(error).splitlines())
@@ -192,9 +199,14 @@ def plan(
         against=_against(against, chosen),
         cells=tuple(cells),
         config=base,
-        panels={name: task_set.fingerprint(name) for name in task_set.splits},
+        panels={seed: _panels(configs.load(RunConfig, recipe, [*overrides, f"seed={seed}"])) for seed in seeds},
         tasks=tasks,
     )
+
+
+def _panels(config: RunConfig) -> dict[str, str]:
+    task_set = registry.load(config.environment.name, config.environment.options)
+    return {split: task_set.fingerprint(split) for split in task_set.splits}
 
 
 def asked(out: Path) -> tuple[int, ...]:
@@ -316,7 +328,6 @@ def _against(given: str | None, chosen: Sequence[str]) -> str:
 def _cell(
     recipe: str,
     overrides: Sequence[str],
-    base: RunConfig,
     label: str,
     model: str,
     method: str,
@@ -338,7 +349,8 @@ def _cell(
         raise UserError("\n".join(f"variant {method!r}: {line}" for line in str(error).splitlines())) from error
     if method == BASE:
         return Cell(label, method, seed, folder, config, (*overrides, *own), ())
-    if _evaluation_settings(config) != _evaluation_settings(base):
+    recipes = configs.load(RunConfig, recipe, [*overrides, f"seed={seed}"])
+    if _evaluation_settings(config) != _evaluation_settings(recipes):
         raise UserError(
             f"{method!r} is evaluated differently from the recipe (environment, temperature, token budgets or "
             "model.chat_template_kwargs differ), so its results can't be compared with the others'"

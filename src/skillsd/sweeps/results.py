@@ -274,8 +274,10 @@ def check(sweep: Sweep) -> None:
     trained = [cell.name for cell in sweep.cells if cell.trained]
     if trained and set(trained) <= odd.keys():
         raise UserError("no usable run for a table:\n  " + "\n  ".join(f"{name}: {odd[name]}" for name in trained))
-    panels: dict[str, tuple[str, str]] = {
-        split: ("the current environment", fingerprint) for split, fingerprint in sweep.panels.items()
+    panels: dict[tuple[int, str], tuple[str, str]] = {
+        (seed, split): ("the current environment", fingerprint)
+        for seed, of_seed in sweep.panels.items()
+        for split, fingerprint in of_seed.items()
     }
     bases: dict[tuple[str, str], tuple[str, str]] = {}
     for label, name in sweep.models.items():
@@ -288,7 +290,7 @@ def check(sweep: Sweep) -> None:
             continue
         made = read_manifest(cell.folder) if cell.trained else {}
         for split, fingerprint in made.get("panels", {}).items():
-            first, expected = panels.setdefault(split, (cell.name, fingerprint))
+            first, expected = panels.setdefault((cell.seed, split), (cell.name, fingerprint))
             if fingerprint != expected:
                 problems.append(
                     f"the tasks of {split!r} differ between {cell.name} ({fingerprint}) and {first} ({expected})"

@@ -96,7 +96,7 @@ def _evaluations(sweep: Sweep, cell: Cell) -> Evaluations:
             and record.get("run") == begun
             and (cell.trained or record.get("model", {}).get("name") == sweep.models[cell.model])
             and record.get("split") == sweep.split
-            and record.get("fingerprint") == sweep.panels[sweep.split]
+            and record.get("fingerprint") == sweep.panels[cell.seed][sweep.split]
             and len(record.get("successes", ())) == sweep.tasks
             and record.get("settings") == settings
             and record.get("seed") == cell.seed

@@ -73,7 +73,7 @@ def save(sweep: Sweep) -> dict[str, Any]:
         "overrides": list(sweep.overrides),
         "split": sweep.split,
         "tasks": sweep.limit or sweep.tasks,
-        "fingerprint": sweep.panels[sweep.split] + (f":{sweep.limit} spread" if sweep.limit else ""),
+        "fingerprint": sweep.fingerprint,
         "samples": sweep.samples,
         "seeds": list(sweep.seeds),
         "models": {label: {"name": name, "weights": _weights(sweep, label)} for label, name in sweep.models.items()},

@@ -1,0 +1,91 @@
+"""Demonstrations for the warm start: a policy that knows no rule, but reads those in its prompt.
+
+Every demonstration is from a world of its own. What is to be learnt is the game's language and to follow a skill.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+from skillsd.envs.rulebook.environment import NAME, Game
+from skillsd.envs.rulebook.language import COLOURS, SIGNS, Words
+from skillsd.errors import UserError, unknown_name
+from skillsd.types import TRAIN_SPLIT, Demonstration, DemonstrationTurn, Skill, Task
+
+
+@dataclass(frozen=True)
+class Options:
+    """Composition of the demonstrations. Shares are in [0, 1].
+
+    Attributes:
+        skill_share: share with a skill in the prompt.
+        mistake_share: of these, the share whose skill says what is wrong instead of what is right.
+        whole_share: of the others, the share whose skill covers every sign of the episode.
+        other_share: share of the skills that also have rules for one or two signs that don't occur.
+        length: signs in an episode. Longer ones teach more per demonstration.
+    """
+
+    skill_share: float = 0.75
+    mistake_share: float = 0.15
+    whole_share: float = 0.7
+    other_share: float = 0.3
+    length: int = 8
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "length":
+                if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= len(SIGNS):
+                    raise UserError(f"demonstrations: length is {value!r}; expected a number from 1 to {len(SIGNS)}")
+            elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise UserError(f"demonstrations: {field.name} is {value!r}; expected a share from 0 to 1")
+
+
+def demonstrate(words: Words, seed: int, **options: float) -> Iterator[Demonstration]:
+    """The infinite stream of demonstrations, deterministic given the arguments. See `Options`.
+
+    Raises:
+        UserError: for an unknown option or an invalid value.
+    """
+    known = [field.name for field in fields(Options)]
+    for name in options:
+        if name not in known:
+            raise unknown_name("demonstrations option", name, known)
+    return _stream(words, random.Random(seed), Options(**options))  # type: ignore[arg-type]
+
+
+def _stream(words: Words, random_: random.Random, options: Options) -> Iterator[Demonstration]:
+    while True:
+        rules = {sign: random_.choice(COLOURS) for sign in SIGNS}
+        signs = random_.sample(SIGNS, options.length)
+        skill, known, excluded = None, dict[str, str](), dict[str, str]()
+        if random_.random() < options.skill_share:
+            told = _told(signs, random_, options)
+            if random_.random() < options.mistake_share:
+                excluded = {sign: random_.choice([c for c in COLOURS if c != rules[sign]]) for sign in told}
+                skill = Skill("", words.exclusions(list(excluded.items())), "")
+            else:
+                known = {sign: rules[sign] for sign in told}
+                skill = Skill("", "", words.rules(list(known.items())))
+        game, right = Game(rules, words), 0
+        turns: list[DemonstrationTurn] = []
+        for turn, sign in enumerate(signs):
+            guess = random_.choice([colour for colour in COLOURS if colour != excluded.get(sign)])
+            step = game.step(signs, turn, right, action := known.get(sign, guess))
+            right += step.info["right"]
+            turns.append(DemonstrationTurn(action, step.observation))
+        task = Task("demonstration", NAME, TRAIN_SPLIT, {"signs": signs})
+        yield Demonstration(task, game.begin(signs), tuple(turns), skill)
+
+
+def _told(signs: Sequence[str], random_: random.Random, options: Options) -> list[str]:
+    """The signs that the skill is about, in random order."""
+    whole = random_.random() < options.whole_share
+    told = list(signs) if whole else random_.sample(signs, random_.randint(1, len(signs)))
+    others = [sign for sign in SIGNS if sign not in signs]
+    if others and random_.random() < options.other_share:
+        told += random_.sample(others, random_.randint(1, min(2, len(others))))
+    random_.shuffle(told)
+    return told
