@@ -19,6 +19,7 @@ class Arm:
     id: int
     picks: int
     mean_reward: float
+    source_reward: float = 0.0
 
 
 def arms_of(*records: tuple[int, float]) -> list[Arm]:
@@ -103,6 +104,31 @@ def test_random_covers_all_arms_and_seeds_differ() -> None:
     assert set(draws(0)) == {0, 1, 2}
     assert min(draws(0).count(i) for i in range(3)) >= 10
     assert draws(0) != draws(1)
+
+
+def test_with_a_prior_a_new_skill_comes_first_only_if_its_source_was_good() -> None:
+    """Means with the source's reward as one pick: (3 * 0.8 + 0.4) / 4 = 0.7 and 0.5. N = 5, so with c = 0.1 the bonus is
+    0.1 sqrt(1.6094 / 4) = 0.063 and 0.1 sqrt(1.6094) = 0.127: 0.763 against 0.627. With c = 1: 1.334 against 1.769."""
+    arms = [Arm(1, 3, 0.8, 0.4), Arm(2, 0, 0.5, 0.5)]
+    assert (ucb.pick_with_prior(arms, 0.1), ucb.pick_with_prior(arms, 1.0)) == (0, 1)
+    assert ucb.pick(arms, 0.1) == 1  # the paper's: never picked first
+    assert ucb.picking_rule("ucb-prior") is ucb.pick_with_prior
+
+
+@given(banks, st.floats(0, 3))
+def test_with_a_prior_every_skill_is_picked_in_the_end(arms: list[Arm], c: float) -> None:
+    """The bonus of a skill that is not picked grows without bound, for c > 0."""
+    picks = {arm.id: arm.picks for arm in arms}
+    for _ in range(40):
+        now = [Arm(arm.id, picks[arm.id], arm.mean_reward, 0.5) for arm in arms]
+        chosen = now[ucb.pick_with_prior(now, c)]
+        scores = {
+            arm.id: (arm.picks * arm.mean_reward + 0.5) / (arm.picks + 1)
+            + c * math.sqrt(math.log(sum(picks.values()) + len(arms)) / (arm.picks + 1))
+            for arm in now
+        }
+        assert scores[chosen.id] == pytest.approx(max(scores.values()))
+        picks[chosen.id] += 1
 
 
 def test_last_is_the_newest() -> None:

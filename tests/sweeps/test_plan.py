@@ -133,6 +133,28 @@ def test_a_schedule_is_allowed_for_one_budget_or_without_a_teacher(make_sweep: A
     make_sweep("objective.lambda_schedule=cosine", episodes=[12, 24], methods=["grpo"])
 
 
+def test_what_measures_reading_comes_out_of_the_budget(make_sweep: Any) -> None:
+    """10 iterations of 12 episodes; with 16 more after every second one, 6 iterations fit: 72 + 3 * 16 = 120."""
+    sweep = make_sweep("reading.every=2", "reading.episodes=8", episodes=[120], methods=["grpo", "skill-sd"])
+    assert [cell.iterations for cell in sweep.cells] == [(), (10,), (6,)]
+    assert sweep.cells[2].config.episodes_after(6) == 120
+
+
+@pytest.mark.parametrize(("every", "gate", "expected"), [(0, None, 120), (5, None, 136), (0, 0.5, 152), (5, 0.5, 168)])
+def test_the_episodes_of_a_run_include_what_measures_reading(every: int, gate: float | None, expected: int) -> None:
+    """10 iterations of 12, 8 per measurement; with syncs at 3, 6 and 9 of 10 measured, and the first teacher once."""
+    config = RunConfig.model_validate(
+        {
+            "name": "x",
+            "rollout": {"tasks_per_iteration": 3, "group_size": 4},
+            "reading": {"every": every, "episodes": 4},
+            "teacher": {"min_reading": gate, "sync_every": 3},
+        }
+    )
+    assert config.episodes_after(10) == expected
+    assert config.model_copy(update={"method": "grpo"}).episodes_after(10) == 120
+
+
 @pytest.mark.parametrize(
     ("variants", "expected"),
     [

@@ -137,6 +137,28 @@ def test_a_state_is_found_after_a_streak_and_counted(name: str, state: dict[str,
     assert found([{}, state], iterations=2) == {}
 
 
+@pytest.mark.parametrize(
+    ("gaps", "lost"),
+    [
+        ([0.8, 0.5, 0.19], True),  # below a quarter of the highest
+        ([0.8, 0.5, 0.21], False),
+        ([0.5, 0.1, 0.4], False),  # it came back
+        ([0.15, 0.0], False),  # it was never shown to read
+        ([0.3, 0.4, -0.1], True),
+        ([], False),
+    ],
+)
+def test_a_teacher_that_stopped_reading_is_found(gaps: list[float], lost: bool) -> None:
+    measured = {10 * (place + 1): {"reading/gap": gap} for place, gap in enumerate(gaps)}
+    findings = found([measured.get(number, {}) for number in range(1, 41)], iterations=48)
+    assert ("reading_lost" in findings) is lost
+    if lost:
+        text = str(findings["reading_lost"])
+        assert f"in iteration {10 * len(gaps)}" in text and f"{100 * max(gaps):.0f} points" in text
+        for key in ("reading.share", "teacher.ema", "skill-sd-frozen", "teacher.min_reading"):
+            assert key in text
+
+
 def test_without_a_reward_term_equal_rewards_do_not_matter() -> None:
     assert found([EQUAL] * 6, method="opd") == {}
     assert found([EQUAL] * 6, objective={"reward_weight": 0}) == {}

@@ -13,7 +13,7 @@ from toy_run import Listener, MakeRun, go
 
 from skillsd.methods import METHODS
 from skillsd.skills.bank import HeldOutTaskError
-from skillsd.training import checkpoint, loop
+from skillsd.training import checkpoint, credit, loop
 from skillsd.training.imitation import BestSuccesses
 from skillsd.training.loop import train
 from skillsd.training.run import Run
@@ -138,7 +138,7 @@ def test_credit_uplift_is_measured_before_the_update_and_counted_as_episodes(
     measured: list[Any] = []
     plain: list[dict[str, float]] = []
     updates: list[int] = []
-    measure, update = loop.measure_uplift, loop.update
+    measure, update = credit.measure_uplift, loop.update
 
     async def watch(*args: Any, **options: Any) -> Any:
         assert len(updates) == run.iteration
@@ -151,7 +151,7 @@ def test_credit_uplift_is_measured_before_the_update_and_counted_as_episodes(
         updates.append(run.iteration)
         return await update(*args, **options)
 
-    monkeypatch.setattr(loop, "measure_uplift", watch)
+    monkeypatch.setattr(credit, "measure_uplift", watch)
     monkeypatch.setattr(loop, "update", count)
     listener = go(run)
     means = [{g.task.id: sum(g.rewards) / len(g.rewards) for g in listener.groups[i : i + 3]} for i in range(0, 24, 3)]
@@ -164,6 +164,33 @@ def test_credit_uplift_is_measured_before_the_update_and_counted_as_episodes(
     trained = sum(len(group.trajectories) for group in listener.groups)
     assert listener.iterations[-1]["episodes"] == trained + 5 * len(measured)
     assert listener.iterations[-1]["episodes"] <= 8 * run.config.episodes_per_iteration
+
+
+def test_credit_change_is_the_change_of_a_tasks_reward_by_its_next_visit(make_run: MakeRun) -> None:
+    run = make_run(skills={"credit": "change"}, training={"iterations": 12})
+    listener = go(run)
+    expected: dict[int, list[float]] = {}
+    before: dict[str, tuple[int, float]] = {}
+    for group in listener.groups:
+        mean = sum(group.rewards) / len(group.rewards)
+        if group.task.id in before:
+            skill, reward = before.pop(group.task.id)
+            expected.setdefault(skill, []).append(mean - reward)
+        if group.taught:
+            before[group.task.id] = (group.skill_id, mean)
+    found = {s.id: (s.credited, s.reward_sum) for s in run.bank.skills() if s.credited}
+    assert len(found) > 5
+    assert found == {skill: (len(changes), pytest.approx(sum(changes))) for skill, changes in expected.items()}
+
+
+def test_only_so_many_trajectories_of_a_group_are_summarised_the_best_first(make_run: MakeRun) -> None:
+    toy = Toy()
+    run = make_run(toy=toy, skills={"per_group": 2})
+    listener = go(run)
+    assert len(toy.summarised) == 2 * len(listener.groups)
+    for group, summarised in zip(listener.groups, zip(toy.summarised[::2], toy.summarised[1::2]), strict=True):
+        best = sorted(enumerate(group.trajectories), key=lambda pair: (-pair[1].reward, pair[0]))[:2]
+        assert [t.seed for t in summarised] == [t.seed for _, t in best]
 
 
 # -- the teacher's weights ------------------------------------------------------------------------------------------

@@ -61,9 +61,26 @@ def _no_imitation(config: RunConfig, row: Method) -> str | None:
     return _unless(row.imitation_weight > 0, f"method {row.name!r} has no self-imitation")
 
 
+def _not_measured(config: RunConfig, row: Method) -> str | None:
+    read = row.teacher != "none" and row.context != "none"
+    return _unless(read, f"method {row.name!r} has no teacher that reads a skill or reference solution")
+
+
+def _not_measured_at_all(config: RunConfig, row: Method) -> str | None:
+    return _not_measured(config, row) or _unless(config.measures_reading, "reading.every is 0")
+
+
+def _no_readers(config: RunConfig, row: Method) -> str | None:
+    return _unless(config.reading.share > 0, "reading.share is 0")
+
+
+def _no_replay(config: RunConfig, row: Method) -> str | None:
+    return _unless(config.reading.replay > 0, "reading.replay is 0")
+
+
 def _no_ucb(config: RunConfig, row: Method) -> str | None:
-    used = config.skills.pick == "ucb" or ":" in config.skills.pick
-    return _unless(used, f"skills.pick is {config.skills.pick!r}, not 'ucb'")
+    used = config.skills.pick in ("ucb", "ucb-prior") or ":" in config.skills.pick
+    return _unless(used, f"skills.pick is {config.skills.pick!r}, not UCB")
 
 
 def _no_uplift(config: RunConfig, row: Method) -> str | None:
@@ -91,7 +108,11 @@ RULES: tuple[Rule, ...] = (
     ),
     (("objective.lambda_sdl", "objective.lambda_schedule"), _no_teacher),
     (("objective.lambda_sdl",), _fixed_lambda),
-    (("teacher.sync_every", "teacher.ema"), _not_synchronised),
+    (("teacher.sync_every", "teacher.ema", "teacher.min_reading"), _not_synchronised),
+    (("reading.every",), _not_measured),
+    (("reading.episodes",), _not_measured_at_all),
+    (("reading.source",), _no_readers),
+    (("reading.replay_weight",), _no_replay),
     (("objective.imitation_weight",), _no_imitation),
     (("skills", "summariser"), _no_skills),
     (("skills.ucb_c",), _no_ucb),

@@ -64,7 +64,7 @@ def with_own_seed(recipe: Any) -> Any:
         return recipe
     seed = recipe.get("seed", 0)
     filled = {name: seed if value == OWN_SEED else value for name, value in options.items()}
-    return {**recipe, "environment": {**environment, "options": filled}}
+    return {**recipe, "environment": {**dict(environment or {}), "options": filled}}
 
 
 class EnvironmentSection(Options):
@@ -160,10 +160,37 @@ class TeacherSection(Options):
     """Iterations between copies of the student's weights into a synchronised teacher. 1 needs no extra memory."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Share of its own weights that a synchronised teacher keeps at each sync (exponential moving average)."""
+    min_reading: float | None = Field(None, gt=0, le=1)
+    """Not in the paper, off by default: a sync is left out where the student's reading (section ``reading``), measured
+    at each sync, is below this share of the first teacher's."""
     model: str | None = None
     """Name or folder of an external teacher, for methods with one. It must share the student's tokenizer."""
     max_group_reward: float | None = Field(None, ge=0, le=1)
     """Not in the paper, off by default: a group with a higher mean reward trains without a teacher."""
+
+
+class ReadingSection(Options):
+    """Whether the model reads the skill in its prompt: measured in training, and three ways to keep it up.
+
+    Not in the paper. A teacher that follows the student can go deaf to its prompt (docs/method.md).
+    """
+
+    every: int = Field(10, ge=0)
+    """Iterations between measurements of the teacher's reading: its success told its skill, minus told a wrong one. 0:
+    never."""
+    episodes: int = Field(16, ge=1)
+    """Episodes per measurement told the skill, and as many told a wrong one. They are not trained on, but count towards
+    the episode budget."""
+    share: float = Field(0.0, ge=0, lt=1)
+    """Share of each iteration's groups that have a skill in the student's own prompt, and are trained on their reward
+    alone under it: they need reading, and keep it up."""
+    source: Literal["practice", "bank"] = "practice"
+    """The skills of those groups: of the environment's practice tasks, which can't be solved without reading
+    (``practice``), or the bank's, for the tasks that come anyway (``bank``)."""
+    replay: int = Field(0, ge=0)
+    """Demonstrations of the warm start, with a skill in the prompt, that each iteration trains on again."""
+    replay_weight: float = Field(0.1, gt=0)
+    """Weight of their negative log-likelihood."""
 
 
 class TrainingSection(Options):
@@ -298,6 +325,7 @@ class RunConfig(Options):
     rollout: RolloutSection = RolloutSection()
     objective: ObjectiveSection = ObjectiveSection()
     teacher: TeacherSection = TeacherSection()
+    reading: ReadingSection = ReadingSection()
     skills: SkillsSection = SkillsSection()
     summariser: SummariserSection = SummariserSection()
     training: TrainingSection = TrainingSection()
@@ -307,8 +335,30 @@ class RunConfig(Options):
     log: LogSection = LogSection()
 
     @property
+    def practice_groups(self) -> int:
+        """Groups per iteration that are of practice tasks, in the place of ordinary ones."""
+        return round(self.reading.share * self.rollout.tasks_per_iteration) if self.reading.source == "practice" else 0
+
+    @property
+    def measures_reading(self) -> bool:
+        """Whether some episodes measure reading."""
+        row = METHODS[self.method]
+        gated = row.teacher == "synchronised" and self.teacher.min_reading is not None
+        return row.teacher != "none" and row.context != "none" and (self.reading.every > 0 or gated)
+
+    def episodes_after(self, iterations: int) -> int:
+        """Maximum episodes in so many iterations, including those that measure uplift or reading."""
+        measurements = 0
+        if self.measures_reading:
+            measurements = iterations // self.reading.every if self.reading.every else 0
+            if METHODS[self.method].teacher == "synchronised" and self.teacher.min_reading is not None and iterations:
+                syncs = (iterations - 1) // self.teacher.sync_every  # the first one, at the start, is not measured
+                measurements += syncs + (syncs > 0)  # and once the first teacher's
+        return iterations * self.episodes_per_iteration + 2 * self.reading.episodes * measurements
+
+    @property
     def episodes_per_iteration(self) -> int:
-        """Maximum episodes per iteration, including those that measure uplift."""
+        """Maximum episodes per iteration, including those that measure uplift, but not reading."""
         measured = METHODS[self.method].uses_skills and self.skills.credit == "uplift"
         return self.rollout.tasks_per_iteration * (
             self.rollout.group_size + (self.skills.uplift_episodes if measured else 0)

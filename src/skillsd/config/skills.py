@@ -11,7 +11,7 @@ from skillsd.engines.endpoint_options import EndpointOptions
 from skillsd.options import NameOrPath, Options
 
 SUMMARISERS = ("rules", "openai", "policy")
-PICKING_RULES = ("ucb", "best", "random", "last")
+PICKING_RULES = ("ucb", "ucb-prior", "best", "random", "last")
 
 
 class SkillsSection(Options):
@@ -23,22 +23,27 @@ class SkillsSection(Options):
     configured in the section ``summariser``."""
     sources: Literal["all", "successes", "failures"] = "all"
     """Which trajectories are summarised into skills. The paper's: all."""
+    per_group: int | None = Field(None, ge=1)
+    """Maximum trajectories of a group that are summarised: those with the highest reward, the first ones among equals.
+    Default: all of them, as in the paper, of which UCB then tries few more than once."""
     hindsight: bool = False
     """Summarise a group before its own update, so that the update can use its skills. The paper's: false."""
     content: Literal["own", "shuffled", "empty"] = "own"
     """Content of the teacher's context: the selected skill (``own``), another task's skill (``shuffled``), or nothing
     (``empty``). The last two are controls for whether a skill's content matters."""
-    credit: Literal["reward", "source", "uplift"] = "reward"
-    """What a used skill is credited with: the rewards of the rollouts it was used for (``reward``, the paper's), the
-    reward of the trajectory it was written from (``source``), or its measured uplift (``uplift``, which costs
+    credit: Literal["reward", "source", "change", "uplift"] = "reward"
+    """What a used skill is credited with: the rewards of the rollouts it was used for (``reward``, the paper's; they
+    were sampled before it taught anything), the reward of the trajectory it was written from (``source``), the change
+    of the task's mean reward by its next visit (``change``), or its measured uplift (``uplift``, which costs
     ``uplift_episodes``)."""
     uplift_episodes: int = Field(4, ge=1)
     """Episodes with the skill in the student's prompt, to measure its uplift. They are not trained on, but count
     towards the episode budget."""
     pick: Annotated[str, NameOrPath("picking rule", PICKING_RULES)] = "ucb"
-    """How one of a task's skills is selected: ``ucb`` (the paper's), ``best`` (UCB without exploration: the highest
-    mean reward, or the source trajectory's reward for an unused skill), ``random``, ``last`` (the newest; a baseline
-    without a bank), or ``module:Class`` for your own."""
+    """How one of a task's skills is selected: ``ucb`` (the paper's), ``ucb-prior`` (UCB that counts the source
+    trajectory's reward as a first pick, so that a new skill does not always come first), ``best`` (UCB without
+    exploration: the highest mean reward, or the source trajectory's reward for an unused skill), ``random``, ``last``
+    (the newest; a baseline without a bank), or ``module:Class`` for your own."""
     ucb_c: float = Field(math.sqrt(2), ge=0)
     """Exploration constant c of UCB, for rewards in [0, 1]. Not given in the paper; sqrt 2 is second hand."""
     max_per_task: int | None = Field(None, ge=1)

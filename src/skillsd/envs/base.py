@@ -168,6 +168,23 @@ class TaskSet(ABC):
         oracle = self.oracle(task)
         return Skill("", "", oracle) if oracle else None
 
+    def wrong_skill(self, task: Task) -> Skill | None:
+        """A skill for this task that is wrong and looks like a right one, or None (then another task's skill is used).
+
+        A control for whether a model reads its skill: override it if another task's skill may help with this one.
+        """
+        return None
+
+    def practice(self, *, seed: int) -> tuple[Task, Skill]:
+        """A training task that can only be solved by reading the skill, and that skill (``reading.source: practice``).
+
+        What the skill says must differ from seed to seed, and hold in no other task. The task needs an id of its own.
+
+        Raises:
+            UserError: if the environment has no such tasks.
+        """
+        raise UserError(f"the environment {self.name!r} has no practice tasks for reading")
+
     def scenario(self, task: Task) -> str | None:
         """Name of the task's scenario, for environments whose tasks are variants of scenarios; else None."""
         return None

@@ -144,6 +144,12 @@ class CheckedTaskSet(TaskSet):
 
         return self._call("skill_for_people", check, task, skill)
 
+    def wrong_skill(self, task: Task) -> Skill | None:
+        return self._of(task, "wrong_skill", values.skill)
+
+    def practice(self, *, seed: int) -> tuple[Task, Skill]:
+        return self._call("practice", values.practice, seed=seed)
+
     def scenario(self, task: Task) -> str | None:
         return self._of(task, "scenario", values.optional_text)
 

@@ -15,7 +15,7 @@ from numbers import Real
 from typing import Any, get_args
 
 from skillsd.envs.base import Step
-from skillsd.types import Demonstration, DemonstrationTurn, Message, Role, Skill, Task
+from skillsd.types import TRAIN_SPLIT, Demonstration, DemonstrationTurn, Message, Role, Skill, Task
 
 ROLES = get_args(Role)
 
@@ -263,6 +263,16 @@ def skill(value: object, check: str, where: str) -> Skill | None:
         raise InvalidError(check, "a Skill or None", value, where)
     names = [field.name for field in dataclasses.fields(Skill)]
     return Skill(**{name: text(getattr(value, name), check, f"{where}.{name}") for name in names})
+
+
+def practice(value: object) -> tuple[Task, Skill]:
+    """A training task and the skill that it needs."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise InvalidError("practice", "a pair (Task, Skill)", value, "the result of practice()")
+    found = skill(value[1], "practice", "the practice task's skill")
+    if found is None or found.is_empty:
+        raise InvalidError("practice", "a Skill that is not empty", value[1], "the practice task's skill")
+    return task(value[0], TRAIN_SPLIT, "the practice task"), found
 
 
 def optional_text(value: object, check: str, where: str) -> str | None:

@@ -60,7 +60,7 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
     curriculum = Curriculum(
         evenly_spaced(task_set.tasks(TRAIN_SPLIT), config.curriculum.tasks),
         config.curriculum,
-        per_iteration=config.rollout.tasks_per_iteration,
+        per_iteration=config.rollout.tasks_per_iteration - config.practice_groups,
         iterations=config.training.iterations,
         seed=config.seed,
     )
@@ -136,6 +136,10 @@ def _check_tasks(config: RunConfig, task_set: TaskSet) -> set[str]:
             f"method {config.method!r} puts a reference solution into the teacher's prompt, but the environment "
             f"{name!r} has none for some of its training tasks: choose another method or environment"
         )
+    if config.practice_groups:
+        task_set.practice(seed=0)
+    if config.reading.replay:
+        next(task_set.demonstrations(TRAIN_SPLIT, seed=0))
     if method(config.method).uses_skills:
         for task in train:
             task_set.secrets(task)  # a fault shows now, not in every summary

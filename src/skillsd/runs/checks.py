@@ -18,7 +18,7 @@ from skillsd.seeds import derive_seed
 from skillsd.skills import ucb
 from skillsd.skills.summarise import find_summariser
 from skillsd.skills.summary_prompt import load_prompt
-from skillsd.training.run import Run, objective_of
+from skillsd.training.run import Run, has_own_teacher, objective_of
 
 PROMPT_MARGIN_TOKENS = 64
 """A context may lengthen a prompt by a few tokens more than its own, since tokens merge differently at its edges."""
@@ -49,6 +49,11 @@ def check_config(config: RunConfig) -> None:
             refuse("teacher.ema", teacher.ema, f"the teacher of method {row.name!r} is not synchronised")
         if teacher.sync_every != 1:
             refuse("teacher.sync_every", teacher.sync_every, f"the teacher of method {row.name!r} is not synchronised")
+        if teacher.min_reading is not None:
+            refuse(
+                "teacher.min_reading", teacher.min_reading, f"the teacher of method {row.name!r} is not synchronised"
+            )
+    _check_reading(config)
     options = config.objective
     if options.reward_weight == 0 and not (row.lambda_sdl or row.imitation_weight):
         refuse("objective.reward_weight", 0, f"method {row.name!r} has nothing else to learn from")
@@ -71,6 +76,29 @@ def check_config(config: RunConfig) -> None:
     if ":" in skills.pick:
         try_rule(rule, skills.ucb_c)
     _check_summariser(config)
+
+
+def _check_reading(config: RunConfig) -> None:
+    row, options = method(config.method), config.reading
+    if options.share:
+        if row.sampler_sees_context:
+            raise UserError(
+                f"reading.share is {options.share:g}, but with method {row.name!r} the sampling policy's prompt has a "
+                "context in every group"
+            )
+        if options.source == "bank" and row.context == "none":
+            raise UserError(f"reading.source is 'bank', but method {row.name!r} has no skills: set it to 'practice'")
+        groups = round(options.share * config.rollout.tasks_per_iteration)
+        if not 0 < groups < config.rollout.tasks_per_iteration:
+            raise UserError(
+                f"reading.share is {options.share:g}: {groups} of {config.rollout.tasks_per_iteration} groups "
+                "(rollout.tasks_per_iteration); expected at least one, and not all of them"
+            )
+    if options.replay and row.imitation_weight:
+        raise UserError(
+            f"reading.replay is {options.replay}, but method {row.name!r} imitates successes with the same loss term: "
+            "use one of them"
+        )
 
 
 def _check_summariser(config: RunConfig) -> None:
@@ -200,8 +228,7 @@ def engine_spec(config: RunConfig) -> EngineSpec:
     """The recipe's requirements on its engine."""
     row, model, training, teacher = method(config.method), config.model, config.training, config.teacher
     kind = {"none": "none", "frozen": "snapshot", "external": "external"}.get(row.teacher, "student")
-    # A teacher that is synchronised every iteration needs no weights of its own.
-    if row.teacher == "synchronised" and (teacher.sync_every > 1 or teacher.ema is not None):
+    if row.teacher == "synchronised" and has_own_teacher(config, row):
         kind = "snapshot"
     return EngineSpec(
         model=model.name,
@@ -233,6 +260,8 @@ def _needs(config: RunConfig, teacher: str) -> dict[str, str]:
     by_teacher = by_method
     if row.teacher == "synchronised":
         by_teacher = f"teacher.sync_every={config.teacher.sync_every}"
+        if config.teacher.min_reading is not None:
+            by_teacher = f"teacher.min_reading={config.teacher.min_reading:g}"
     wanted = {
         "distribution": f"objective.estimator={config.objective.estimator}" if exact else None,
         "temperature": f"rollout.temperature={config.rollout.temperature:g}"
@@ -241,7 +270,11 @@ def _needs(config: RunConfig, teacher: str) -> dict[str, str]:
         "teacher_average": f"teacher.ema={config.teacher.ema}" if config.teacher.ema is not None else None,
         "teacher_snapshot": by_teacher if teacher == "snapshot" and config.teacher.ema is None else None,
         "teacher_external": by_method if teacher == "external" else None,
-        "teacher_sampling": by_method if row.sampler == "teacher" else None,
+        "teacher_sampling": by_method
+        if row.sampler == "teacher"
+        else f"teacher.min_reading={config.teacher.min_reading}"
+        if config.teacher.min_reading is not None
+        else None,
         "lora": "model.lora" if config.model.lora else "model.adapter" if config.model.adapter else None,
     }
     return {capability: setting for capability, setting in wanted.items() if setting is not None}
@@ -251,7 +284,8 @@ def _longest_sampled(config: RunConfig) -> tuple[int, str]:
     """The maximum length of a sampled sequence in tokens, and the settings it follows from."""
     row, skills, summariser = method(config.method), config.skills, config.summariser
     longest = [(config.rollout.trajectory_tokens, "rollout.trajectory_tokens")]
-    if row.student_prompt == "skill" or (row.uses_skills and skills.credit == "uplift"):
+    in_students_prompt = row.student_prompt == "skill" or (row.uses_skills and skills.credit == "uplift")
+    if in_students_prompt or config.reading.share or config.measures_reading:
         most = config.rollout.trajectory_tokens + skills.teacher_extra_tokens + PROMPT_MARGIN_TOKENS
         longest.append((most, f"rollout.trajectory_tokens + skills.teacher_extra_tokens + {PROMPT_MARGIN_TOKENS}"))
     if row.uses_skills and skills.summariser == "policy":  # at most one token per character

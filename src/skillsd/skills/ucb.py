@@ -26,6 +26,8 @@ class Arm(Protocol):
     def picks(self) -> int: ...
     @property
     def mean_reward(self) -> float: ...
+    @property
+    def source_reward(self) -> float: ...
 
 
 PickingRule = Callable[[Sequence[Arm], float], int | None]
@@ -59,6 +61,20 @@ def pick(arms: Sequence[Arm], c: float) -> int:
         return score, index
 
     return max(range(len(arms)), key=rank)
+
+
+def pick_with_prior(arms: Sequence[Arm], c: float) -> int:
+    """UCB in which the reward of the trajectory that a skill was written from counts as one pick of it.
+
+    Under the paper's rule every new skill comes before all tried ones, and a visit writes more skills than it picks:
+    nearly every pick is a first pick, and the rewards decide little. Ties go to the newest.
+    """
+
+    def mean(arm: Arm) -> float:
+        return (arm.picks * arm.mean_reward + arm.source_reward) / (arm.picks + 1)
+
+    total = sum(arm.picks + 1 for arm in arms)
+    return max(range(len(arms)), key=lambda i: (ucb_score(mean(arms[i]), arms[i].picks + 1, total, c), i))
 
 
 def best(arms: Sequence[Arm], c: float) -> int:
@@ -124,7 +140,13 @@ def picking_rule(name: str, *, seed: int = 0) -> PickingRule:
     Raises:
         UserError: if there is no such rule, or it is not callable.
     """
-    rules: dict[str, PickingRule] = {"ucb": pick, "random": random_rule(seed), "last": last, "best": best}
+    rules: dict[str, PickingRule] = {
+        "ucb": pick,
+        "ucb-prior": pick_with_prior,
+        "random": random_rule(seed),
+        "last": last,
+        "best": best,
+    }
     if name in rules:
         return rules[name]
     found = plugins.find("picking rule", name, rules)

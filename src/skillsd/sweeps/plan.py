@@ -225,9 +225,9 @@ def remember(sweep: Sweep) -> None:
         write_whole(sweep.out / _BUDGETS, json.dumps(sorted({*before, *sweep.budgets})))
 
 
-def may_use_fewer_episodes(config: RunConfig) -> bool:
-    """Whether a run may use fewer episodes than its budget: uplift episodes need a skill to measure."""
-    return config.episodes_per_iteration > config.rollout.tasks_per_iteration * config.rollout.group_size
+def fewest_episodes(config: RunConfig, iterations: int) -> int:
+    """The episodes that a run uses at least: what measures uplift or reading needs a skill, which may not be there."""
+    return iterations * config.rollout.tasks_per_iteration * config.rollout.group_size
 
 
 def scheduled_on_length(config: RunConfig) -> str | None:
@@ -362,17 +362,27 @@ def _cell(
         )
     per_iteration = config.episodes_per_iteration
     for budget in budgets:
-        if budget % per_iteration:
+        iterations = budget // per_iteration
+        measured = config.episodes_after(iterations) > iterations * per_iteration
+        if (budget % per_iteration and not measured) or not _iterations(config, budget):
             raise UserError(
                 f"--episodes is {budget}: not a whole number of iterations of {method!r}, which uses {per_iteration} "
                 "episodes per iteration"
             )
-    iterations = tuple(budget // per_iteration for budget in budgets)
-    own.append(f"training.iterations={iterations[-1]}")
-    earlier = {budget // per_iteration for budget in before if budget % per_iteration == 0}
-    own += _checkpoints(config, sorted({*iterations, *(i for i in earlier if i < iterations[-1])}), folder)
+    lengths = tuple(_iterations(config, budget) for budget in budgets)
+    own.append(f"training.iterations={lengths[-1]}")
+    earlier = {_iterations(config, budget) for budget in before} - {0}
+    own += _checkpoints(config, sorted({*lengths, *(i for i in earlier if i < lengths[-1])}), folder)
     config = configs.load(RunConfig, recipe, [*overrides, *own])
-    return Cell(label, method, seed, folder, config, (*overrides, *own), iterations)
+    return Cell(label, method, seed, folder, config, (*overrides, *own), lengths)
+
+
+def _iterations(config: RunConfig, budget: int) -> int:
+    """The most iterations within a budget of episodes."""
+    iterations = budget // config.episodes_per_iteration
+    while config.episodes_after(iterations) > budget:
+        iterations -= 1
+    return iterations
 
 
 def _evaluation_settings(config: RunConfig) -> tuple[Any, ...]:

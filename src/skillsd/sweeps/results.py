@@ -21,7 +21,7 @@ from skillsd.report import manifest
 from skillsd.report.writer import METRICS
 from skillsd.runs.lifecycle import read_manifest
 from skillsd.sweeps.findings import findings
-from skillsd.sweeps.plan import Cell, Sweep, may_use_fewer_episodes
+from skillsd.sweeps.plan import Cell, Sweep, fewest_episodes
 from skillsd.sweeps.state import curve, evaluated, state
 
 Unit = Literal["models", "seeds", "tasks"]
@@ -355,6 +355,6 @@ def _wrong_episodes(sweep: Sweep, cell: Cell) -> str:
     wrong = []
     for budget, iteration in zip(sweep.budgets if cell.trained else (), cell.iterations, strict=True):
         used = at.get(iteration, budget)
-        if used > budget or (used < budget and not may_use_fewer_episodes(cell.config)):
+        if used > budget or used < fewest_episodes(cell.config, iteration):
             wrong.append(f"{used} episodes up to iteration {iteration}, not {budget}")
     return f"it used {', and '.join(wrong)}" if wrong else ""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,6 +20,7 @@ from skillsd.errors import UserError
 from skillsd.report.progress import Bars, training_note
 from skillsd.report.writer import METRICS
 from skillsd.sweeps.plan import Cell, Sweep, remember
+from skillsd.sweeps.processes import Process, start
 from skillsd.sweeps.state import steps
 from skillsd.training.health import symptoms
 
@@ -71,17 +70,8 @@ class _Running:
         self.job, self.step, self._lock = job, 0, lock
         self.process = self._start()
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        command = list(self.job.commands[self.step])
-        self.job.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.job.log, "ab") as log:
-            log.write(f"$ {shlex.join(command)}\n".encode())
-            log.flush()
-            # The child inherits the lock, so that the folder stays locked if the child outlives this process.
-            kept = (self._lock.fileno(),) if self._lock else ()
-            return subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, pass_fds=kept
-            )
+    def _start(self) -> Process:
+        return start(self.job.commands[self.step], self.job.log, self._lock)
 
     def ended(self) -> int | None:
         """Start the next command if the current one is done. Returns the exit code at the end, or after a failure."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ async def build_batch(
     scale_by_std: bool,
     want: Want = CHOSEN,
     best: BestSuccesses | None = None,
+    replayed: Sequence[TrainItem] = (),
     rescore: Weights | None = None,
 ) -> Batch:
     """Compute each group's advantages, and have the teacher re-score the groups that have a teacher context.
@@ -77,6 +78,7 @@ async def build_batch(
             actions under its own prompt, and pi_old stays the sampler's.
         want: which of the teacher's log-probs the loss needs.
         best: successes to imitate; adds an item, without advantage or teacher, to each group whose task has one.
+        replayed: demonstrations to imitate, spread over the groups.
         rescore: the weights that sampled, for the learner to score the sampled tokens again (the signal
             ``rescored_logprobs``). None: not needed.
     """
@@ -112,6 +114,9 @@ async def build_batch(
             items.append(TrainItem(teacher_sequence(success, context.student, renderer), made[-1]))
             batch.imitated += 1
         batch.groups.append(items)
+    for place, item in enumerate(replayed if batch.groups else ()):
+        made.append(dict(item.signals))
+        batch.groups[place % len(batch.groups)].append(replace(item, signals=made[-1]))
     _number_tokens(made)
     if rescore is not None:
         scored = await learner.logprobs([sequence for sequence, _ in sampled], rescore, temperature=temperature)

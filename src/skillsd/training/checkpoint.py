@@ -24,6 +24,8 @@ _KEYS: Mapping[str, type] = {
     "pending_summaries": list,
     "summary_stats": dict,
     "best_successes": dict,
+    "reading": dict,
+    "taught": dict,
 }
 """Keys of state.json, with their types."""
 _REMEDY = "it can't be used"
@@ -69,6 +71,8 @@ def _write_state(run: Run, aside: Path) -> None:
         "pending_summaries": run.summaries.pending() if run.summaries else [],
         "summary_stats": run.summaries.stats() if run.summaries else {},
         "best_successes": run.best.state() if run.best else {},
+        "reading": run.reading,
+        "taught": run.taught,
     }
     (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
@@ -131,6 +135,7 @@ async def load(run: Run, path: Path) -> None:
     await run.engine.load_state(path)
     run.bank.restore(path / "skills.sqlite")
     run.iteration, run.totals, run.visits = state["iteration"], state["totals"], state["visits"]
+    run.reading, run.taught = state["reading"], state["taught"]
     try:
         if run.best:
             run.best.restore(state["best_successes"])
@@ -154,7 +159,12 @@ def _read_state(path: Path) -> dict[str, Any]:
             raise DamagedError(file, f"is damaged ({key!r} is a {type(state[key]).__name__})", _REMEDY)
     if state["iteration"] != number(path):
         raise DamagedError(file, f"is damaged (it is of iteration {state['iteration']})", _REMEDY)
-    for key, numbers in (("totals", float | int), ("visits", int), ("summary_stats", int)):
+    for key, numbers in (
+        ("totals", float | int),
+        ("visits", int),
+        ("summary_stats", int),
+        ("reading", float | int),
+    ):
         if not all(isinstance(value, numbers) and not isinstance(value, bool) for value in state[key].values()):
             raise DamagedError(file, f"is damaged ({key!r} holds something else than numbers)", _REMEDY)
     if not {"episodes", "sampled_tokens", "seconds"} <= state["totals"].keys():

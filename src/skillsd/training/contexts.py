@@ -23,11 +23,14 @@ class TeacherContext:
         text: the context as it is added to a prompt. ``""`` adds nothing. None: no context available; the group trains
             without a teacher.
         too_long: the context exceeds ``skills.teacher_extra_tokens``, so it is not used (text is None).
+        reading: the group acts with the context in the student's own prompt and trains without a teacher
+            (`skillsd.training.reading`).
     """
 
     skill: StoredSkill | None = None
     text: str | None = None
     too_long: bool = False
+    reading: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,14 @@ def select_contexts(run: Run, tasks: Sequence[Task]) -> dict[str, TeacherContext
     return {task.id: _skill_context(run, skill) for task, skill in zip(tasks, picked, strict=True)}
 
 
+def context_of(run: Run, task: Task) -> TeacherContext:
+    """The context that the method would give the task's teacher now, whatever ``skills.content`` is."""
+    if run.method.context == "oracle":
+        return _oracle_context(run, task)
+    skill = run.bank.peek(task, c=run.config.skills.ucb_c)
+    return TeacherContext() if skill is None else _rendered(run, skill.skill, skill)
+
+
 def commit_contexts(
     run: Run, groups: Sequence[Group], available: Mapping[str, TeacherContext]
 ) -> tuple[list[TeacherContext], list[PromptContexts]]:
@@ -72,7 +83,7 @@ def commit_contexts(
                 contexts = replace(contexts, teacher=None)
             if contexts.teacher is None and not contexts.student and not context.too_long:
                 context = TeacherContext()
-            if context.skill:
+            if context.skill and not context.reading:  # UCB's statistics are of the skills that taught
                 run.bank.record_pick(context.skill.id)
             used.append(context)
             prompts.append(contexts)
@@ -81,6 +92,8 @@ def commit_contexts(
 
 def contexts_for(run: Run, context: TeacherContext) -> PromptContexts:
     """Which role's prompt the context goes into, by the method's switches."""
+    if context.reading and context.text:
+        return PromptContexts(sampler=context.text, student=context.text)
     row = run.method
     student = context.text or "" if row.student_prompt == "skill" else ""
     teacher = None if row.teacher == "none" else "" if row.context == "none" else context.text

@@ -47,6 +47,11 @@ class Curriculum:
         self._options, self._per_iteration, self._iterations, self._seed = options, per_iteration, iterations, seed
 
     @property
+    def tasks(self) -> Sequence[Task]:
+        """All tasks, easy ones first."""
+        return self._tasks
+
+    @property
     def size(self) -> int:
         """Number of tasks."""
         return len(self._tasks)

@@ -276,6 +276,30 @@ def _teacher(run: _Run) -> Finding | None:
     return Finding("no_teacher", f"{text}: no task with a skill came again", _more_visits(run.config))
 
 
+MIN_READING = 0.2
+"""Below this, a measurement of few episodes does not show that the teacher ever read."""
+READING_LOST = 0.25
+"""A teacher whose reading fell below this share of the highest measured has stopped reading."""
+
+
+def _reading(run: _Run) -> Finding | None:
+    measured = [
+        (r["iteration"], r["reading/gap"]) for r in run.records if isinstance(r.get("reading/gap"), int | float)
+    ]
+    if not measured:
+        return None
+    (best_at, best), (last_at, last) = max(measured, key=lambda pair: pair[1]), measured[-1]
+    if best < MIN_READING or last >= READING_LOST * best:
+        return None
+    return Finding(
+        "reading_lost",
+        f"the teacher has stopped reading its skill: told a right one instead of a wrong one, its success rose by "
+        f"{100 * best:.0f} points in iteration {best_at}, and by {100 * last:.0f} in iteration {last_at}",
+        "Keep it up with reading.share or reading.replay, let the teacher follow slowly (teacher.ema=0.995) or not at "
+        "all (method=skill-sd-frozen), or sync it only while it reads (teacher.min_reading)",
+    )
+
+
 def _imitation(run: _Run) -> Finding | None:
     if not run.row.imitation_weight or not run.is_finished or run.total("batch/imitated"):
         return None
@@ -286,7 +310,7 @@ def _imitation(run: _Run) -> Finding | None:
     )
 
 
-_CHECKS = (_dropped, _tokens, _rewards, _updates, _summaries, _too_long, _teacher, _imitation)
+_CHECKS = (_dropped, _tokens, _rewards, _updates, _summaries, _too_long, _teacher, _reading, _imitation)
 
 
 def summary_counts(record: Record) -> dict[str, int]:

@@ -8,19 +8,26 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from skillsd.errors import UserError
 from skillsd.evaluation.evaluate import evaluate
-from skillsd.evaluation.uplift import measure_uplift
 from skillsd.rollouts.collect import Collected, collect
 from skillsd.rollouts.groups import RecordedGroup
 from skillsd.seeds import derive_seed
 from skillsd.training import checkpoint
 from skillsd.training.batch import build_batch
 from skillsd.training.contexts import TeacherContext, commit_contexts, contexts_for, select_contexts
-from skillsd.training.metrics import describe_batch, describe_rollouts, describe_skills, describe_system
+from skillsd.training.credit import credit_skills, values_of
+from skillsd.training.metrics import (
+    describe_batch,
+    describe_reading,
+    describe_rollouts,
+    describe_skills,
+    describe_system,
+)
+from skillsd.training.reading import is_measured, may_sync, measure_reading, practice, readers, replayed
 from skillsd.training.recorded import record_groups
 from skillsd.training.run import Run
 from skillsd.training.update import update
@@ -59,7 +66,10 @@ async def train(run: Run, reporter: Reporter, should_stop: Callable[[], bool] = 
         reporter.evaluation(await measure(run, reporter))
     while run.iteration < last and not should_stop():
         rollouts = await rollout_phase(run, run.iteration, reporter)
-        reporter.iteration(await learn_phase(run, rollouts, reporter))
+        record = await learn_phase(run, rollouts, reporter)
+        if is_measured(run) and _due(config.reading.every, run.iteration) and (read := await measure_reading(run)):
+            record |= {**run.totals, **read.figures()}
+        reporter.iteration(record)
         if run.iteration == last or _due(config.evaluation.every, run.iteration):
             reporter.evaluation(await measure(run, reporter))
         if run.iteration == last or _due(config.checkpoint.every, run.iteration):
@@ -76,19 +86,36 @@ class Rollouts:
 
     Attributes:
         iteration: its number, from 0.
-        contexts: task id -> context, if contexts were selected before the rollouts because the sampling policy's prompt
-            holds them; otherwise empty.
+        contexts: task id -> context, where it was selected before the rollouts because the sampling policy's prompt
+            holds it.
         seconds: wall-clock time of the rollouts.
+        figures: metrics of the teacher's synchronisation.
     """
 
     iteration: int
     collected: Collected
     contexts: Mapping[str, TeacherContext]
     seconds: float
+    figures: Mapping[str, float]
 
     @property
     def groups(self) -> list[Group]:
         return self.collected.groups
+
+    @property
+    def plain(self) -> list[Group]:
+        """The groups without those that only keep up the student's reading: these tell nothing about its progress, and
+        no skill is written about them."""
+        return [group for group in self.groups if not self._reads(group)]
+
+    @property
+    def readers(self) -> list[Group]:
+        """The groups that keep up the student's reading."""
+        return [group for group in self.groups if self._reads(group)]
+
+    def _reads(self, group: Group) -> bool:
+        context = self.contexts.get(group.task.id)
+        return context is not None and context.reading
 
 
 async def rollout_phase(run: Run, number: int, reporter: Reporter) -> Rollouts:
@@ -103,15 +130,21 @@ async def rollout_phase(run: Run, number: int, reporter: Reporter) -> Rollouts:
     config, clock = run.config, Stopwatch()
 
     # 1. Synchronise the teacher with the student.
+    figures: dict[str, float] = {}
     if run.method.teacher == "synchronised" and number % config.teacher.sync_every == 0:
-        await run.learner.sync_teacher(1 - (config.teacher.ema or 0))
+        wanted, figures = await may_sync(run)
+        if wanted:
+            await run.learner.sync_teacher(1 - (config.teacher.ema or 0))
 
     # 2. Pick the tasks.
     tasks, run.visits = run.curriculum.pick(number, run.visits)
     if run.summaries:
         run.summaries.collect()  # summaries that have finished since the last iteration
     # If the sampling policy sees the context, select it before the rollouts.
-    contexts = select_contexts(run, tasks) if run.method.sampler_sees_context else {}
+    contexts = select_contexts(run, tasks) if run.method.sampler_sees_context else readers(run, tasks, number)
+    drills = practice(run, number)
+    contexts |= {task.id: context for task, context in drills}
+    tasks += [task for task, _ in drills]
 
     # 3. The student samples under the plain prompt. (Some of the paper's ablations differ: see `Method`.)
     with clock("rollout"):
@@ -124,7 +157,7 @@ async def rollout_phase(run: Run, number: int, reporter: Reporter) -> Rollouts:
             seed=derive_seed(config.seed, "rollout", number),
             retries=config.rollout.retries,
             concurrency=config.rollout.concurrency,
-            contexts=[contexts_for(run, contexts[task.id]).sampler for task in tasks] if contexts else None,
+            contexts=[contexts_for(run, contexts.get(task.id, TeacherContext())).sampler for task in tasks],
         )
     if collected.dropped:
         reporter.note(
@@ -132,7 +165,7 @@ async def rollout_phase(run: Run, number: int, reporter: Reporter) -> Rollouts:
             f"{collected.reason}"
         )
     _check_groups(run, collected)
-    return Rollouts(number, collected, contexts, clock.total)
+    return Rollouts(number, collected, contexts, clock.total, figures)
 
 
 async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Record:
@@ -143,17 +176,18 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
     added = 0
     if hindsight:
         with clock("summarise"):
-            added = await _summarise(run, groups)
+            added = await _summarise(run, rollouts.plain)
 
     # 4. Pick each task's skill S(x) by UCB.
-    available = rollouts.contexts or select_contexts(run, [group.task for group in groups])
+    rest = [group.task for group in groups if group.task.id not in rollouts.contexts]
+    available = {**select_contexts(run, rest), **rollouts.contexts}
     used, contexts = commit_contexts(run, groups, available)
     if run.best:
-        run.best.update(groups)
+        run.best.update(rollouts.plain)
     objective = run.objective()
 
-    with clock("uplift"):  # measured before the update, with the policy that the skill is to teach
-        credits = await _credits(run, groups, used)
+    with clock("uplift"):
+        credits = await values_of(run, groups, used)
 
     # 5. Group advantages, and the teacher re-scores the student's own tokens under x + S(x).
     with clock("teacher"):
@@ -167,6 +201,7 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
             scale_by_std=config.objective.scale_by_std,
             want=objective.want,
             best=run.best,
+            replayed=replayed(run),
             rescore=run.method.sampler if objective.importance_cap else None,
         )
 
@@ -180,15 +215,13 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
         context.text is not None and (taught or run.method.student_prompt == "skill")
         for context, taught in zip(used, batch.taught, strict=True)
     ]
-    with run.bank.batch():
-        for context, seen, values in zip(used, in_prompt, credits, strict=True):
-            if context.skill and seen and updated.figures["step/applied"] and config.skills.content == "own":
-                run.bank.credit(context.skill.id, values)
+    if updated.figures["step/applied"] and config.skills.content == "own":
+        credit_skills(run, groups, used, in_prompt, credits)
 
     # 8. Summarise the finished trajectories into skills for later iterations.
     if not hindsight:
         with clock("summarise"):
-            added = await _summarise(run, groups)
+            added = await _summarise(run, rollouts.plain)
 
     if run.recorded:
         with clock("records"):
@@ -202,7 +235,9 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
     return {
         "iteration": run.iteration,
         **run.totals,
-        **describe_rollouts(rollouts.collected, rollouts.seconds),
+        **describe_rollouts(replace(rollouts.collected, groups=rollouts.plain), rollouts.seconds),
+        **describe_reading(rollouts.readers),
+        **rollouts.figures,
         "rollout/policy_lag": lag,
         **describe_batch(batch, used, in_prompt if run.method.has_context else None),
         **updated.figures,
@@ -272,29 +307,6 @@ def _policy_lag(run: Run, groups: Sequence[Group]) -> float:
     return sum(run.learner.version - oldest for oldest, _ in versions) / len(versions) if versions else 0.0
 
 
-async def _credits(run: Run, groups: list[Group], used: list[TeacherContext]) -> list[Sequence[float]]:
-    """For each group, the values to credit the skill of its context with."""
-    if run.config.skills.credit == "source":
-        return [[context.skill.source_reward] if context.skill else [] for context in used]
-    if run.config.skills.credit == "reward":
-        return [group.rewards for group in groups]
-    measured_groups = [(group, context.text) for group, context in zip(groups, used, strict=True) if context.text]
-    measured = await measure_uplift(
-        run.student,
-        run.task_set,
-        [(group.task, text) for group, text in measured_groups],
-        run.budget,
-        episodes=run.config.skills.uplift_episodes,
-        seed=derive_seed(run.config.seed, "uplift", run.iteration),
-        concurrency=run.config.rollout.concurrency,
-        retries=run.config.rollout.retries,
-        plain={group.task.id: sum(group.rewards) / len(group.rewards) for group, _ in measured_groups},
-    )
-    run.totals["episodes"] += sum(uplift.episodes for uplift in measured)
-    by_task = {uplift.task_id: uplift.reward for uplift in measured}
-    return [[by_task[group.task.id]] if group.task.id in by_task else [] for group in groups]
-
-
 async def _summarise(run: Run, groups: list[Group]) -> int:
     """Submit the trajectories to the summariser and add finished skills to the bank. Returns how many are new."""
     if run.summaries is None:
@@ -302,9 +314,10 @@ async def _summarise(run: Run, groups: list[Group]) -> int:
     number = run.iteration + 1  # counted from 1, as in metrics.jsonl and the trajectory files
     wanted = {"all": (True, False), "successes": (True,), "failures": (False,)}[run.config.skills.sources]
     for group in groups:
-        for member, trajectory in enumerate(group.trajectories):
-            if trajectory.success not in wanted:
-                continue
+        members = [pair for pair in enumerate(group.trajectories) if pair[1].success in wanted]
+        if run.config.skills.per_group:
+            members = sorted(members, key=lambda pair: -pair[1].reward)[: run.config.skills.per_group]
+        for member, trajectory in members:
             source = f"iteration-{number}/{group.task.id}/{member}"
             run.summaries.submit(trajectory, source=source, iteration=number)
     if run.config.skills.deterministic:

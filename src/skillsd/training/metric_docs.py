@@ -26,7 +26,9 @@ class MetricDoc:
 DOCS: tuple[MetricDoc, ...] = (
     MetricDoc("iteration", "number of finished iterations"),
     MetricDoc(
-        "episodes", "training episodes so far, those that measure uplift included", "the unit of all comparisons"
+        "episodes",
+        "training episodes so far, those that measure uplift or reading included",
+        "the unit of all comparisons",
     ),
     MetricDoc("sampled_tokens", "tokens sampled in training episodes so far"),
     MetricDoc("seconds", "wall-clock seconds of all iterations so far, without evaluations"),
@@ -71,6 +73,25 @@ DOCS: tuple[MetricDoc, ...] = (
     ),
     MetricDoc(
         "infra_failures/*", "episodes that the infrastructure broke, by outcome, retried ones included", "absent"
+    ),
+    # reading
+    MetricDoc(
+        "reading/told",
+        "success of the teacher's weights on training tasks, told the task's skill (every reading.every iterations)",
+        "well above reading/misled",
+    ),
+    MetricDoc("reading/misled", "the same, told a wrong skill"),
+    MetricDoc(
+        "reading/gap",
+        "reading: told minus misled",
+        "keeps its first value; near 0 the teacher no longer reads its skill, and a small L_SDL means nothing",
+    ),
+    MetricDoc("reading/student/*", "the same of the student, at each sync with teacher.min_reading"),
+    MetricDoc("reading/synced", "whether that sync was made", "1"),
+    MetricDoc(
+        "reading/kept_up",
+        "success of the groups with a skill in the student's own prompt (reading.share); rollout/* is without them",
+        "near 1 with practice tasks",
     ),
     # the batch
     MetricDoc(
@@ -148,6 +169,11 @@ DOCS: tuple[MetricDoc, ...] = (
     MetricDoc("skills/skills", "skills in the bank"),
     MetricDoc("skills/picked", "skills that were picked at least once"),
     MetricDoc("skills/picks", "picks so far", symbol="N"),
+    MetricDoc(
+        "skills/first_picks",
+        "share of the picks so far that were a skill's first one",
+        "below 0.5; near 1 no skill is tried twice, and rewards don't decide (skills.pick, skills.per_group)",
+    ),
     MetricDoc("skills/credited", "rollouts that skills were credited with so far"),
     MetricDoc("summaries/submitted", "trajectories submitted to the summariser so far"),
     MetricDoc("summaries/added", "skills of theirs that were new to the bank"),

@@ -17,6 +17,7 @@ from skillsd.objective import ACTION_MASK, TEACHER_MASK
 from skillsd.rollouts.collect import Collected, outcome_counts
 from skillsd.training.batch import Batch
 from skillsd.training.contexts import TeacherContext
+from skillsd.types import Group
 
 if TYPE_CHECKING:
     from skillsd.training.run import Run
@@ -40,6 +41,12 @@ def describe_rollouts(collected: Collected, seconds: float) -> dict[str, float]:
         **{f"infra_failures/{name}": n for name, n in collected.infra_failures.items()},
         "rollout/dropped_groups": len(collected.dropped),
     }
+
+
+def describe_reading(groups: Sequence[Group]) -> dict[str, float]:
+    """Metrics of the groups that keep up the student's reading; empty without any."""
+    successes = [trajectory.success for group in groups for trajectory in group.trajectories]
+    return {"reading/kept_up": sum(successes) / len(successes)} if successes else {}
 
 
 def describe_batch(
@@ -75,9 +82,11 @@ def describe_skills(run: Run, added: int) -> dict[str, float]:
         return {}
     stats = run.summaries.stats()
     cost = run.config.summariser.cost(stats.get("tokens_in", 0), stats.get("tokens_out", 0))
+    counts = run.bank.counts()
     return {
         "skills/new": added,
-        **{f"skills/{name}": n for name, n in run.bank.counts().items()},
+        **{f"skills/{name}": n for name, n in counts.items()},
+        **({"skills/first_picks": counts["picked"] / counts["picks"]} if counts["picks"] else {}),
         **{f"summaries/{name}": n for name, n in stats.items()},
         **({} if cost is None else {"summaries/cost": cost}),
     }

@@ -125,6 +125,8 @@ def _untaught(run: Run, group: Group, context: TeacherContext, prompts: PromptCo
     if run.method.teacher == "none":
         return None
     what = "reference solution" if run.method.context == "oracle" else "skill"
+    if context.reading:
+        return "the student acted with a skill in its own prompt (reading.share)"
     if context.too_long:
         return f"the {what} has more than {run.config.skills.teacher_extra_tokens} tokens (skills.teacher_extra_tokens)"
     if prompts.teacher is not None:

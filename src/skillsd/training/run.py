@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,8 @@ class Run:
         template: text of the template that renders a skill into a prompt.
         summaries: None if the method uses no skills.
         best: the successes that the student imitates; None if the method has no self-imitation.
+        reading: the first teacher's (``first``), which ``teacher.min_reading`` compares with; empty until it is needed.
+        taught: task id -> (skill, mean reward) of its last visit, if a skill taught it; for ``skills.credit: change``.
         iteration: number of finished iterations.
         visits: task id -> number of iterations that picked it, see `Curriculum.pick`.
         totals: episodes, sampled tokens and seconds since the start.
@@ -45,6 +47,8 @@ class Run:
     bank: Bank
     summaries: BackgroundSummaries | None
     best: BestSuccesses | None = None
+    reading: dict[str, float] = field(default_factory=dict)
+    taught: dict[str, Sequence[float]] = field(default_factory=dict)
     iteration: int = 0
     visits: Mapping[str, int] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=lambda: {"episodes": 0, "sampled_tokens": 0, "seconds": 0.0})
@@ -73,6 +77,11 @@ class Run:
         return dataclasses.replace(self.student, temperature=temperature)
 
     @property
+    def has_own_teacher(self) -> bool:
+        """Whether the teacher has weights of its own; otherwise it is the student."""
+        return has_own_teacher(self.config, self.method)
+
+    @property
     def recorded(self) -> bool:
         """Whether this iteration's trajectories are written."""
         every = self.config.log.trajectories_every
@@ -95,6 +104,13 @@ class Run:
         self.engine.close()
 
 
+def has_own_teacher(config: RunConfig, row: Method) -> bool:
+    """Whether the teacher has weights of its own. One that is synchronised every iteration needs none."""
+    options = config.teacher
+    always = options.sync_every == 1 and options.ema is None and options.min_reading is None
+    return row.teacher in ("frozen", "external") or (row.teacher == "synchronised" and not always)
+
+
 def objective_of(config: RunConfig, row: Method, progress: float = 0.0) -> Objective:
     """The method's weights, overridden by the recipe's, with lambda as scheduled after a share `progress` of training.
 
@@ -108,7 +124,7 @@ def objective_of(config: RunConfig, row: Method, progress: float = 0.0) -> Objec
         reward_weight=_or(options.reward_weight, row.reward_weight),
         lambda_sdl=0.0 if row.teacher == "none" else scheduled(lambda_sdl, options.lambda_schedule, progress),
         normaliser=options.normaliser or row.normaliser,
-        imitation_weight=0.0 if not row.imitation_weight else _or(options.imitation_weight, row.imitation_weight),
+        imitation_weight=_imitation_weight(config, row),
         estimator=options.estimator,
         top_k=options.top_k,
         clip_low=options.clip_low,
@@ -117,6 +133,13 @@ def objective_of(config: RunConfig, row: Method, progress: float = 0.0) -> Objec
         importance_cap=options.importance_cap,
         extra_terms=tuple(find_term(t.name, t.fn, t.weight, t.mask, t.normaliser) for t in options.terms),
     )
+
+
+def _imitation_weight(config: RunConfig, row: Method) -> float:
+    """Of the imitated tokens: the task's best success, or replayed demonstrations."""
+    if config.reading.replay:
+        return config.reading.replay_weight
+    return _or(config.objective.imitation_weight, row.imitation_weight) if row.imitation_weight else 0.0
 
 
 def _or(given: float | None, default: float) -> float:

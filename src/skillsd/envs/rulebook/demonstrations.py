@@ -6,7 +6,7 @@ Every demonstration is from a world of its own. What is to be learnt is the game
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 from skillsd.envs.rulebook.environment import NAME, Game
@@ -24,14 +24,14 @@ class Options:
         mistake_share: of these, the share whose skill says what is wrong instead of what is right.
         whole_share: of the others, the share whose skill covers every sign of the episode.
         other_share: share of the skills that also have rules for one or two signs that don't occur.
-        length: signs in an episode. Longer ones teach more per demonstration.
+        length: signs in an episode. With longer ones reading is learnt later.
     """
 
     skill_share: float = 0.75
     mistake_share: float = 0.15
     whole_share: float = 0.7
     other_share: float = 0.3
-    length: int = 8
+    length: int = 4
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -43,8 +43,13 @@ class Options:
                 raise UserError(f"demonstrations: {field.name} is {value!r}; expected a share from 0 to 1")
 
 
-def demonstrate(words: Words, seed: int, **options: float) -> Iterator[Demonstration]:
+def demonstrate(
+    words: Words, seed: int, *, avoid: Collection[frozenset[str]] = (), **options: float
+) -> Iterator[Demonstration]:
     """The infinite stream of demonstrations, deterministic given the arguments. See `Options`.
+
+    Args:
+        avoid: sets of signs that no demonstration has, those of held-out tasks.
 
     Raises:
         UserError: for an unknown option or an invalid value.
@@ -53,13 +58,17 @@ def demonstrate(words: Words, seed: int, **options: float) -> Iterator[Demonstra
     for name in options:
         if name not in known:
             raise unknown_name("demonstrations option", name, known)
-    return _stream(words, random.Random(seed), Options(**options))  # type: ignore[arg-type]
+    return _stream(words, random.Random(seed), avoid, Options(**options))  # type: ignore[arg-type]
 
 
-def _stream(words: Words, random_: random.Random, options: Options) -> Iterator[Demonstration]:
+def _stream(
+    words: Words, random_: random.Random, avoid: Collection[frozenset[str]], options: Options
+) -> Iterator[Demonstration]:
     while True:
         rules = {sign: random_.choice(COLOURS) for sign in SIGNS}
         signs = random_.sample(SIGNS, options.length)
+        if frozenset(signs) in avoid:
+            continue
         skill, known, excluded = None, dict[str, str](), dict[str, str]()
         if random_.random() < options.skill_share:
             told = _told(signs, random_, options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +25,10 @@ FAILURES = ("telling", "mute")
 
 HELD_OUT = {"test": 128, "tune": 64}
 """Sizes of the held-out splits."""
+
+
+MIN_LENGTH, MAX_LENGTH = 3, 6
+"""Signs in an episode: with 2 there are too few different sets of them for the splits; 6 are many to get right."""
 
 
 def world_rules(world: int | str) -> dict[str, str]:
@@ -130,19 +134,12 @@ class Rulebook(TaskSet):
         length: int = 4,
         train: int = 48,
     ) -> None:
-        for option, value, known in (
-            ("reward", reward, REWARDS),
-            ("failures", failures, FAILURES),
-            ("words", words, tuple(WORDINGS)),
-        ):
-            if value not in known:
-                raise unknown_name(f"{option} of the rulebook", str(value), known)
-        most = 6  # half of the signs would leave too few sets, and a vocabulary of eight turns is what the base saw
-        for option, value, high in (("length", length, most), ("train", train, None), ("world", world, None)):
-            low = 0 if option == "world" else 2 if option == "length" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < low or (high and value > high):
-                expected = f"a whole number from {low} to {high}" if high else f"a whole number, at least {low}"
-                raise UserError(f"rulebook option {option} is {value!r}; expected {expected}")
+        _check_choice("reward", reward, REWARDS)
+        _check_choice("failures", failures, FAILURES)
+        _check_choice("words", words, WORDINGS)
+        _check_number("world", world, 0)
+        _check_number("length", length, MIN_LENGTH, MAX_LENGTH)
+        _check_number("train", train, 1)
         self.world, self.length, self.wording = world, length, words
         self._game = Game(world_rules(world), WORDINGS[words], reward == "completion", failures == "telling")
         signs = splits_of(length, train)
@@ -151,6 +148,7 @@ class Rulebook(TaskSet):
                 f"rulebook option train is {train}; with length {length} there are {len(signs[TRAIN_SPLIT])} tasks"
             )
         self._tasks = {split: tuple(_task(one, split) for one in tasks) for split, tasks in signs.items()}
+        self._held_out = {frozenset(one) for split in HELD_OUT for one in signs[split]}
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -217,15 +215,17 @@ class Rulebook(TaskSet):
 
         if split != TRAIN_SPLIT:
             raise UserError(f"demonstrations are for the split {TRAIN_SPLIT!r} only; got {split!r}")
-        return demonstrate(self._game.words, seed, **options)
+        return demonstrate(self._game.words, seed, avoid=self._held_out, **options)
 
     def practice(self, *, seed: int) -> tuple[Task, Skill]:
         """A task with rules of its own, and the skill that says them: without reading it, it can't be solved."""
         random_ = random.Random(derive_seed("rulebook", "practice", seed))
-        signs = tuple(random_.sample(SIGNS, self.length))
+        signs = random_.sample(SIGNS, self.length)
+        while frozenset(signs) in self._held_out:
+            signs = random_.sample(SIGNS, self.length)
         rules = {sign: random_.choice(COLOURS) for sign in SIGNS}
         told = random_.sample(signs, len(signs))
-        task = Task(f"practice-{seed}", NAME, TRAIN_SPLIT, {"signs": list(signs), "rules": rules})
+        task = Task(f"practice-{seed}", NAME, TRAIN_SPLIT, {"signs": signs, "rules": rules})
         return task, Skill("", "", self._game.words.rules([(sign, rules[sign]) for sign in told]))
 
     def _rules_of(self, task: Task, rules: Rules) -> str:
@@ -245,6 +245,17 @@ def summarise(trajectory: Trajectory, words: Words) -> Skill | None:
         golden_workflow=words.rules(known) if known else "",
     )
     return None if skill.is_empty else skill
+
+
+def _check_choice(option: str, given: object, known: Iterable[str]) -> None:
+    if given not in known:
+        raise unknown_name(f"{option} of the rulebook", str(given), known)
+
+
+def _check_number(option: str, given: object, least: int, most: int | None = None) -> None:
+    if isinstance(given, bool) or not isinstance(given, int) or given < least or (most is not None and given > most):
+        expected = f"a whole number, at least {least}" if most is None else f"a whole number from {least} to {most}"
+        raise UserError(f"rulebook option {option} is {given!r}; expected {expected}")
 
 
 def _task(signs: Sequence[str], split: str) -> Task:

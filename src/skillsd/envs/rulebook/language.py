@@ -76,7 +76,9 @@ class English:
 
     def observation(self, *, right: bool, told: str | None, sign: str, following: str | None) -> str:
         verdict = "Right." if right else f"Wrong. The {sign} is {told}." if told else "Wrong."
-        return f"{verdict} " + (f"The next sign is the {following}. Which colour?" if following else "That was the last.")
+        return f"{verdict} " + (
+            f"The next sign is the {following}. Which colour?" if following else "That was the last."
+        )
 
     def rules(self, rules: Sequence[tuple[str, str]]) -> str:
         return " ".join(f"The {sign} is {colour}." for sign, colour in rules)
