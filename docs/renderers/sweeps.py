@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from renderers.common import percent, points, results, table
-from skillsd.sweeps.plan import BASE
 from skillsd.sweeps.results import Estimate, Measured, difference, estimate
+from skillsd.sweeps.variants import BASE
 
 BUDGETS = ("1536", "3072")
 AGAINST = "grpo"

@@ -175,7 +175,10 @@ def test_a_dumped_configuration_loads_as_the_same(
         ("objective.terms=[3]", "objective.terms[0] is 3, expected keys and values"),
         ("objective.terms=[{name: x}]", "the key 'objective.terms[0].fn' is missing"),
         ("objective.terms=[{name: x, fn: a:b, wieght: 1}]", "Did you mean 'objective.terms[0].weight'?"),
-        ("skills.pick=usb", "Did you mean 'ucb'? Known: best, last, random, ucb; or module:Class for your own"),
+        (
+            "skills.pick=usb",
+            "Did you mean 'ucb'? Known: best, last, random, ucb, ucb-prior; or module:Class for your own",
+        ),
         ("skills.summariser=my.writers", "unknown summariser 'my.writers'"),
         ("engine.name=vlm", "unknown engine 'vlm'. Did you mean 'vllm'? Known: tinker, torch, vllm"),
         ("engine.name=no.such:Engine", "engine 'no.such:Engine' can't be imported"),

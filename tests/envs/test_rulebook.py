@@ -10,7 +10,8 @@ import pytest
 
 from skillsd.envs.conformance import assert_conforms
 from skillsd.envs.registry import load
-from skillsd.envs.rulebook.environment import Rulebook, splits_of, summarise, world_rules
+from skillsd.envs.rulebook.environment import Rulebook, splits_of, summarise
+from skillsd.envs.rulebook.game import world_rules
 from skillsd.envs.rulebook.language import COLOURS, SIGNS, WORDINGS
 from skillsd.errors import UserError
 from skillsd.types import Outcome, Skill, Task, Trajectory, Turn
@@ -150,7 +151,8 @@ def test_a_practice_task_has_rules_of_its_own_which_its_skill_says() -> None:
         words = skill.golden_workflow.split()
         rules = dict(zip(words[::2], words[1::2], strict=True))
         assert play(task_set, task, [rules[sign] for sign in task.payload["signs"]]).success
-        assert task.split == "train" and set(rules) == set(task.payload["signs"])
+        assert task.split == "train"
+        assert set(rules) == set(task.payload["signs"])
         assert frozenset(task.payload["signs"]) not in held_out
         ids.add(task.id), told.add(skill)
     assert len(ids) == len(told) == 50

@@ -107,8 +107,8 @@ def test_random_covers_all_arms_and_seeds_differ() -> None:
 
 
 def test_with_a_prior_a_new_skill_comes_first_only_if_its_source_was_good() -> None:
-    """Means with the source's reward as one pick: (3 * 0.8 + 0.4) / 4 = 0.7 and 0.5. N = 5, so with c = 0.1 the bonus is
-    0.1 sqrt(1.6094 / 4) = 0.063 and 0.1 sqrt(1.6094) = 0.127: 0.763 against 0.627. With c = 1: 1.334 against 1.769."""
+    """Means with the source's reward as one pick: (3 * 0.8 + 0.4) / 4 = 0.7 and 0.5. N = 5, so with c = 0.1 the bonus
+    is 0.1 sqrt(1.6094 / 4) = 0.063 and 0.1 sqrt(1.6094) = 0.127: 0.763 against 0.627. With c = 1: 1.334 and 1.769."""
     arms = [Arm(1, 3, 0.8, 0.4), Arm(2, 0, 0.5, 0.5)]
     assert (ucb.pick_with_prior(arms, 0.1), ucb.pick_with_prior(arms, 1.0)) == (0, 1)
     assert ucb.pick(arms, 0.1) == 1  # the paper's: never picked first

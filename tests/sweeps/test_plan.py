@@ -14,8 +14,9 @@ from skillsd.config import RunConfig
 from skillsd.config.load import apply_override
 from skillsd.errors import UserError
 from skillsd.report.writer import METRICS
-from skillsd.sweeps.plan import asked, assignment, load_variants, remember
+from skillsd.sweeps.plan import asked, remember
 from skillsd.sweeps.state import DONE, EVALUATE, MISSING, RESUME, state, steps
+from skillsd.sweeps.variants import assignment, load_variants
 
 
 def write(path: Path, variants: Any) -> str:
@@ -194,7 +195,8 @@ def test_every_mistake_is_reported_once(make_sweep: Any, tmp_path: Path) -> None
 
 
 def test_the_shipped_variants_are_valid(tmp_path: Path) -> None:
-    from skillsd.sweeps.plan import VARIANTS, plan
+    from skillsd.sweeps.plan import plan
+    from skillsd.sweeps.variants import VARIANTS
 
     for path in VARIANTS.glob("*.yaml"):
         labels = list(load_variants(path.stem))

@@ -192,10 +192,12 @@ def test_practice_groups_act_and_train_with_their_skill_and_leave_no_other_trace
     prompt = run.renderer.prompt((Message("user", "Sokoban: #r0c0 @r0c0"),), " Workflow: Up always")
     for groups, contexts, batch in seen:
         drilled = [place for place, group in enumerate(groups) if group.task.id.startswith("practice-")]
-        assert len(groups) == 3 and len(drilled) == 1
+        assert len(groups) == 3
+        assert len(drilled) == 1
         for place in drilled:
             assert contexts[place].student == contexts[place].sampler == " Workflow: Up always"
-            assert contexts[place].teacher is None and not batch.taught[place]
+            assert contexts[place].teacher is None
+            assert not batch.taught[place]
             for item, trajectory in zip(batch.groups[place], groups[place].trajectories, strict=True):
                 assert item.sequence == TokenSequence(trajectory.tokens, trajectory.action_mask)
                 assert len(trajectory.tokens[: trajectory.prompt_length]) == len(prompt)

@@ -188,7 +188,8 @@ def test_only_so_many_trajectories_of_a_group_are_summarised_the_best_first(make
     run = make_run(toy=toy, skills={"per_group": 2})
     listener = go(run)
     assert len(toy.summarised) == 2 * len(listener.groups)
-    for group, summarised in zip(listener.groups, zip(toy.summarised[::2], toy.summarised[1::2]), strict=True):
+    pairs = zip(toy.summarised[::2], toy.summarised[1::2], strict=True)
+    for group, summarised in zip(listener.groups, pairs, strict=True):
         best = sorted(enumerate(group.trajectories), key=lambda pair: (-pair[1].reward, pair[0]))[:2]
         assert [t.seed for t in summarised] == [t.seed for _, t in best]
 

@@ -20,11 +20,12 @@ from skillsd.report.tables import percent, table
 from skillsd.runs.build import BANK, load_task_set
 from skillsd.skills.bank import Bank, StoredSkill
 from skillsd.sweeps.findings import findings, in_words
-from skillsd.sweeps.plan import BASE, Sweep, plan
+from skillsd.sweeps.plan import Sweep, plan
 from skillsd.sweeps.results import check, left_out, summarise
 from skillsd.sweeps.runner import jobs_at_once, run_cells
 from skillsd.sweeps.state import curve
 from skillsd.sweeps.table import save
+from skillsd.sweeps.variants import BASE
 from skillsd.types import TRAIN_SPLIT
 
 RECIPE = "sokoban-nano"

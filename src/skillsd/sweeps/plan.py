@@ -5,42 +5,25 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from skillsd import config as configs
 from skillsd.config import RunConfig
 from skillsd.envs import registry
 from skillsd.errors import UserError, unknown_name
-from skillsd.files.read import read_yaml
 from skillsd.files.write import write_whole
 from skillsd.methods import METHODS
 from skillsd.runs.checks import check_config
+from skillsd.sweeps.variants import BASE, LABEL, OWN, assignment, load_variants
 from skillsd.training import checkpoint
-
-BASE = "base"
-"""Label of the untrained model, a row of every table."""
 
 DEFAULT_METHODS = ("grpo", "skill-sd")
 
-VARIANTS = configs.RECIPES / "variants"
-
 _BUDGETS = "budgets.json"
 """File in a sweep's folder: all budgets requested so far, whose checkpoints are kept."""
-
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-
-_OWN = {
-    "seed": "give the seeds with --seeds",
-    "model.name": "give the base models with --models",
-    "training.iterations": "give the length with --episodes",
-}
-"""Keys that the sweep sets itself, and what to use instead."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +138,8 @@ def plan(
     for override in overrides:
         key = override.partition("=")[0]
         alone = (key == "model.name" and not models) or (key == "training.iterations" and not episodes)
-        if key in _OWN and not alone:
-            raise UserError(f"{override!r}: {_OWN[key]}")
+        if key in OWN and not alone:
+            raise UserError(f"{override!r}: {OWN[key]}")
     base = configs.load(RunConfig, recipe, overrides)
     known = load_variants(variants) if variants else {}
     chosen = _chosen(methods, known)
@@ -240,58 +223,6 @@ def scheduled_on_length(config: RunConfig) -> str | None:
     return None
 
 
-def load_variants(name: str) -> dict[str, list[tuple[str, Any]]]:
-    """Label -> its settings as (dotted key, value).
-
-    Args:
-        name: a YAML file, or the name of a shipped one (``recipes/variants``).
-
-    Raises:
-        UserError: if there is no such file, or it does not map labels to settings.
-    """
-    path = VARIANTS / f"{name}.yaml"
-    if not path.is_file():
-        path = Path(name).expanduser()
-        if not path.is_file():
-            known = sorted(file.stem for file in VARIANTS.glob("*.yaml"))
-            if "/" in name or path.suffix:
-                raise UserError(f"there is no variants file {name!r}. Shipped: {', '.join(known) or '(none)'}")
-            raise unknown_name("variants file", name, known)
-    data = read_yaml(path, "the variants file")
-    if not isinstance(data, dict) or not data:
-        content = f"contains a {type(data).__name__}" if data else "is empty"
-        raise UserError(f"the variants file {str(path)!r} {content}, expected labels with settings")
-    found = {}
-    for label, settings in data.items():
-        if not isinstance(label, str) or not _LABEL.fullmatch(label):
-            raise UserError(f"the variant {label!r} of {str(path)!r} is not usable as a folder name")
-        if label in METHODS or label == BASE:
-            raise UserError(f"the variant {label!r} of {str(path)!r} has the name of a method: rename it")
-        if not isinstance(settings, dict):
-            raise UserError(f"the variant {label!r} of {str(path)!r} is {settings!r}, expected settings")
-        found[label] = list(_flat(settings, f"the variant {label!r} of {str(path)!r}"))
-        for key, _ in found[label]:
-            if key in _OWN:
-                raise UserError(f"the variant {label!r} of {str(path)!r} sets {key}: {_OWN[key]}")
-    return found
-
-
-def assignment(key: str, value: Any) -> str:
-    """``key=value`` for the command line, the value as YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
-    return f"{key}={text.removesuffix('...' + chr(10)).strip()}"
-
-
-def _flat(settings: Mapping[Any, Any], where: str, prefix: str = "") -> Any:
-    for key, value in settings.items():
-        if not isinstance(key, str) or not key:
-            raise UserError(f"{where}: {key!r} is not a key")
-        if isinstance(value, dict) and value:
-            yield from _flat(value, where, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _chosen(methods: Sequence[str] | None, variants: Mapping[str, Any]) -> tuple[str, ...]:
     chosen = tuple(dict.fromkeys(name for name in methods or DEFAULT_METHODS if name != BASE))
     for name in chosen:
@@ -309,7 +240,7 @@ def _label_models(models: Sequence[str]) -> dict[str, str]:
         if model not in SHIPPED:
             local_folder(model)  # report a missing folder now
         label = path.name or path.resolve().name
-        if not _LABEL.fullmatch(label):
+        if not LABEL.fullmatch(label):
             raise UserError(f"the model {model!r}: {label!r} is not usable as a folder name")
         if label in named:
             raise UserError(f"the models {named[label]!r} and {model!r} have the same label {label!r}: rename a folder")

@@ -12,8 +12,9 @@ from skillsd.report.pictures import cost_curves
 from skillsd.report.progress import duration
 from skillsd.report.tables import percent, table
 from skillsd.sweeps.findings import in_words
-from skillsd.sweeps.plan import BASE, Sweep
+from skillsd.sweeps.plan import Sweep
 from skillsd.sweeps.state import curve
+from skillsd.sweeps.variants import BASE
 
 Texts = tuple[str, list[str], list[list[str]], str]
 """Title, columns, rows, caption."""

@@ -9,7 +9,7 @@ import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 
-from skillsd.envs.rulebook.environment import NAME, Game
+from skillsd.envs.rulebook.game import NAME, Game
 from skillsd.envs.rulebook.language import COLOURS, SIGNS, Words
 from skillsd.errors import UserError, unknown_name
 from skillsd.types import TRAIN_SPLIT, Demonstration, DemonstrationTurn, Skill, Task

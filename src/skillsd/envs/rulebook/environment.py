@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from skillsd.envs.base import Environment, Step, TaskSet
+from skillsd.envs.rulebook.demonstrations import demonstrate
+from skillsd.envs.rulebook.game import NAME, Game, world_rules
 from skillsd.envs.rulebook.language import COLOURS, SIGNS, WORDINGS, Rules, Words
 from skillsd.errors import UserError, unknown_name
 from skillsd.seeds import derive_seed
 from skillsd.types import TRAIN_SPLIT, Demonstration, Message, Skill, Task, Trajectory
-
-NAME = "rulebook"
 
 REWARDS = ("success", "completion")
 FAILURES = ("telling", "mute")
@@ -31,12 +30,6 @@ MIN_LENGTH, MAX_LENGTH = 3, 6
 """Signs in an episode: with 2 there are too few different sets of them for the splits; 6 are many to get right."""
 
 
-def world_rules(world: int | str) -> dict[str, str]:
-    """The rules of a world: a random colour for each sign."""
-    random_ = random.Random(derive_seed("rulebook", world))
-    return {sign: COLOURS[int(random_.random() * len(COLOURS))] for sign in SIGNS}
-
-
 def splits_of(length: int, train: int) -> dict[str, list[tuple[str, ...]]]:
     """Split -> the signs of its tasks, in the order of the episode. The same in every world.
 
@@ -47,41 +40,6 @@ def splits_of(length: int, train: int) -> dict[str, list[tuple[str, ...]]]:
     shuffled = [tuple(sorted(signs, key=lambda _: random_.random())) for _, signs in sorted(sets)]
     sizes, places = {**HELD_OUT, TRAIN_SPLIT: train}, iter(shuffled)
     return {split: list(itertools.islice(places, size)) for split, size in sizes.items()}
-
-
-@dataclass(frozen=True)
-class Game:
-    """The rules of an episode.
-
-    Attributes:
-        partial: whether the reward is the share of right answers; otherwise it is 1 for a success and 0 for the rest.
-        telling: whether a wrong answer is told the right one.
-    """
-
-    rules: Rules
-    words: Words
-    partial: bool = False
-    telling: bool = True
-
-    def begin(self, signs: Sequence[str]) -> tuple[Message, ...]:
-        return (Message("user", self.words.prompt(signs[0], len(signs))),)
-
-    def step(self, signs: Sequence[str], turn: int, before: int, action: str) -> Step:
-        """The answer to the action at a turn, with `before` right answers so far.
-
-        An action that names no colour is a wrong answer: the episode goes on with the next sign.
-        """
-        sign, said = signs[turn], self.words.answer(action)
-        colour = self.rules[sign]
-        right, done = said == colour, turn + 1 == len(signs)
-        told = colour if right or self.telling else None
-        share = (before + right) / len(signs)
-        observation = self.words.observation(
-            right=right, told=told, sign=sign, following=None if done else signs[turn + 1]
-        )
-        reward = share if self.partial else float(share == 1)
-        info = {"sign": sign, "said": said, "right": right, "colour": told}
-        return Step(observation, done, reward, share == 1, info)
 
 
 class RulebookEnvironment(Environment):
@@ -211,8 +169,6 @@ class Rulebook(TaskSet):
         Raises:
             UserError: for a split other than ``train``, an unknown option or an invalid value.
         """
-        from skillsd.envs.rulebook.demonstrations import demonstrate
-
         if split != TRAIN_SPLIT:
             raise UserError(f"demonstrations are for the split {TRAIN_SPLIT!r} only; got {split!r}")
         return demonstrate(self._game.words, seed, avoid=self._held_out, **options)
@@ -247,9 +203,9 @@ def summarise(trajectory: Trajectory, words: Words) -> Skill | None:
     return None if skill.is_empty else skill
 
 
-def _check_choice(option: str, given: object, known: Iterable[str]) -> None:
+def _check_choice(option: str, given: object, known: Collection[object]) -> None:
     if given not in known:
-        raise unknown_name(f"{option} of the rulebook", str(given), known)
+        raise unknown_name(f"{option} of the rulebook", str(given), map(str, known))
 
 
 def _check_number(option: str, given: object, least: int, most: int | None = None) -> None:
