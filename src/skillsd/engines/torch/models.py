@@ -18,7 +18,8 @@ from skillsd.engines.torch.adapters import add_lora
 from skillsd.engines.torch.fused_norms import fuse_norms
 from skillsd.errors import UserError
 
-SHIPPED = {"nano": Path(__file__).parents[2] / "assets" / "nano-base"}
+_ASSETS = Path(__file__).parents[2] / "assets"
+SHIPPED = {"nano": _ASSETS / "nano-base", "rulebook-nano": _ASSETS / "rulebook-base"}
 """Models that come with the package, by name."""
 
 MADE_HERE = "models/"

@@ -14,6 +14,9 @@ from skillsd.envs.rulebook.language import COLOURS, SIGNS, Words
 from skillsd.errors import UserError, unknown_name
 from skillsd.types import TRAIN_SPLIT, Demonstration, DemonstrationTurn, Skill, Task
 
+MOST_OTHERS = 4
+"""Maximum number of a skill's signs that don't occur in the episode."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -23,14 +26,15 @@ class Options:
         skill_share: share with a skill in the prompt.
         mistake_share: of these, the share whose skill says what is wrong instead of what is right.
         whole_share: of the others, the share whose skill covers every sign of the episode.
-        other_share: share of the skills that also have rules for one or two signs that don't occur.
-        length: signs in an episode. With longer ones reading is learnt later.
+        other_share: share of the skills that also have rules for some signs that don't occur. Without them, colours
+            could be told by elimination.
+        length: maximum number of signs in an episode. Short ones are where reading is learnt first.
     """
 
-    skill_share: float = 0.75
-    mistake_share: float = 0.15
-    whole_share: float = 0.7
-    other_share: float = 0.3
+    skill_share: float = 0.9
+    mistake_share: float = 0.1
+    whole_share: float = 0.9
+    other_share: float = 0.5
     length: int = 4
 
     def __post_init__(self) -> None:
@@ -66,7 +70,7 @@ def _stream(
 ) -> Iterator[Demonstration]:
     while True:
         rules = {sign: random_.choice(COLOURS) for sign in SIGNS}
-        signs = random_.sample(SIGNS, options.length)
+        signs = random_.sample(SIGNS, random_.randint(1, options.length))
         if frozenset(signs) in avoid:
             continue
         skill, known, excluded = None, dict[str, str](), dict[str, str]()
@@ -95,6 +99,6 @@ def _told(signs: Sequence[str], random_: random.Random, options: Options) -> lis
     told = list(signs) if whole else random_.sample(signs, random_.randint(1, len(signs)))
     others = [sign for sign in SIGNS if sign not in signs]
     if others and random_.random() < options.other_share:
-        told += random_.sample(others, random_.randint(1, min(2, len(others))))
+        told += random_.sample(others, random_.randint(1, min(MOST_OTHERS, len(others))))
     random_.shuffle(told)
     return told
