@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from renderers.common import percent, points, results, table
 from skillsd.sweeps.results import Estimate, Measured, difference, estimate
@@ -12,26 +13,31 @@ from skillsd.sweeps.variants import BASE
 BUDGETS = ("1536", "3072")
 AGAINST = "grpo"
 FIGURES = ("accuracy", "greedy_accuracy")
-DEMO = {"base": "base", "grpo": "GRPO", "skill-sd": "Skill-SD"}
+DEMO = {
+    "base": ("the untrained base model", "base", "base"),
+    "grpo": ("GRPO", "grpo", "grpo"),
+    "imitation": ("GRPO + self-imitation", "grpo-imitation", None),
+    "skill-sd": ("Skill-SD", "skill-sd-frozen", "skill-sd"),
+}
+"""Row -> its name, and its method in each part of the demo."""
 
 
 def demo() -> str:
-    rows = []
-    for key, name in DEMO.items():
-        row = results("demo")[key]
-        accuracy = f"{percent(row['accuracy'])} % ({', '.join(map(percent, row['accuracy_by_seed']))})"
-        low, high = row["interval"]
-        rows.append(
-            [
-                name,
-                accuracy,
-                f"[{percent(low)}, {percent(high)}]",
-                f"{percent(row['greedy_accuracy'])} %",
-                f"{row['episodes']:,}",
-                f"{row['seconds']:.0f} s" if row["episodes"] else "-",
-            ]
-        )
-    return table(["method", "accuracy", "95 % over seeds", "greedy", "episodes", "training"], rows)
+    found = results("demo")
+    rows = [
+        [name, _demo_cell(found["rulebook"], one), _demo_cell(found["sokoban"], two)]
+        for name, one, two in DEMO.values()
+    ]
+    return table(["accuracy on held-out tasks", "rulebook", "Sokoban"], rows)
+
+
+def _demo_cell(part: dict[str, Any], method: str | None) -> str:
+    """Mean, interval over seeds and the seeds' values."""
+    if method is None:
+        return "-"
+    row = part[method]
+    low, high = map(percent, row["interval"])
+    return f"{percent(row['accuracy'])} % [{low}, {high}] ({', '.join(map(percent, row['accuracy_by_seed']))})"
 
 
 def cells(sweep: str, budget: str, method: str) -> list[Measured]:

@@ -22,7 +22,7 @@ from skillsd.runs.build import build
 from skillsd.runs.checks import check_config, engine_spec, workload
 
 PAPER = ["sokoban-qwen3-4b", "appworld-qwen3-4b"]
-WARM_STARTS = ["nano-base", "rulebook-base", "sokoban-smollm2-base", "appworld-smoke-base"]
+WARM_STARTS = ["nano-base", "rulebook-base", "rulebook-smollm2-base", "sokoban-smollm2-base", "appworld-smoke-base"]
 GIB = 1 << 30
 
 
