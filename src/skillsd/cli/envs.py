@@ -17,16 +17,11 @@ app = typer.Typer(help="List, play or set up environments.", no_args_is_help=Tru
 
 @app.command("list")
 def envs_list() -> None:
-    """List the environments and the sizes of their splits."""
-    from skillsd.envs import registry
+    """List the environments: their splits, or what is missing and how to set it up."""
+    from skillsd.envs.listing import lines
 
-    for name in registry.names():
-        try:
-            task_set = registry.load(name)
-            splits = ", ".join(f"{split} {len(task_set.tasks(split))}" for split in task_set.splits)
-        except Exception as error:  # a broken third-party environment must not hide the others
-            splits = f"cannot be loaded: {error}"
-        console.print(f"{name:16} {splits}", highlight=False)
+    for line in lines():
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command("play")
@@ -75,8 +70,11 @@ def envs_play(
 
 @app.command("setup")
 def envs_setup(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Environment that needs a setup: appworld.")],
-    data: Annotated[Optional[Path], typer.Option(help="Check this folder of official data.")] = None,  # noqa: UP045
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the set-up (`skillsd envs list`).")],
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Check this folder of official data (appworld)."),
+    ] = None,
     python: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Python interpreter to set up with.", show_default="this one"),
@@ -86,9 +84,9 @@ def envs_setup(
 
     Needed once; finished steps are skipped.
     """
-    from skillsd.envs import registry
+    from skillsd.envs import setups
 
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
-    registry.setup_of(name)(say, data=data, python=python)
+    setups.run(name, say, {"data": data, "python": python})
