@@ -22,9 +22,11 @@ SHIPPED: Mapping[str, Mapping[str, str]] = {
         "sokoban": "skillsd.envs.sokoban:Sokoban",
         "appworld": "skillsd.envs.appworld:AppWorld",
         "rulebook": "skillsd.envs.rulebook:Rulebook",
+        "openenv": "skillsd.envs.openenv:OpenEnv",
     },
     SETUPS: {
         "appworld": "skillsd.envs.appworld.setup:SETUP",
+        "openenv-demo": "skillsd.envs.openenv.demo_setup:SETUP",
     },
     ENGINES: {
         "torch": "skillsd.engines.torch.options:TorchOptions",
