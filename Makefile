@@ -41,6 +41,7 @@ test: setup
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-slow: setup
+	-$(BIN)/skillsd envs setup openenv-demo  # 480 MB, once; without it, its tests are skipped
 	$(BIN)/python -m pytest -m slow
 
 LOWEST := build/lowest

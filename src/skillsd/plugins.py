@@ -13,14 +13,20 @@ from skillsd import user_code
 from skillsd.errors import EngineFailedError, UserError, unknown_name
 
 ENVIRONMENTS = "skillsd.environments"
+SETUPS = "skillsd.setups"
 ENGINES = "skillsd.engines"
-"""Entry point groups for the environments and engines of other packages."""
+"""Entry point groups for the environments, their set-ups and the engines of other packages."""
 
 SHIPPED: Mapping[str, Mapping[str, str]] = {
     ENVIRONMENTS: {
         "sokoban": "skillsd.envs.sokoban:Sokoban",
         "appworld": "skillsd.envs.appworld:AppWorld",
         "rulebook": "skillsd.envs.rulebook:Rulebook",
+        "openenv": "skillsd.envs.openenv:OpenEnv",
+    },
+    SETUPS: {
+        "appworld": "skillsd.envs.appworld.setup:SETUP",
+        "openenv-demo": "skillsd.envs.openenv.demo_setup:SETUP",
     },
     ENGINES: {
         "torch": "skillsd.engines.torch.options:TorchOptions",

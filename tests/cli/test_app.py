@@ -265,9 +265,10 @@ def test_listings(skillsd: Command) -> None:
     assert "nano-base " in warmed
     assert "nano-base " not in trained
     assert all(line.rstrip()[-1] not in ",:(" for line in trained.splitlines()[1:])
-    environments = skillsd("envs", "list").out
-    assert [line.split()[0] for line in environments.splitlines() if line[0] != " "][-1] == "sokoban"
-    assert "train 96" in environments
+    states = dict(line.split(maxsplit=1) for line in skillsd("envs", "list").out.splitlines())
+    assert states["sokoban"].startswith("ready       train 96, ")
+    assert states["openenv"].startswith("not ready   openenv needs environment.options.url")
+    assert "openenv-demo" in states
     packages = [line.split()[0] for line in skillsd("doctor").out.splitlines() if line]
     assert "torch" in packages
     assert packages.count("peft") == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +17,13 @@ import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from skillsd.cli.doctor import examine
-from skillsd.envs import registry
+from skillsd.envs import setups
 from skillsd.envs.appworld import client, doctor, paths, setup
 from skillsd.errors import UserError
 
@@ -112,6 +114,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
 
 
 ALL = ["venv", "pip", "unpack", "build"]
+STEPS = ["virtual environment", f"install appworld=={paths.VERSION}", "unpack AppWorld", "build the task world"]
 
 
 def official_data(root: Path) -> Path:
@@ -165,11 +168,11 @@ def test_an_interrupted_step_is_repeated(fake: Fake, step: str, killed: bool) ->
     fake.fails(step, "something broke", signal="9" if killed else "")
     with pytest.raises(UserError) as error:
         fake()
-    number, name = ALL.index(step) + 1, setup._STEPS[ALL.index(step)]
+    number, name = ALL.index(step) + 1, STEPS[ALL.index(step)]
     ended = "killed by signal 9" if killed else "exit status 1"
     remedy = "It ran out of memory" if killed else "Run the command again"
     first, second = str(error.value).splitlines()
-    assert first.startswith(f"AppWorld set-up: step {number}/4 ({name}) failed, {ended}: ")
+    assert first.startswith(f"AppWorld {paths.VERSION} set-up: step {number}/4 ({name}) failed, {ended}: ")
     assert first.endswith("something broke")
     assert second.startswith(remedy)
     assert "something broke" in Path(second.rpartition(": ")[2]).read_text(encoding="utf-8")
@@ -277,8 +280,8 @@ def test_a_failure_names_its_step_and_a_remedy(fake: Fake, step: str, output: st
 
 
 def test_too_little_disk_space(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup, "REQUIRED_BYTES", 1 << 60)
-    with pytest.raises(UserError, match=r"MB free. Set SKILLSD_CACHE to a folder with more"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=599 << 20))
+    with pytest.raises(UserError, match=r"takes 600 MB, but .* has 599 MB free. Set SKILLSD_CACHE"):
         fake()
     assert fake.steps() == []
 
@@ -286,7 +289,7 @@ def test_too_little_disk_space(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_unusable_cache_folder(fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SKILLSD_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"can't set up AppWorld in .* Set SKILLSD_CACHE to a writable folder"):
+    with pytest.raises(UserError, match=r"can't set up AppWorld .* in .* Set SKILLSD_CACHE to a writable folder"):
         fake()
 
 
@@ -318,12 +321,12 @@ def test_a_world_of_another_version(fake: Fake, monkeypatch: pytest.MonkeyPatch)
         fake()
 
 
-def test_the_registry_finds_the_set_up() -> None:
-    assert registry.setup_of("appworld") is setup.setup
-    with pytest.raises(UserError, match="'sokoban' needs no set-up"):
-        registry.setup_of("sokoban")
-    with pytest.raises(UserError, match="Did you mean 'appworld'"):
-        registry.setup_of("appwrld")
+def test_the_set_up_is_registered(fake: Fake) -> None:
+    found = setups.find("appworld")
+    assert not found.done()
+    setups.run("appworld", fake.lines.append, {"data": None, "python": str(fake.python)})
+    assert fake.steps() == ALL
+    assert found.done()
 
 
 # --- official data ---

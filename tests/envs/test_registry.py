@@ -1,4 +1,4 @@
-"""Finding environments by entry point and by ``module:Class``, and their hooks for set-up and `skillsd doctor`."""
+"""Finding environments by entry point and by ``module:Class``, and their hook for `skillsd doctor`."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dis
 def test_shipped_environments_need_no_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     """A source tree works without being installed."""
     monkeypatch.setattr(plugins, "entry_points", lambda group: [])
-    assert registry.names() == ["appworld", "sokoban"]
+    assert registry.names() == ["appworld", "openenv", "rulebook", "sokoban"]
     assert isinstance(registry.load("sokoban").inner, Sokoban)
 
 
 def test_a_third_party_registers_by_entry_point(third_party: Distribution) -> None:
-    assert registry.names() == ["appworld", "guess", "sokoban"]
+    assert registry.names() == ["appworld", "guess", "openenv", "rulebook", "sokoban"]
     assert registry.load("guess").name == "guess-number"
 
 
@@ -98,22 +98,7 @@ def test_an_unknown_split_is_reported_with_its_key(task_set: TaskSet) -> None:
     assert registry.tasks_of(task_set, "tune", "evaluation.split") == task_set.tasks("tune")
 
 
-# --- hooks ---
-
-
-def test_a_third_party_can_have_a_set_up(third_party: Distribution) -> None:
-    with pytest.raises(UserError, match="'guess' needs no set-up"):
-        registry.setup_of("guess")
-    third_party.write("setup", "def setup(say, **options): say('done')")
-    lines: list[str] = []
-    registry.setup_of("guess")(lines.append)
-    assert lines == ["done"]
-
-
-def test_a_set_up_that_cannot_be_imported_is_an_error(third_party: Distribution) -> None:
-    third_party.write("setup", "import no_such_module")
-    with pytest.raises(UserError, match=r"'their_env\.setup' can't be imported: No module named 'no_such_module'"):
-        registry.setup_of("guess")
+# --- `skillsd doctor` ---
 
 
 def test_environments_report_to_the_doctor(third_party: Distribution) -> None:

@@ -160,35 +160,54 @@ class _Checker:
             self._valid("demonstrations", lambda: values.demonstration(next(stream)))  # type: ignore[arg-type]
 
     async def check_episodes(self, tasks: list[Task], seed: int, useful: list[str]) -> None:
-        """Play each task twice in new environments, twice in a reused one, and with invalid actions."""
-        make = self._task_set.make
-        reused = make()
+        """Play each task twice in new environments and with invalid actions, then twice in a reused one.
+
+        No two episodes are open at a time: a server may have room for one only.
+        """
+        reused = self._task_set.make()
         if not isinstance(reused, Environment):
             self._expect(False, "make", "an Environment from make()", repr(reused))
             return
+        first: dict[str, list[Any] | None] = {}
+        scripts: dict[str, list[str]] = {}
         for number, task in enumerate(tasks):
             rng = random.Random(seed + number)
             script = [useful[int(rng.random() * len(useful))] for _ in range(self._task_set.max_turns)]
-            first = await self._attempt("episode", make(), task, seed, script)
-            second = await self._attempt("episode", make(), task, seed, script)
+            scripts[task.id] = script
+            first[task.id] = await self._in_a_new_one("episode", task, seed, script)
+            second = await self._in_a_new_one("episode", task, seed, script)
             self._expect(
-                first == second,
+                first[task.id] == second,
                 "deterministic",
                 "the same episode for the same task, seed and actions",
                 "a different episode",
             )
-            # Abandon an episode, then reset: no state may carry over.
-            await self._attempt("reset_again", reused, task, seed, script[:2])
-            self._check_pictures(task, seed, script, first or [])
-            third = await self._attempt("reset_again", reused, task, seed, script)
-            self._expect(
-                first == third, "reset_again", "reset() to clear all state", "another episode than in a new one"
-            )
+            self._check_pictures(task, seed, script, first[task.id] or [])
             for bad in BAD_ACTIONS:
-                await self._attempt("bad_action", make(), task, seed, [bad])
+                await self._in_a_new_one("bad_action", task, seed, [bad])
+        for task in tasks:
+            # Abandon an episode, then reset: no state may carry over.
+            await self._attempt("reset_again", reused, task, seed, scripts[task.id][:2])
+            third = await self._attempt("reset_again", reused, task, seed, scripts[task.id])
+            self._expect(
+                first[task.id] == third,
+                "reset_again",
+                "reset() to clear all state",
+                "another episode than in a new one",
+            )
+        await self._close(reused)
+
+    async def _in_a_new_one(self, name: str, task: Task, seed: int, script: Sequence[str]) -> list[Any] | None:
+        """`_attempt` in a new environment, which is closed at the end: it may hold one of few places of a server."""
+        environment = self._task_set.make()
+        found = await self._attempt(name, environment, task, seed, script)
+        await self._close(environment)
+        return found
+
+    async def _close(self, environment: Environment) -> None:
         try:
-            await reused.close()
-            await reused.close()
+            await environment.close()
+            await environment.close()
         except Exception as error:
             self._expect(False, "close", "close() to be idempotent", user_code.describe(error))
 

@@ -1,7 +1,7 @@
 """Find environments by name. Other packages register theirs under the entry point group `skillsd.environments`.
 
-An environment's package can define two optional modules: ``setup``, whose function ``setup`` implements `skillsd envs
-setup NAME`, and ``doctor``, whose function ``report`` returns lines for `skillsd doctor`.
+An environment's package can define an optional module ``doctor``, whose function ``report`` returns lines for `skillsd
+doctor`. What `skillsd envs setup NAME` does is in `skillsd.envs.setups`.
 """
 
 from __future__ import annotations
@@ -25,21 +25,6 @@ EXPECTED = "expected a subclass of skillsd.envs.TaskSet, or a function that retu
 def names() -> list[str]:
     """Names of the registered environments."""
     return list(plugins.registered(plugins.ENVIRONMENTS))
-
-
-def setup_of(name: str) -> Callable[..., None]:
-    """The function that `skillsd envs setup NAME` runs.
-
-    Raises:
-        UserError: if the environment does not exist or needs no set-up.
-    """
-    targets = plugins.registered(plugins.ENVIRONMENTS)
-    if name not in targets:
-        raise unknown_name("environment", name, targets)
-    setup = _hook(targets[name], "setup", "setup")
-    if setup is None:
-        raise UserError(f"the environment {name!r} needs no set-up: it is ready to use")
-    return setup
 
 
 def doctor_reports() -> dict[str, list[str]]:

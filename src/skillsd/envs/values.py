@@ -136,6 +136,17 @@ def _shown(value: object) -> str:
     return shown if value is None or type(value) in (bool, float) else f"{shown} ({type(value).__name__})"
 
 
+def valid_unicode(value: Any) -> Any:
+    """JSON with a replacement for each half of a surrogate pair: programs can print them, tokenizers refuse them."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [valid_unicode(item) for item in value]
+    if isinstance(value, dict):
+        return {valid_unicode(key): valid_unicode(item) for key, item in value.items()}
+    return value
+
+
 # -- an episode -----------------------------------------------------------------------------------------------------
 
 

@@ -6,13 +6,26 @@ import json
 import os
 from pathlib import Path
 
-from skillsd.cache import cache
+from skillsd.envs.own_venv import OwnVenv
 from skillsd.errors import UserError
 
 VERSION = "0.1.3.post1"
 """The version of AppWorld that is installed, and that the server and the world builder are written for."""
 
 SETUP = "skillsd envs setup appworld"
+
+VENV = OwnVenv(
+    title=f"AppWorld {VERSION}",
+    folder=f"appworld-{VERSION}",
+    command=SETUP,
+    requirements=(f"appworld=={VERSION}",),
+    # For dependencies that AppWorld (or its typer<0.17) leaves open: the major releases tested.
+    bounds=("anyio<5", "click<9", "ipython<10", "pendulum<4", "trio<1"),
+    newest=(3, 13),  # its uvloop<0.22 has no wheels for 3.14
+    megabytes=600,
+    hint="half a minute, 230 MB",
+)
+
 BUILDER = Path(__file__).parent / "world" / "build.py"
 MARK = ".skillsd-ready"
 """Marker file in the virtual environment, written once AppWorld is installed and unpacked."""
@@ -20,11 +33,11 @@ MARK = ".skillsd-ready"
 
 def home() -> Path:
     """The folder with the virtual environment, the unpacked parts and the task world."""
-    return (cache() / f"appworld-{VERSION}").absolute()
+    return VENV.home
 
 
 def venv() -> Path:
-    return home() / "venv"
+    return VENV.venv
 
 
 def unpacked() -> Path:
@@ -34,7 +47,7 @@ def unpacked() -> Path:
 
 def installed() -> bool:
     """Whether AppWorld is installed and unpacked, and its interpreter still exists."""
-    return (venv() / MARK).is_file() and _interpreter().exists()
+    return (venv() / MARK).is_file() and VENV.interpreter.exists()
 
 
 def python() -> Path:
@@ -45,7 +58,7 @@ def python() -> Path:
     """
     if not installed():
         raise UserError(f"AppWorld {VERSION} is not installed in {str(home())!r}: run `{SETUP}`")
-    return _interpreter()
+    return VENV.interpreter
 
 
 def python_version() -> str:
@@ -110,7 +123,3 @@ def why_not_official(root: Path) -> str | None:
     needed = ("version.txt", "tasks", "base_dbs", "datasets/train.txt")
     missing = [f"data/{name}" for name in needed if not (data / name).exists()]
     return f"without {', '.join(missing)}: not AppWorld's official data, or incomplete" if missing else None
-
-
-def _interpreter() -> Path:
-    return venv() / "bin" / "python"
