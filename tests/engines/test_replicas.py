@@ -98,12 +98,12 @@ class Double(Sampler):
 class Group:
     """An engine over doubles, and all doubles that were made, replacements last."""
 
-    def __init__(self, model: Path, folder: Path, count: int, tolerance: float = 1e-3) -> None:
+    def __init__(self, model: Path, folder: Path, count: int, tolerance: float = 1e-3, ahead: bool = False) -> None:
         self.made: list[Double] = []
         self.prepare: Callable[[Double], None] = lambda double: None
         self.learner = torch_engine(embedded(model))
         self.folder = folder
-        self.replicas = Replicas(self.make, count, self.learner, tolerance=tolerance)
+        self.replicas = Replicas(self.make, count, self.learner, tolerance=tolerance, ahead=ahead)
         self.engine = Engine(self.learner, self.replicas, "doubles", None)  # type: ignore[arg-type]
 
     def make(self, number: int) -> Double:
@@ -203,6 +203,41 @@ def test_a_lost_replica_is_replaced_and_its_requests_are_asked_elsewhere(
     train(doubles.engine)  # publishes
     assert doubles.serving(count - 1) is doubles.made[-1]
     assert sample_all(doubles.engine, [SampleRequest((40, 41), 4, seed=1)])[0].version == 1
+
+
+def test_a_lost_replica_is_replaced_with_the_next_weights_if_the_learner_trains_meanwhile(
+    group: Callable[..., Group], expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doubles = group(2, ahead=True)
+    doubles.made[0].fault = dies
+
+    async def publish(folder: Path) -> WeightsHandle:
+        raise AssertionError("the learner was asked while it may be training")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(doubles.learner, "publish", publish)
+        assert asyncio.run(episodes(doubles.replicas)) == expected
+    assert len(doubles.made) == 2
+    train(doubles.engine)
+    assert doubles.serving(0) is doubles.made[2]
+
+
+def test_the_learner_is_left_alone_until_every_replica_was_compared(group: Callable[..., Group]) -> None:
+    """Otherwise a comparison would wait for the learner, which has other weights by then."""
+    doubles = group(2)
+
+    async def watch() -> list[bool]:
+        verified = asyncio.ensure_future(doubles.replicas.verified())
+        before = asyncio.ensure_future(doubles.replicas.verified())
+        await asyncio.sleep(0.1)
+        assert not before.done()
+        playing = asyncio.ensure_future(episodes(doubles.replicas))
+        await verified
+        compared = [replica.compared for replica in doubles.replicas._replicas]
+        await asyncio.gather(playing, before)
+        return compared
+
+    assert asyncio.run(watch()) == [True, True]
 
 
 def test_a_request_that_no_sampler_survives_is_an_error(group: Callable[..., Group]) -> None:

@@ -11,7 +11,8 @@ import torch
 from toy_run import Listener, MakeRun, go, without_clocks
 
 from skillsd.rollouts.records import trajectory_from_json, trajectory_to_json
-from skillsd.training.loop import Rollouts, learn_phase, rollout_phase
+from skillsd.training.loop import learn_phase, rollout_phase
+from skillsd.training.rollouts import Rollouts
 from skillsd.training.run import Run
 
 

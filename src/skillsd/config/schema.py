@@ -206,6 +206,9 @@ class TrainingSection(Options):
     """Optimiser steps per pass over an iteration's groups."""
     epochs: int = Field(1, ge=1)
     """Passes over an iteration's groups."""
+    ahead: Literal[0, 1] = 0
+    """1: sample the next iteration's rollouts while an iteration is trained, with the weights from before it (one step
+    off). Needs ``objective.importance_cap``. Not in the paper; docs/scale.md. Default: in turn."""
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=True)
     """Maximum gradient norm; ``.inf`` disables clipping."""
     beta1: float = Field(0.9, ge=0, lt=1)

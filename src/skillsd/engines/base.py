@@ -244,8 +244,7 @@ class Learner(ABC):
         like any other.
 
         Raises:
-            ValueError: if a sequence is longer than `max_length`, or `candidates` have another shape or type, are as
-                many as the vocabulary, or beyond it.
+            ValueError: if a sequence is longer than `max_length`, or `candidates` have another shape, type or range.
         """
 
     @abstractmethod
@@ -321,8 +320,7 @@ class Sampler(ABC):
         """Sample a continuation. Many requests may be under way at once, one per session.
 
         Raises:
-            ValueError: if the request is longer than `max_length`, is empty, asks for no tokens, or does not extend its
-                session.
+            ValueError: if it is longer than `max_length`, empty, asks for no tokens, or does not extend its session.
             RuntimeError: if decoding failed or the session was ended meanwhile.
         """
 
@@ -336,6 +334,9 @@ class Sampler(ABC):
 
     async def sleep(self) -> None:  # noqa: B027 (most samplers have nothing to free)
         """Free memory for the learner, where that helps. Later requests wait for the next `load`."""
+
+    async def verified(self) -> None:  # noqa: B027
+        """Wait for a check of the weights loaded last that needs the learner and the first samples, if there is one."""
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the requests since the last call."""

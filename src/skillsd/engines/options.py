@@ -86,4 +86,5 @@ _IN_WORDS = {
     "deterministic": "determinism",
     "exact_resume": "an exact resume",
     "publishes_folder": "weights in a folder",
+    "concurrent": "sampling while it trains",
 }

@@ -38,7 +38,7 @@ class _Replica:
         sampler: None while there is none: it is being started, or could not be.
         sessions: the open sessions whose cache it holds.
         compared: whether log-probs were compared with the learner's since the last update.
-        to_compare: requests of one temperature and their samples, to do that with.
+        to_compare: requests of one temperature and their samples, to do that with; None once they are being compared.
     """
 
     number: int
@@ -50,7 +50,7 @@ class _Replica:
     starting: Future[None] | None = None
     starts: int = 0
     compared: bool = False
-    to_compare: list[tuple[SampleRequest, Sample]] = field(default_factory=list)
+    to_compare: list[tuple[SampleRequest, Sample]] | None = field(default_factory=list)
 
     @property
     def load(self) -> tuple[int, int, int]:
@@ -70,10 +70,13 @@ class Replicas(Sampler):
             other threads.
         learner: publishes the weights, and scores the compared tokens.
         tolerance: the largest mean absolute difference of the compared log-probs.
+        ahead: the learner trains meanwhile, so a lost sampler is made anew only with the next weights.
     """
 
-    def __init__(self, make: Callable[[int], Sampler], count: int, learner: Learner, *, tolerance: float) -> None:
-        self._make, self._learner, self._tolerance = make, learner, tolerance
+    def __init__(
+        self, make: Callable[[int], Sampler], count: int, learner: Learner, *, tolerance: float, ahead: bool = False
+    ) -> None:
+        self._make, self._learner, self._tolerance, self._ahead = make, learner, tolerance, ahead
         self._replicas: list[_Replica] = []
         self._version = 0  # of the loaded weights
         self._lost: EngineFailedError | None = None  # why the last lost replica was lost
@@ -154,15 +157,26 @@ class Replicas(Sampler):
 
     async def _compare(self, replica: _Replica, request: SampleRequest, sample: Sample) -> None:
         """Compare the log-probs of the first tokens after an update with the learner's, in one call."""
-        first = replica.to_compare[0][0] if replica.to_compare else request
-        if replica.compared or request.weights != "student" or not request.temperature == first.temperature > 0:
+        pairs = replica.to_compare
+        if pairs is None or request.weights != "student":
             return
-        replica.to_compare.append((request, sample))
-        if sum(len(sample.tokens) for _, sample in replica.to_compare) < COMPARED_TOKENS:
+        if not request.temperature == (pairs[0][0] if pairs else request).temperature > 0:
             return
-        replica.compared, pairs, replica.to_compare = True, replica.to_compare, []
-        if any(sample.version != self._learner.version for _, sample in pairs):  # the learner is ahead
+        pairs.append((request, sample))
+        if sum(len(sample.tokens) for _, sample in pairs) < COMPARED_TOKENS:
             return
+        replica.to_compare = None
+        if all(sample.version == self._learner.version for _, sample in pairs):  # otherwise the learner is ahead
+            await self._check(replica, pairs)
+        replica.compared = True
+
+    async def verified(self) -> None:
+        """Wait until the first tokens of every replica since the last update have been compared."""
+        while not all(replica.compared for replica in self._replicas if replica.sampler is not None):
+            await asyncio.sleep(0.05)
+
+    async def _check(self, replica: _Replica, pairs: Sequence[tuple[SampleRequest, Sample]]) -> None:
+        request, sample = pairs[-1]
         sequences = [_marked(request, sample) for request, sample in pairs]
         found = await self._learner.logprobs(sequences, temperature=request.temperature)
         ours = [p for answer in found for p in answer.chosen.tolist()]
@@ -183,7 +197,7 @@ class Replicas(Sampler):
         if replica.sampler is not sampler:  # another of its requests was first
             return
         self._give_up(replica, error)
-        if replica.starts == MAX_STARTS or self._learner.version != self._version:
+        if self._ahead or replica.starts == MAX_STARTS or self._learner.version != self._version:
             return  # with the next update's weights
         replica.starts += 1
         self._counts["restarts"] += 1

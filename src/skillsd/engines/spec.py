@@ -23,6 +23,8 @@ class Capabilities:
         deterministic: the same seeds give the same bits on the same machine.
         exact_resume: training goes on from a checkpoint bit for bit.
         publishes_folder: weights can be published as a model folder, for samplers such as vLLM.
+        concurrent: rollouts can be sampled, with the weights that were published last, while the learner scores and
+            trains.
     """
 
     distribution: bool = False
@@ -36,6 +38,7 @@ class Capabilities:
     deterministic: bool = False
     exact_resume: bool = False
     publishes_folder: bool = False
+    concurrent: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class EngineSpec:
         context_tokens: the most tokens that a skill adds to a prompt; sampling with one may be asked for later.
         micro_batch_tokens: the most tokens of one forward pass of scoring or training; ``auto``: by the free memory.
         in_thread: other work of the event loop has to go on during scoring and training.
+        ahead: rollouts are sampled while the learner scores and trains, if the engine is ``concurrent``.
         needs: capability -> the setting that needs it.
     """
 
@@ -88,4 +92,5 @@ class EngineSpec:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     in_thread: bool = False
+    ahead: bool = False
     needs: Mapping[str, str] = field(default_factory=dict)

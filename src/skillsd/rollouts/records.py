@@ -10,18 +10,21 @@ from skillsd.types import Message, Outcome, Task, Trajectory, Turn
 FORMAT = 2
 
 
+def task_to_json(task: Task) -> dict[str, Any]:
+    return {
+        "id": task.id,
+        "env": task.env,
+        "split": task.split,
+        "payload": dict(task.payload),
+        "difficulty": task.difficulty,
+    }
+
+
 def trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
     """A record of plain dicts, lists, numbers and strings; `json.dumps` turns it into one line."""
-    task = trajectory.task
     return {
         "format": FORMAT,
-        "task": {
-            "id": task.id,
-            "env": task.env,
-            "split": task.split,
-            "payload": dict(task.payload),
-            "difficulty": task.difficulty,
-        },
+        "task": task_to_json(trajectory.task),
         "prompt": [{"role": message.role, "content": message.content} for message in trajectory.prompt],
         "tokens": list(trajectory.tokens),
         "action_mask": [int(sampled) for sampled in trajectory.action_mask],  # 0 and 1 are short

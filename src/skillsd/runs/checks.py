@@ -40,6 +40,8 @@ def check_config(config: RunConfig) -> None:
             f"training.minibatches is {config.training.minibatches}, but an iteration has only "
             f"{config.rollout.tasks_per_iteration} groups (rollout.tasks_per_iteration), and groups are not split"
         )
+    if config.training.ahead:
+        _check_ahead(config)
     if row.teacher == "external" and teacher.model is None:
         refuse("teacher.model", None, f"the teacher of method {row.name!r} is another model: give its name or folder")
     if row.teacher in ("synchronised", "frozen") and teacher.model is not None:
@@ -98,6 +100,26 @@ def _check_reading(config: RunConfig) -> None:
         raise UserError(
             f"reading.replay is {options.replay}, but method {row.name!r} imitates successes with the same loss term: "
             "use one of them"
+        )
+
+
+def _check_ahead(config: RunConfig) -> None:
+    row = method(config.method)
+    if config.objective.importance_cap is None:
+        raise UserError(
+            "training.ahead is 1, but objective.importance_cap is not set: rollouts of earlier weights need importance "
+            "weights. Set objective.importance_cap=2"
+        )
+    if config.reading.share:
+        raise UserError(
+            f"training.ahead is 1, but reading.share is {config.reading.share:g}: those groups have a skill in their "
+            "prompt, which is selected after the update. Set one of them to 0"
+        )
+    if row.sampler == "teacher" or row.sampler_sees_context:
+        raise UserError(
+            f"training.ahead is 1, but with method {row.name!r} rollouts depend on the iteration before: they are "
+            f"sampled {'from the teacher' if row.sampler == 'teacher' else 'with a skill in the prompt'}. Set "
+            "training.ahead=0"
         )
 
 
@@ -224,6 +246,16 @@ def warm_start_note(config: RunConfig) -> str | None:
     return f"the model {name!r} learnt to read skills with {listed}; it may ignore them otherwise: set {cure}"
 
 
+def in_turn_note(config: RunConfig) -> str | None:
+    """A note if rollouts are an iteration old although the engine gains no time by it."""
+    if not config.training.ahead or config.engine.provides().concurrent:
+        return None
+    return (
+        f"training.ahead is 1, but the engine {config.engine.name!r} can't sample while it trains: rollouts are an "
+        "iteration old, and take no less time"
+    )
+
+
 def engine_spec(config: RunConfig) -> EngineSpec:
     """The recipe's requirements on its engine."""
     row, model, training, teacher = method(config.method), config.model, config.training, config.teacher
@@ -248,7 +280,8 @@ def engine_spec(config: RunConfig) -> EngineSpec:
         betas=(training.beta1, training.beta2),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        in_thread=row.uses_skills and not config.skills.deterministic,
+        in_thread=bool(training.ahead) or (row.uses_skills and not config.skills.deterministic),
+        ahead=bool(training.ahead),
         needs=_needs(config, kind),
     )
 

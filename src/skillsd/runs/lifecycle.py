@@ -19,7 +19,7 @@ from skillsd.files.write import write_whole
 from skillsd.report import manifest
 from skillsd.report.writer import EVALUATIONS, METRICS, RunWriter, read
 from skillsd.runs.build import BANK, build
-from skillsd.runs.checks import check_engine, check_ranks, comparable, warm_start_note
+from skillsd.runs.checks import check_engine, check_ranks, comparable, in_turn_note, warm_start_note
 from skillsd.runs.folder import CONFIG, EARLY, ERRORS, LOCK, clear, in_use, never_began, remove_early_files
 from skillsd.runs.sync import run_blocking
 from skillsd.training import checkpoint
@@ -128,7 +128,8 @@ async def _train_in(
             on_note=on_note,
         )
         too_short = never_revisited(config, run.curriculum.size)
-        for note in (*run.renderer.notes(), *filter(None, (warm_start_note(config), too_short))):
+        of_recipe = (warm_start_note(config), in_turn_note(config), too_short)
+        for note in (*run.renderer.notes(), *filter(None, of_recipe)):
             writer.note(str(note))
         if not saved:
             manifest.write(folder, config, run.task_set)

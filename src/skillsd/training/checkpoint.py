@@ -14,6 +14,7 @@ from skillsd.engines.base import Engine, Learner
 from skillsd.errors import UserError
 from skillsd.files.read import DamagedError, read_json_object
 from skillsd.files.write import make_folder, writing
+from skillsd.training import rollouts
 from skillsd.training.run import Run
 
 _NAME = re.compile(r"step-(\d+)")
@@ -26,6 +27,7 @@ _KEYS: Mapping[str, type] = {
     "best_successes": dict,
     "reading": dict,
     "taught": dict,
+    "ahead": bool,
 }
 """Keys of state.json, with their types."""
 _REMEDY = "it can't be used"
@@ -33,7 +35,7 @@ _REMEDY = "it can't be used"
 
 async def save(run: Run) -> Path:
     """Write ``checkpoints/step-N``: weights, optimiser, random state, task visits, bank with UCB's counts, pending
-    summaries and successes to imitate. Deletes checkpoints beyond ``checkpoint.keep``.
+    summaries, successes to imitate, rollouts that were sampled ahead. Deletes checkpoints beyond ``checkpoint.keep``.
 
     Raises:
         WriteFailedError: if it can't be written, e.g. on a full disk. Earlier checkpoints are unchanged.
@@ -73,7 +75,10 @@ def _write_state(run: Run, aside: Path) -> None:
         "best_successes": run.best.state() if run.best else {},
         "reading": run.reading,
         "taught": run.taught,
+        "ahead": run.ahead is not None,
     }
+    if run.ahead is not None:
+        rollouts.write(run.ahead, aside)
     (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
@@ -132,6 +137,7 @@ async def load(run: Run, path: Path) -> None:
         UserError: if it is of another version, model or task set.
     """
     state = _read_state(path)
+    run.ahead = rollouts.read(path, state["iteration"], _REMEDY) if state["ahead"] else None
     await run.engine.load_state(path)
     run.bank.restore(path / "skills.sqlite")
     run.iteration, run.totals, run.visits = state["iteration"], state["totals"], state["visits"]

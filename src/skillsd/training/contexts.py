@@ -8,29 +8,11 @@ from typing import TYPE_CHECKING
 
 from skillsd.prompting.templates import render_skill
 from skillsd.skills.bank import StoredSkill
+from skillsd.training.rollouts import TeacherContext
 from skillsd.types import Group, Skill, Task
 
 if TYPE_CHECKING:
     from skillsd.training.run import Run
-
-
-@dataclass(frozen=True)
-class TeacherContext:
-    """The privileged context that is available for one task.
-
-    Attributes:
-        skill: the picked skill, if the method uses skills and the bank has one.
-        text: the context as it is added to a prompt. ``""`` adds nothing. None: no context available; the group trains
-            without a teacher.
-        too_long: the context exceeds ``skills.teacher_extra_tokens``, so it is not used (text is None).
-        reading: the group acts with the context in the student's own prompt and trains without a teacher
-            (`skillsd.training.reading`).
-    """
-
-    skill: StoredSkill | None = None
-    text: str | None = None
-    too_long: bool = False
-    reading: bool = False
 
 
 @dataclass(frozen=True)

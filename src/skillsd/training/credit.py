@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from skillsd.evaluation.uplift import measure_uplift
 from skillsd.seeds import derive_seed
-from skillsd.training.contexts import TeacherContext
+from skillsd.training.rollouts import TeacherContext
 from skillsd.types import Group
 
 if TYPE_CHECKING:

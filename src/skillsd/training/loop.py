@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from skillsd.errors import UserError
@@ -17,8 +18,9 @@ from skillsd.rollouts.collect import Collected, collect
 from skillsd.rollouts.groups import RecordedGroup
 from skillsd.seeds import derive_seed
 from skillsd.training import checkpoint
+from skillsd.training.ahead import meanwhile
 from skillsd.training.batch import build_batch
-from skillsd.training.contexts import TeacherContext, commit_contexts, contexts_for, select_contexts
+from skillsd.training.contexts import commit_contexts, contexts_for, select_contexts
 from skillsd.training.credit import credit_skills, values_of
 from skillsd.training.metrics import (
     describe_batch,
@@ -29,6 +31,7 @@ from skillsd.training.metrics import (
 )
 from skillsd.training.reading import is_measured, may_sync, measure_reading, practice, readers, replayed
 from skillsd.training.recorded import record_groups
+from skillsd.training.rollouts import Rollouts, TeacherContext
 from skillsd.training.run import Run
 from skillsd.training.update import update
 from skillsd.types import Group
@@ -80,46 +83,8 @@ async def train(run: Run, reporter: Reporter, should_stop: Callable[[], bool] = 
     return run.iteration >= last
 
 
-@dataclass(frozen=True)
-class Rollouts:
-    """The result of a rollout phase, for the learn phase.
-
-    Attributes:
-        iteration: its number, from 0.
-        contexts: task id -> context, where it was selected before the rollouts because the sampling policy's prompt
-            holds it.
-        seconds: wall-clock time of the rollouts.
-        figures: metrics of the teacher's synchronisation.
-    """
-
-    iteration: int
-    collected: Collected
-    contexts: Mapping[str, TeacherContext]
-    seconds: float
-    figures: Mapping[str, float]
-
-    @property
-    def groups(self) -> list[Group]:
-        return self.collected.groups
-
-    @property
-    def plain(self) -> list[Group]:
-        """The groups without those that only keep up the student's reading: these tell nothing about its progress, and
-        no skill is written about them."""
-        return [group for group in self.groups if not self._reads(group)]
-
-    @property
-    def readers(self) -> list[Group]:
-        """The groups that keep up the student's reading."""
-        return [group for group in self.groups if self._reads(group)]
-
-    def _reads(self, group: Group) -> bool:
-        context = self.contexts.get(group.task.id)
-        return context is not None and context.reading
-
-
 async def rollout_phase(run: Run, number: int, reporter: Reporter) -> Rollouts:
-    """Steps 1 to 3: sample G trajectories of each task.
+    """Steps 1 to 3: sample G trajectories of each task, unless that was done while the last iteration was trained.
 
     Args:
         number: of the iteration, from 0.
@@ -127,7 +92,7 @@ async def rollout_phase(run: Run, number: int, reporter: Reporter) -> Rollouts:
     Raises:
         UserError: if the first iteration yields nothing to train on.
     """
-    config, clock = run.config, Stopwatch()
+    config = run.config
 
     # 1. Synchronise the teacher with the student.
     figures: dict[str, float] = {}
@@ -136,10 +101,25 @@ async def rollout_phase(run: Run, number: int, reporter: Reporter) -> Rollouts:
         if wanted:
             await run.learner.sync_teacher(1 - (config.teacher.ema or 0))
 
-    # 2. Pick the tasks.
-    tasks, run.visits = run.curriculum.pick(number, run.visits)
     if run.summaries:
         run.summaries.collect()  # summaries that have finished since the last iteration
+    if run.ahead is not None:
+        rollouts, run.ahead = run.ahead, None
+    else:
+        rollouts = await _sample(run, reporter, number)
+    return replace(rollouts, figures=figures)
+
+
+async def _sample(run: Run, reporter: Reporter, number: int, *, ahead: bool = False) -> Rollouts:
+    """Steps 2 and 3.
+
+    Args:
+        ahead: whether the iteration before is trained meanwhile.
+    """
+    config, clock = run.config, Stopwatch()
+
+    # 2. Pick the tasks.
+    tasks, run.visits = run.curriculum.pick(number, run.visits)
     # If the sampling policy sees the context, select it before the rollouts.
     contexts = select_contexts(run, tasks) if run.method.sampler_sees_context else readers(run, tasks, number)
     drills = practice(run, number)
@@ -164,8 +144,8 @@ async def rollout_phase(run: Run, number: int, reporter: Reporter) -> Rollouts:
             f"{len(collected.dropped)} of {len(tasks)} groups dropped because of infrastructure failures; the last: "
             f"{collected.reason}"
         )
-    _check_groups(run, collected)
-    return Rollouts(number, collected, contexts, clock.total, figures)
+    _check_groups(run, collected, number)
+    return Rollouts(number, collected, contexts, clock.total, ahead)
 
 
 async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Record:
@@ -189,25 +169,26 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
     with clock("uplift"):
         credits = await values_of(run, groups, used)
 
-    # 5. Group advantages, and the teacher re-scores the student's own tokens under x + S(x).
-    with clock("teacher"):
-        await run.engine.sampler.sleep()  # until the new weights are published
-        batch = await build_batch(
-            groups,
-            contexts,
-            run.learner,
-            run.renderer,
-            temperature=config.rollout.temperature,
-            scale_by_std=config.objective.scale_by_std,
-            want=objective.want,
-            best=run.best,
-            replayed=replayed(run),
-            rescore=run.method.sampler if objective.importance_cap else None,
-        )
+    async with meanwhile(run, partial(_sample, run, reporter, ahead=True), clock):
+        # 5. Group advantages, and the teacher re-scores the student's own tokens under x + S(x).
+        with clock("teacher"):
+            batch = await build_batch(
+                groups,
+                contexts,
+                run.learner,
+                run.renderer,
+                temperature=config.rollout.temperature,
+                scale_by_std=config.objective.scale_by_std,
+                want=objective.want,
+                best=run.best,
+                replayed=replayed(run),
+                rescore=run.method.sampler if objective.importance_cap else None,
+            )
 
-    # 6. L = L_GRPO + lambda * L_SDL, and the optimiser's steps.
+        # 6. L = L_GRPO + lambda * L_SDL, and the optimiser's steps.
+        with clock("update"):
+            updated = await update(run, batch, objective, reporter.note, per_token=run.recorded, on_policy=not lag)
     with clock("update"):
-        updated = await update(run, batch, objective, reporter.note, per_token=run.recorded)
         await run.engine.publish()
 
     # 7. Credit each used skill with its group's rewards, unless it was too long or nothing was updated.
@@ -227,7 +208,8 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
         with clock("records"):
             reporter.trajectories(run.iteration + 1, record_groups(run, groups, used, contexts, batch, updated))
 
-    seconds = {"rollout": rollouts.seconds, **clock.seconds}
+    waited = 0.0 if rollouts.ahead else rollouts.seconds
+    seconds = {"rollout": waited + clock.seconds.pop("rollout", 0.0), **clock.seconds}
     run.iteration += 1
     run.totals["episodes"] += sum(len(group.trajectories) for group in groups)
     run.totals["sampled_tokens"] += sum(t.action_tokens for group in groups for t in group.trajectories)
@@ -281,16 +263,16 @@ async def measure(run: Run, reporter: Reporter) -> Record:
     return record
 
 
-def _check_groups(run: Run, collected: Collected) -> None:
+def _check_groups(run: Run, collected: Collected, number: int) -> None:
     """Stop a run that gets nothing to train on, with the reason.
 
     If earlier iterations had episodes, an iteration without any is taken for an outage: it changes no weights, and
     training goes on.
     """
     groups = collected.groups
-    if not groups and not run.totals["episodes"]:
+    if not groups and number == 0:
         raise UserError(
-            f"every episode of iteration {run.iteration + 1} failed in the environment "
+            f"every episode of iteration {number + 1} failed in the environment "
             f"{run.config.environment.name!r}, retries included; the last error: {collected.reason}"
         )
     if groups and not any(trajectory.turns for group in groups for trajectory in group.trajectories):

@@ -56,7 +56,7 @@ DOCS: tuple[MetricDoc, ...] = (
     MetricDoc(
         "rollout/policy_lag",
         "updates between the oldest weights that sampled a trajectory and those that train on it, mean",
-        "0 in synchronous training",
+        "0; with training.ahead=1, minibatches x epochs",
     ),
     MetricDoc(
         "rollout/cached_prompt_tokens",
@@ -154,7 +154,8 @@ DOCS: tuple[MetricDoc, ...] = (
     MetricDoc("loss/*", "mean of a loss term of your own (objective.terms)"),
     MetricDoc(
         "sampler_trainer_logprob_diff/*",
-        "quantiles of |sampler's - learner's log-prob| over action tokens, of the same weights, nats",
+        "quantiles of |sampler's - learner's log-prob| over action tokens, of the same weights (without a policy lag), "
+        "nats",
         "max below 1e-4 in float32, p99 below 0.3 in bfloat16; larger: one of them has other weights",
     ),
     MetricDoc(
@@ -205,7 +206,7 @@ DOCS: tuple[MetricDoc, ...] = (
     MetricDoc(
         "time/*",
         "wall-clock seconds by phase: rollout, teacher, uplift, update, summarise, records (writing trajectories); "
-        "iteration is their sum",
+        "iteration is their sum. With training.ahead=1 rollout is the time that training waited for rollouts",
     ),
     # evaluations.jsonl
     MetricDoc("eval*/accuracy", "share of held-out episodes with full success, plain prompt", "rises"),

@@ -16,7 +16,7 @@ from skillsd.engines.base import Learner
 from skillsd.objective import ACTION_MASK, TEACHER_MASK
 from skillsd.rollouts.collect import Collected, outcome_counts
 from skillsd.training.batch import Batch
-from skillsd.training.contexts import TeacherContext
+from skillsd.training.rollouts import TeacherContext
 from skillsd.types import Group
 
 if TYPE_CHECKING:

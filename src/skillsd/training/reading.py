@@ -22,7 +22,8 @@ from skillsd.objective import ACTION_MASK, IMITATION_MASK, TEACHER_MASK
 from skillsd.prompting.templates import render_skill
 from skillsd.rollouts.collect import Collected, collect
 from skillsd.seeds import derive_seed
-from skillsd.training.contexts import TeacherContext, context_of
+from skillsd.training.contexts import context_of
+from skillsd.training.rollouts import TeacherContext
 from skillsd.types import TRAIN_SPLIT, Demonstration, Task
 from skillsd.warm_start.sft import make_item
 

@@ -30,7 +30,8 @@ from skillsd.objective import (
 )
 from skillsd.rollouts.groups import RecordedEpisode, RecordedGroup
 from skillsd.training.batch import Batch
-from skillsd.training.contexts import PromptContexts, TeacherContext
+from skillsd.training.contexts import PromptContexts
+from skillsd.training.rollouts import TeacherContext
 from skillsd.training.run import Run, objective_of
 from skillsd.training.update import Updated
 from skillsd.types import Group, Trajectory

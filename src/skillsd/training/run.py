@@ -19,6 +19,7 @@ from skillsd.skills.background import BackgroundSummaries
 from skillsd.skills.bank import Bank
 from skillsd.training.curriculum import Curriculum
 from skillsd.training.imitation import BestSuccesses
+from skillsd.training.rollouts import Rollouts
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Run:
         iteration: number of finished iterations.
         visits: task id -> number of iterations that picked it, see `Curriculum.pick`.
         totals: episodes, sampled tokens and seconds since the start.
+        ahead: the next iteration's rollouts, if they were sampled while the last one was trained.
     """
 
     config: RunConfig
@@ -52,6 +54,7 @@ class Run:
     iteration: int = 0
     visits: Mapping[str, int] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=lambda: {"episodes": 0, "sampled_tokens": 0, "seconds": 0.0})
+    ahead: Rollouts | None = None
 
     @property
     def learner(self) -> Learner:

@@ -39,7 +39,13 @@ class Updated:
 
 
 async def update(
-    run: Run, batch: Batch, objective: Objective, note: Callable[[str], None], *, per_token: bool = False
+    run: Run,
+    batch: Batch,
+    objective: Objective,
+    note: Callable[[str], None],
+    *,
+    per_token: bool = False,
+    on_policy: bool = True,
 ) -> Updated:
     """Train the student on `batch`.
 
@@ -48,6 +54,7 @@ async def update(
 
     Args:
         per_token: also return the metrics of single tokens. They are by-products of the training pass.
+        on_policy: whether the current weights sampled.
     """
     options = run.config.training
     template = objective.template
@@ -60,7 +67,7 @@ async def update(
         for place, members in enumerate(minibatches(batch, options.minibatches, order)):
             items = [item for member in members for item in batch.groups[member]]
             # Before the first step a student that sampled is still pi_old, so its log-probs should be the sampler's.
-            before_update = epoch == place == 0 and run.method.sampler == "student"
+            before_update = on_policy and epoch == place == 0 and run.method.sampler == "student"
             loss = template.bind(
                 (item.signals for item in items),
                 compare_with_sampler=before_update,

@@ -33,6 +33,7 @@ CHECKS: tuple[Check, ...] = (
     sampling.sampled_logprobs_are_scored_logprobs,
     sampling.bad_requests_are_refused,
     sampling.sampling_follows_the_published_weights,
+    sampling.published_weights_sample_while_others_are_trained,
     sampling.teacher_is_sampled,
     scoring.logprobs_are_the_models,
     scoring.distribution_is_the_models,

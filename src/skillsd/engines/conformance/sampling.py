@@ -8,7 +8,18 @@ from dataclasses import replace
 import torch
 
 from skillsd.engines.base import SampleRequest, TokenSequence
-from skillsd.engines.conformance.kit import Subject, chosen, equal, expect, gap, near, refuses, require, sample_all
+from skillsd.engines.conformance.kit import (
+    WEIGHTED,
+    Subject,
+    chosen,
+    equal,
+    expect,
+    gap,
+    near,
+    refuses,
+    require,
+    sample_all,
+)
 
 
 async def seed_determines_the_sample(subject: Subject) -> None:
@@ -118,6 +129,35 @@ async def sampling_follows_the_published_weights(subject: Subject) -> None:
     [scored] = await chosen(engine.learner, [TokenSequence((*tokens, *second.tokens), mask)])
     off = gap(scored, torch.tensor(second.logprobs))
     expect(off <= subject.tolerance, f"log-probs sampled after an update are off by {off:.3g}")
+    engine.close()
+
+
+async def published_weights_sample_while_others_are_trained(subject: Subject) -> None:
+    """Sampling goes on with the weights that were published last, while the learner trains and after its steps."""
+    engine = subject.make()
+    require(engine, "concurrent")
+    await engine.publish()
+    requests = [SampleRequest(subject.ids(8 + n, n), 6, seed=n, session=str(n)) for n in range(4)]
+    before = await sample_all(engine, requests)
+    for request in requests:
+        engine.sampler.end_session(str(request.session))
+
+    async def steps() -> None:
+        for _ in range(3):
+            await engine.learner.forward_backward(subject.batch(), WEIGHTED)
+            await engine.learner.step(0.05)
+
+    training = asyncio.create_task(steps())
+    meanwhile = await sample_all(engine, requests[:2])
+    await training
+    afterwards = await sample_all(engine, requests[2:])
+    for sample, expected in zip([*meanwhile, *afterwards], before, strict=True):
+        equal(sample.version, expected.version, "the version of a sample")
+        off = gap(torch.tensor(sample.logprobs), torch.tensor(expected.logprobs))
+        expect(sample.tokens == expected.tokens and off <= subject.tolerance, "samples of the published weights")
+    await engine.publish()
+    [after] = await sample_all(engine, [replace(requests[0], session=None)])
+    equal(after.version, engine.learner.version, "the version of a sample once the new weights are published")
     engine.close()
 
 

@@ -22,7 +22,9 @@ class TinkerOptions(TinkerSettings, EngineOptions):
     """A server that speaks the Tinker protocol samples, scores and trains: the hosted service, or SkyRL's. LoRA only.
     docs/tinker.md."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(lora=True, teacher_snapshot=True, refuses_non_finite=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        lora=True, teacher_snapshot=True, refuses_non_finite=True, concurrent=True
+    )
 
     name: str = "tinker"
 

@@ -45,6 +45,7 @@ class VllmOptions(VllmSettings, EngineOptions):
             refuses_non_finite=learner.refuses_non_finite,
             deterministic=False,
             exact_resume=False,
+            concurrent=True,
         )
 
     def check(self, spec: EngineSpec) -> None:
@@ -59,6 +60,10 @@ class VllmOptions(VllmSettings, EngineOptions):
             raise UserError(
                 f"engine.learner is {self.learner.name!r}, which can't publish its weights into a folder for vLLM to "
                 "load: use another learner, or another engine"
+            )
+        if spec.ahead and self.sleep is True:
+            raise UserError(
+                "engine.sleep is true, but with training.ahead=1 vLLM samples while the learner trains: leave it out"
             )
         if self.max_model_len is None or spec.max_sampled_tokens is None:
             return
@@ -98,7 +103,7 @@ class VllmOptions(VllmSettings, EngineOptions):
             return VllmSampler(learner, settings, max_length=length, at_once=-(-spec.max_sessions // self.replicas))
 
         try:
-            sampler = Replicas(replica, self.replicas, learner, tolerance=self.logprob_tolerance)
+            sampler = Replicas(replica, self.replicas, learner, tolerance=self.logprob_tolerance, ahead=spec.ahead)
         except BaseException:
             trainer.close()
             raise
