@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from renderers import appworld, llm, performance, reference, sweeps
+from renderers import appworld, llm, performance, reference, skills, sweeps
 
 Renderer = Callable[[], str]
 
@@ -12,4 +12,5 @@ RENDERERS: dict[str, Renderer] = {
     **appworld.RENDERERS,
     **llm.RENDERERS,
     **performance.RENDERERS,
+    **skills.RENDERERS,
 }
