@@ -123,7 +123,7 @@ class RankEngine(TorchEngine):
                 if not (is_out_of_memory(error) and len(part) > 1 and self._alone_in_a_pass):
                     raise
             free_memory()  # outside the except block, where the exception no longer refers to the activations
-            sequences = [getattr(one, "sequence", one) for one in part]
+            sequences: list[Any] = [getattr(one, "sequence", one) for one in part]
             return TooLarge(sum(len(sequence.tokens) for sequence in sequences) - sum(shared))
         return results
 
