@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import ClassVar
 
-from skillsd.engines.base import Engine, Sample, Sampler, SampleRequest, WeightsHandle
+from skillsd.engines.base import Engine, Sample, Sampler, SampleRequest, StepReport, WeightsHandle
 from skillsd.engines.options import Capabilities, EngineOptions, EngineSpec
 from skillsd.engines.torch.engine import TorchEngine
 from skillsd.engines.torch.options import TorchOptions
@@ -67,7 +67,7 @@ class Watched(TorchEngine):
 
     log: list[str]
 
-    async def step(self, learning_rate: float):  # type: ignore[no-untyped-def]
+    async def step(self, learning_rate: float) -> StepReport:
         report = await super().step(learning_rate)
         self.log.append("step")
         return report

@@ -54,5 +54,6 @@ async def _until_learner_is_free(run: Run, rollouts: asyncio.Task[Rollouts]) -> 
         await rollouts
         return
     verified = asyncio.ensure_future(run.engine.sampler.verified())
-    await asyncio.wait([rollouts, verified], return_when=asyncio.FIRST_COMPLETED)
+    either: set[asyncio.Future[Any]] = {rollouts, verified}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     verified.cancel()

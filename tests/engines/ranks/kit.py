@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from skillsd.engines.base import Engine, Learner, StepReport, TokenSequence, Tra
 from skillsd.engines.torch import lm_head, state
 from skillsd.engines.torch.engine import TorchEngine
 from skillsd.engines.torch.options import TorchOptions
+from skillsd.engines.torch.ranks.group import rank
 from skillsd.engines.torch.ranks.leader import Leader
 from skillsd.engines.torch.ranks.orders import Ranks
+from skillsd.engines.torch.ranks.rank import RankEngine
 from skillsd.objective import Objective
 from skillsd.objective.loss import ACTION_MASK, IMITATION_MASK, TEACHER_MASK
 
@@ -25,7 +28,7 @@ OPTIONS: dict[str, Any] = {"device": "cpu", "micro_batch_tokens": 120, "max_grad
 
 def one_process(folder: str | Path, **options: Any) -> Engine:
     torch.manual_seed(1)
-    engine = TorchEngine(str(folder), **OPTIONS, **options)
+    engine = TorchEngine(str(folder), **{**OPTIONS, **options})
     return Engine(engine, engine, "torch", TorchOptions.capabilities)
 
 
@@ -37,6 +40,37 @@ def in_ranks(ranks: Ranks, shard: str, folder: str | Path, **options: Any) -> En
 
 def set_most_logits(most: int) -> None:
     lm_head.MAX_LOGITS = most
+
+
+class NoRoom:
+    """In rank 1, passes of several sequences with too many tokens run out of memory once their work is done."""
+
+    def __init__(self) -> None:
+        self._most, self._failed = 1 << 30, 0
+        self._real = {name: getattr(RankEngine, name) for name in ("_score_pass", "_train_pass")} if rank() == 1 else {}
+        for name in self._real:
+            setattr(RankEngine, name, self._limited(name))
+
+    def _limited(self, name: str) -> Any:
+        def compute(engine: Any, part: Sequence[Any], shared: Sequence[int], *how: Any) -> Any:
+            found = self._real[name](engine, part, shared, *how)
+            tokens = sum(len(getattr(one, "sequence", one).tokens) for one in part) - sum(shared)
+            if len(part) > 1 and tokens > self._most:
+                self._failed += 1
+                raise MemoryError("no room")
+            return found
+
+        return compute
+
+    def allow(self, tokens: int) -> int:
+        """The most tokens of a pass from now on; returns how many passes have failed in this rank so far."""
+        self._most = tokens
+        return self._failed
+
+    def end(self) -> int:
+        for name, real in self._real.items():
+            setattr(RankEngine, name, real)
+        return self._failed
 
 
 def ids(count: int, seed: float) -> tuple[int, ...]:

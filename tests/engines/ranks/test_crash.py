@@ -38,6 +38,21 @@ def failing(student, signals):
 """
 
 
+OWN_MEMORY = """
+import torch.distributed as dist
+
+calls = 0
+
+
+def failing(student, signals):
+    global calls
+    calls += 1
+    if calls == 5 and dist.get_rank() == 1:
+        raise MemoryError("no room")
+    return -student.chosen * 0
+"""
+
+
 class Started:
     """`skillsd train` in two ranks; `output` is complete once it has ended."""
 
@@ -165,6 +180,24 @@ def test_a_rank_that_raises_ends_the_run_with_its_reason(start: Start, tmp_path:
     assert "error: rank 1 failed: " in output
     assert "a fault in the loss" in output
     assert "started again" not in output  # it would come again
+
+
+@pytest.mark.parametrize("shard", ["state", "layers"])
+def test_a_rank_out_of_memory(shard: str, start: Start, tmp_path: Path) -> None:
+    """With `layers`, ranks wait for each other in a pass, so one that fails can't repeat it: the run ends at once."""
+    (tmp_path / "own_memory.py").write_text(OWN_MEMORY, encoding="utf-8")
+    terms = [{"name": "own", "fn": "own_memory:failing", "weight": 0.1}]
+    run = start(shard, engine={"shard": shard}, objective={"lambda_sdl": 0.1, "terms": terms})
+    begin = time.monotonic()
+    code, output = run.ended(), " ".join(run.output.split())
+    if shard == "state":
+        assert code == 0, output
+        assert "out of memory in a forward pass" in output
+        return
+    assert code == 2
+    assert "error: rank 1 failed: out of memory while computing gradients" in output
+    assert "started again" not in output
+    assert time.monotonic() - begin < 60 + 60, "not only after engine.rank_seconds"
 
 
 def test_ctrl_c_stops_after_the_iteration(start: Start) -> None:

@@ -108,6 +108,18 @@ def test_a_rank_that_raises_ends_the_run_with_its_reason(ranks: Made, capfd: pyt
     made.close()
 
 
+def test_a_rank_that_has_failed_carries_out_no_more_orders(ranks: Made) -> None:
+    """It ends, also if rank 0 does not: the ranks no longer agree."""
+    made = ranks()
+    subject = made.make(Worker)
+    [thread] = [t for t in threading.enumerate() if t.name == "rank 1" and t.is_alive()]
+    with pytest.raises(EngineFailedError, match="rank 1 failed"):
+        subject.call("fail", EngineFailedError("out of memory"))
+    thread.join(5)
+    assert not thread.is_alive()
+    made.close()
+
+
 def test_an_explained_failure_has_no_traceback(ranks: Made, capfd: pytest.CaptureFixture[str]) -> None:
     made = ranks()
     with pytest.raises(EngineFailedError, match=r"rank 1 failed: out of memory\. Lower it"):

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
-from engines.ranks.kit import Seen, episodes, in_ranks, one_process, relative_gap, set_most_logits, steps
+from engines.ranks.kit import (
+    NoRoom,
+    Seen,
+    episodes,
+    in_ranks,
+    items,
+    moments,
+    one_process,
+    relative_gap,
+    set_most_logits,
+    steps,
+)
+from skillsd.engines.base import Engine
 from skillsd.engines.options import LoraOptions
 from skillsd.engines.torch import lm_head
+from skillsd.engines.torch.ranks.leader import Leader
 from skillsd.engines.torch.ranks.orders import Ranks
 from skillsd.objective import Objective
 
@@ -104,3 +120,39 @@ def test_one_sequence_for_two_ranks(
     found = steps(in_ranks(ranks, shard, model_folder("qwen3")), tmp_path / "two", **how)
     assert relative_gap(found.gradient, expected.gradient) < 1e-6
     assert relative_gap(list(found.saved["weights"].values()), list(expected.saved["weights"].values())) < 1e-4
+
+
+def test_a_rank_out_of_memory_has_all_ranks_repeat_with_smaller_micro_batches(
+    ranks: Ranks, model_folder: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In scoring, in a pass whose part of the gradient was added already, and after an earlier call had added its."""
+    failed: list[list[int]] = []
+
+    async def step(engine: Engine, folder: Path, allow: Callable[[int], object]) -> list[Tensor]:
+        allow(300)
+        batch = await items(engine.learner, objective, episodes(4, 8))
+        loss = objective.template.bind(item.signals for item in batch)
+        for part, room in ((batch[:16], 120), (batch[16:], 50)):
+            allow(room)
+            await engine.learner.forward_backward(part, loss)
+        assert (await engine.learner.step(3e-3)).applied
+        folder.mkdir()
+        await engine.learner.save_state(folder)
+        return moments(folder)
+
+    objective, options = Objective(lambda_sdl=0.3), {"micro_batch_tokens": 4000}
+    alone = one_process(model_folder("qwen3"), **options)
+    expected = asyncio.run(step(alone, tmp_path / "one", lambda tokens: None))
+    engine = in_ranks(ranks, "state", model_folder("qwen3"), **options)
+    fault = ranks.make(NoRoom)
+    try:
+        found = asyncio.run(step(engine, tmp_path / "two", lambda room: failed.append(fault.call("allow", room))))
+    finally:
+        failed.append(fault.call("end"))
+    assert [own for own, _ in failed] == [0, 0, 0, 0]
+    scored, first, second = (after[1] - before[1] for before, after in pairwise(failed))
+    assert min(scored, first, second) > 0
+    assert relative_gap(found, expected) < 1e-6
+    assert isinstance(engine.learner, Leader)
+    assert 0 < engine.learner.own.micro_batches.budget <= 120
+    assert caplog.text.count("out of memory in a forward pass") == scored + first + second

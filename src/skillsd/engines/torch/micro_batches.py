@@ -61,17 +61,26 @@ class MicroBatches:
                 if not is_out_of_memory(error) or self._sequences < 2:
                     raise
             # Outside the except block, where the exception no longer refers to the failed pass's activations.
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            self.budget = max(1, min(self.budget, self._tokens) // 2)
-            log.warning(
-                "out of memory in a forward pass of %d tokens: repeated with training.micro_batch_tokens=%d, which "
-                "applies from here on",
-                self._tokens,
-                self.budget,
-            )
+            free_memory()
+            self.lower(self._tokens)
             call = again
+
+    def lower(self, tokens: int) -> None:
+        """Halve the budget, since a pass of this many tokens did not fit."""
+        self.budget = max(1, min(self.budget, tokens) // 2)
+        log.warning(
+            "out of memory in a forward pass of %d tokens: repeated with training.micro_batch_tokens=%d, which "
+            "applies from here on",
+            tokens,
+            self.budget,
+        )
+
+
+def free_memory() -> None:
+    """Free what a failed pass has left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def micro_batches(sequences: Sequence[TokenSequence], budget: int) -> Iterator[tuple[list[int], list[int]]]:

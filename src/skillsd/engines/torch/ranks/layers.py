@@ -17,7 +17,7 @@ from skillsd.engines.torch.engine import TorchEngine
 from skillsd.engines.torch.forward import Network
 from skillsd.engines.torch.lm_head import TrunkAndHead
 from skillsd.engines.torch.models import load_model
-from skillsd.engines.torch.ranks.rank import Passes, RankEngine
+from skillsd.engines.torch.ranks.rank import Passes, RankEngine, TooLarge
 from skillsd.engines.torch.ranks.rounds import Finished, Round
 from skillsd.engines.torch.slices import gathered
 from skillsd.objective.logprobs import WHOLE, TokenLogprobs
@@ -65,6 +65,7 @@ class Sharded:
 class LayerEngine(RankEngine):
     """The embedded engine in one rank. It holds a slice of all weights, and of the optimiser's state."""
 
+    _alone_in_a_pass = False
     _without_gradient = torch.no_grad  # in inference mode nothing may be gathered
 
     def __init__(self, model: str, *, device: str, dtype: str = "float32", lora: Any = None, **options: Any) -> None:
@@ -116,7 +117,7 @@ class LayerEngine(RankEngine):
         self._sharded[weights].gather()
         return super().play(news, weights)
 
-    def score(self, passes: Passes, *how: Any) -> list[list[TokenLogprobs]]:
+    def score(self, passes: Passes, *how: Any) -> list[list[TokenLogprobs]] | TooLarge:
         self._forget()
         return super().score(passes, *how)
 

@@ -28,7 +28,7 @@ from skillsd.engines.torch import state
 from skillsd.engines.torch.ranks.dealing import Part, hands
 from skillsd.engines.torch.ranks.layers import LayerEngine
 from skillsd.engines.torch.ranks.orders import Ranks
-from skillsd.engines.torch.ranks.rank import Passes, RankEngine
+from skillsd.engines.torch.ranks.rank import Passes, RankEngine, TooLarge
 from skillsd.engines.torch.ranks.rounds import Finished, Round, RoundDecoder
 from skillsd.metrics import Metrics, add_metrics
 from skillsd.objective.logprobs import CHOSEN, TokenLogprobs, Want
@@ -81,7 +81,8 @@ class Leader(Learner, Sampler):
         self.decoders = {
             weights: RoundDecoder(ranks.size, partial(self._play, weights)) for weights in get_args(Weights)
         }
-        self._trained, self._finite = False, True  # since the last step
+        self._since_step: list[Callable[[], list[Any]]] = []  # each adds its part of the gradient
+        self._finite = True  # all losses since the last step
 
     @property
     def version(self) -> int:  # type: ignore[override]
@@ -118,14 +119,20 @@ class Leader(Learner, Sampler):
         want: Want = CHOSEN,
     ) -> list[TokenLogprobs]:
         self.own.check_scoring(sequences, weights, want)
-        dealt = hands(sequences, self.own.micro_batches.budget, self._all.ranks.size)
-        each = self._passes(dealt, sequences, sequences)
         scored: dict[int, TokenLogprobs] = {}
-        if any(dealt):
-            answers = await self._compute(lambda: self._all.call("score", weights, temperature, want, each=each))
-            for hand, answer in zip(dealt, answers, strict=True):
-                for (part, _), found in zip(hand, answer, strict=True):
-                    scored.update(zip(part, found, strict=True))
+
+        def score() -> list[Any]:
+            dealt = self._dealt(sequences)
+            each = self._passes(dealt, sequences, sequences)
+            answers = self._all.call("score", weights, temperature, want, each=each)
+            if not _too_large(answers):
+                for hand, answer in zip(dealt, answers, strict=True):
+                    for (part, _), found in zip(hand, answer, strict=True):
+                        scored.update(zip(part, found, strict=True))
+            return answers
+
+        if any(sequence.marked for sequence in sequences):
+            await self._compute(lambda: self._until_they_fit(score, score))
         return [scored[i] if i in scored else nothing(want, self.own.vocabulary) for i in range(len(sequences))]
 
     async def forward_backward(self, batch: Sequence[TrainItem], loss: Loss, *, temperature: float = 1.0) -> Metrics:
@@ -133,21 +140,42 @@ class Leader(Learner, Sampler):
         self.own.check_lengths(sequences)
         if wanted_by(loss).kind == "top_k":
             check_candidates(batch, self.own.vocabulary)
-        dealt = hands(sequences, self.own.micro_batches.budget, self._all.ranks.size)
-        each = self._passes(dealt, sequences, batch)
-        if not any(dealt):
+        if not any(sequence.marked for sequence in sequences):
             return {}
-        answers = await self._compute(lambda: self._all.call("learn", loss, temperature, each=each))
-        self._trained = True
+
+        def learn() -> list[Any]:
+            each = self._passes(self._dealt(sequences), sequences, batch)
+            return self._all.call("learn", loss, temperature, each=each)
+
+        def again() -> list[Any]:
+            self._all.call("forget_gradient")  # passes that fitted have added theirs
+            for earlier in self._since_step:
+                if _too_large(answers := earlier()):
+                    return answers
+            return learn()
+
+        answers = await self._compute(lambda: self._until_they_fit(learn, again))
+        self._since_step.append(learn)
         self._finite = all(finite for _, finite in answers)
         return add_metrics(one for metrics, _ in answers for one in metrics)
+
+    def _until_they_fit(self, order: Callable[[], list[Any]], again: Callable[[], list[Any]]) -> list[Any]:
+        """The answers to an order; `again` with smaller micro-batches in all ranks, if one ran out of memory."""
+        answers = order()
+        while too_large := _too_large(answers):
+            self.own.micro_batches.lower(min(too_large))
+            answers = again()
+        return answers
+
+    def _dealt(self, sequences: Sequence[TokenSequence]) -> list[list[Part]]:
+        return hands(sequences, self.own.micro_batches.budget, self._all.ranks.size)
 
     def _passes(
         self, dealt: Sequence[Sequence[Part]], sequences: Sequence[TokenSequence], things: Sequence[Any]
     ) -> list[Passes]:
         """Each rank's passes over its micro-batches of `things`; as many for each, if weights are gathered in them."""
         each: list[Passes] = [[([things[i] for i in part], shared, False) for part, shared in h] for h in dealt]
-        if self._layers and any(dealt):
+        if self._layers:
             marked = [i for i, sequence in enumerate(sequences) if sequence.marked]
             shortest = min(marked, key=lambda i: len(sequences[i].tokens))
             most = max(map(len, each))
@@ -157,9 +185,9 @@ class Leader(Learner, Sampler):
     async def step(self, learning_rate: float) -> StepReport:
         for decoder in self.decoders.values():
             decoder.clear()
-        finite, trained = self._finite, self._trained
+        finite, trained = self._finite, bool(self._since_step)
         reports = await self._compute(lambda: self._all.call("update", learning_rate, finite, trained))
-        self._trained, self._finite = False, True
+        self._since_step, self._finite = [], True
         report: StepReport = reports[0]
         return report
 
@@ -192,4 +220,9 @@ class Leader(Learner, Sampler):
     async def load_state(self, folder: Path) -> None:
         state.check(self.own, folder / state.FILE)
         self._all.call("restore", folder)
-        self._trained, self._finite = False, True
+        self._since_step, self._finite = [], True
+
+
+def _too_large(answers: Sequence[Any]) -> list[int]:
+    """The tokens of the passes that ran out of memory."""
+    return [answer.tokens for answer in answers if isinstance(answer, TooLarge)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from torch import Tensor
 from skillsd.engines.base import Loss, StepReport, Weights, not_finite
 from skillsd.engines.torch import state
 from skillsd.engines.torch.engine import TorchEngine
-from skillsd.engines.torch.memory import explained
+from skillsd.engines.torch.memory import explained, is_out_of_memory
+from skillsd.engines.torch.micro_batches import free_memory
 from skillsd.engines.torch.ranks import group
 from skillsd.engines.torch.ranks.optimiser import SlicedAdamW
 from skillsd.engines.torch.ranks.rounds import Finished, Round, RoundPlayer
@@ -22,6 +24,16 @@ from skillsd.objective.logprobs import TokenLogprobs, Want
 Passes = Sequence[tuple[Sequence[Any], Sequence[int], bool]]
 """A rank's micro-batches: the sequences or items of each, the prefix that each shares with the previous, and whether
 the pass is a blank one, made only because other ranks need this rank's part of the weights in theirs."""
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """In place of a rank's results: a pass of this many tokens ran out of memory, but smaller ones may fit."""
+
+    tokens: int
 
 
 class NoLoss:
@@ -43,6 +55,9 @@ class RankEngine(TorchEngine):
         seconds: the longest that ranks wait for each other.
         options: of `TorchEngine`.
     """
+
+    _alone_in_a_pass = True
+    """Whether a rank's passes need no other rank. If they do, one that fails leaves the others waiting in theirs."""
 
     def __init__(
         self, model: str, *, device: str, seconds: float, seed: int, threads: int | None, **options: Any
@@ -67,28 +82,53 @@ class RankEngine(TorchEngine):
         except FloatingPointError as error:
             raise not_finite(f"{weights}'s logits", self.version) from error
 
-    def score(self, passes: Passes, weights: Weights, temperature: float, want: Want) -> list[list[TokenLogprobs]]:
+    def score(
+        self, passes: Passes, weights: Weights, temperature: float, want: Want
+    ) -> list[list[TokenLogprobs]] | TooLarge:
         """Log-probs, by micro-batch."""
+
+        def score(part: Sequence[Any], shared: Sequence[int], blank: bool) -> list[TokenLogprobs]:
+            return self._score_pass(part, shared, weights, temperature, want)
+
         with explained("scoring"):
             self._release()
-            scored = [
-                (self._score_pass(part, shared, weights, temperature, want), blank) for part, shared, blank in passes
-            ]
-            return [found for found, blank in scored if not blank]
+            scored = self._each(passes, score)
+        if isinstance(scored, TooLarge):
+            return scored
+        return [found for found, (_, _, blank) in zip(scored, passes, strict=True) if not blank]
 
-    def learn(self, passes: Passes, loss: Loss, temperature: float) -> tuple[list[Metrics], bool]:
+    def learn(self, passes: Passes, loss: Loss, temperature: float) -> tuple[list[Metrics], bool] | TooLarge:
         """Add this rank's part of the gradient.
 
         Returns:
             The metrics by micro-batch, and whether all losses since the last step were finite.
         """
+
+        def learn(part: Sequence[Any], shared: Sequence[int], blank: bool) -> Metrics:
+            return self._train_pass(part, shared, NO_LOSS if blank else loss, temperature)
+
         with explained("computing gradients"):
             self._release()
-            metrics = [
-                self._train_pass(part, shared, NO_LOSS if blank else loss, temperature)
-                for part, shared, blank in passes
-            ]
-            return metrics, self._loss_is_finite
+            metrics = self._each(passes, learn)
+            return metrics if isinstance(metrics, TooLarge) else (metrics, self._loss_is_finite)
+
+    def _each(self, passes: Passes, compute: Callable[[Sequence[Any], Sequence[int], bool], T]) -> list[T] | TooLarge:
+        """The results of all passes, unless one runs out of memory that smaller ones may not need."""
+        results: list[T] = []
+        for part, shared, blank in passes:
+            try:
+                results.append(compute(part, shared, blank))
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not (is_out_of_memory(error) and len(part) > 1 and self._alone_in_a_pass):
+                    raise
+            free_memory()  # outside the except block, where the exception no longer refers to the activations
+            sequences: list[Any] = [getattr(one, "sequence", one) for one in part]
+            return TooLarge(sum(len(sequence.tokens) for sequence in sequences) - sum(shared))
+        return results
+
+    def forget_gradient(self) -> None:
+        self.optimiser.zero_grad()
 
     def update(self, learning_rate: float, finite: bool, trained: bool) -> StepReport:
         """`step`.
