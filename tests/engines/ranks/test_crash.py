@@ -187,7 +187,7 @@ def test_a_rank_out_of_memory(shard: str, start: Start, tmp_path: Path) -> None:
     """With `layers`, ranks wait for each other in a pass, so one that fails can't repeat it: the run ends at once."""
     (tmp_path / "own_memory.py").write_text(OWN_MEMORY, encoding="utf-8")
     terms = [{"name": "own", "fn": "own_memory:failing", "weight": 0.1}]
-    run = start(shard, engine={"shard": shard}, objective={"lambda_sdl": 0.1, "terms": terms})
+    run = start(shard, engine={"shard": shard, "rank_seconds": 600}, objective={"lambda_sdl": 0.1, "terms": terms})
     begin = time.monotonic()
     code, output = run.ended(), " ".join(run.output.split())
     if shard == "state":
@@ -197,7 +197,7 @@ def test_a_rank_out_of_memory(shard: str, start: Start, tmp_path: Path) -> None:
     assert code == 2
     assert "error: rank 1 failed: out of memory while computing gradients" in output
     assert "started again" not in output
-    assert time.monotonic() - begin < 60 + 60, "not only after engine.rank_seconds"
+    assert time.monotonic() - begin < 600, "not only after engine.rank_seconds"
 
 
 def test_ctrl_c_stops_after_the_iteration(start: Start) -> None:
