@@ -204,7 +204,7 @@ def test_hosts_end_with_the_trainer(tmp_path: Path) -> None:
             session = await Session.connect(host)
             await session.ask("open", 20, {{}}, rooms=3, key=1)
             asyncio.get_running_loop().call_later(0.3, os.kill, os.getpid(), signal.SIGKILL)
-            print(host.pid, flush=True)
+            print(host.pid, host.address.parent, flush=True)
             await session.ask("step", 20, {{}}, command="hang")
         asyncio.run(main())
     """
@@ -212,7 +212,9 @@ def test_hosts_end_with_the_trainer(tmp_path: Path) -> None:
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert gone(int(done.stdout))
+    pid, folder = done.stdout.split()
+    assert gone(int(pid))
+    assert not Path(folder).exists()
 
 
 class Script:

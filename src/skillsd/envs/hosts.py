@@ -102,7 +102,7 @@ class Host:
             if self._process is not None and self._process.poll() is None and self.pid != self._killed:
                 return
             self._stop()
-            self.served = 0
+            self.served, self._killed = 0, None
             self._folder = Path(tempfile.mkdtemp(prefix="skillsd-host-"))  # accessible to its owner only
             inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
             with (self._folder / "log").open("wb") as log:

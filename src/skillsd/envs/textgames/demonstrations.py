@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
@@ -17,6 +18,10 @@ from skillsd.types import Demonstration, DemonstrationTurn, Message, Skill, Task
 
 MAX_ATTEMPTS = 3
 """Attempts to play an episode, if hosts break."""
+
+
+CARELESS_EPISODES = 3
+"""Maximum number of careless episodes that are played on a task; then they are repeated."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +110,14 @@ def demonstrate(games: Games, seed: int, options: Mapping[str, Any]) -> Iterator
 def _stream(games: Games, seed: int, options: Options) -> Iterator[Demonstration]:
     rng = random.Random(derive_seed(seed, "players"))
     solutions: dict[str, _Episode] = {}
+    careless: dict[str, list[_Episode]] = {}
     for task in games.demonstration_tasks(seed):
         guided = rng.random() < options.skill_share
         if not guided and rng.random() < options.careless_share:
-            yield _demonstration(task, _play(games, task, None, rng))
+            played = careless.setdefault(task.id, [])
+            if len(played) < CARELESS_EPISODES:
+                played.append(_play(games, task, None, rng))
+            yield _demonstration(task, rng.choice(played))
             continue
         if task.id not in solutions:
             solutions[task.id] = _solution(games, task, rng)
@@ -141,12 +150,13 @@ def _play(games: Games, task: Task, commands: Sequence[str] | None, rng: random.
     Raises:
         UserError: if the infrastructure fails in every attempt.
     """
-    for attempt in range(MAX_ATTEMPTS):
-        try:
-            return asyncio.run(_episode(games, task, commands, rng))
-        except HostBrokenError as error:
-            if attempt == MAX_ATTEMPTS - 1:
-                raise UserError(f"no demonstration on the task {task.id!r}: {error}") from error
+    with ThreadPoolExecutor(1) as thread:  # the caller may be in an event loop
+        for attempt in range(MAX_ATTEMPTS):
+            try:
+                return thread.submit(lambda: asyncio.run(_episode(games, task, commands, rng))).result()
+            except HostBrokenError as error:
+                if attempt == MAX_ATTEMPTS - 1:
+                    raise UserError(f"no demonstration on the task {task.id!r}: {error}") from error
     raise AssertionError("unreachable")
 
 

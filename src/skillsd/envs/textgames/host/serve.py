@@ -10,16 +10,18 @@ import importlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 from typing import Any, BinaryIO
 
 
 def main() -> None:
     name, address = sys.argv[1:]
-    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+    threading.Thread(target=_end_with_the_trainer, args=[Path(address).parent], daemon=True).start()
     engine = importlib.import_module(name).Engine()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -37,9 +39,14 @@ def main() -> None:
                 key.fileobj.close()
 
 
-def _end_with_the_trainer() -> None:
-    """Kill this process and its virtual machine when standard input ends: also while a request is handled."""
+def _end_with_the_trainer(folder: Path) -> None:
+    """Kill this process and its virtual machine when standard input ends: also while a request is handled.
+
+    Args:
+        folder: the socket's, which is removed, in case the trainer was killed.
+    """
     sys.stdin.buffer.read()
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
