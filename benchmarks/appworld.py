@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from process_memory import memory_mib
+from processes import memory_mib
 
 from skillsd.envs.appworld import AppWorld, client, paths
 from skillsd.report.manifest import commit, processor

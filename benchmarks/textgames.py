@@ -6,7 +6,7 @@
 
 `speed` plays the engine's own solutions of training tasks, 16 at once, with 1, 2 and 4 hosts, in alternating rounds.
 The hosts are started before. Opening a game and stepping it are timed from outside, so waiting for a turn at the host
-counts; per second, they count all episodes of a round. Memory is that of all hosts at the end, Java included (PSS).
+counts; per second, they count all episodes of a round. Memory (PSS) and CPU time are those of all hosts, Java included.
 
 `doubles` counts the held-out tasks that are in the training split too, word for word: by their first prompt, and by the
 whole game (TextWorld-Express: all texts of the gold path; ScienceWorld: all objects with their properties). It takes
@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from process_memory import memory_mib
+from processes import cpu_seconds, memory_mib
 
 from skillsd.envs.base import evenly_spaced
 from skillsd.envs.scienceworld import ScienceWorld
@@ -87,6 +87,7 @@ async def played(games: TextGames, plays: Sequence[tuple[Task, Sequence[str]]]) 
         "step_seconds": statistics.median(steps),
         "solved": sum(success for _, _, success in results),
         "episodes": len(results),
+        "steps": len(steps),
     }
 
 
@@ -99,8 +100,10 @@ def speed(name: str, rounds: int, tasks: int) -> list[dict[str, Any]]:
         for hosts, games in sets.items():
             for host in games.pool().hosts:
                 host.ensure()
-            row = {"engine": name, "hosts": hosts, "round": number, **asyncio.run(played(games, plays))}
             pids = [host.pid for host in games.pool().hosts if host.pid is not None]
+            before = cpu_seconds(pids)
+            row = {"engine": name, "hosts": hosts, "round": number, **asyncio.run(played(games, plays))}
+            row["hosts_cpu_seconds_per_episode"] = (cpu_seconds(pids) - before) / row["episodes"]
             row["memory_mib"] = memory_mib(pids)
             print(json.dumps({key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}), flush=True)
             rows.append(row)

@@ -129,10 +129,10 @@ def _stream(games: Games, seed: int, options: Options) -> Iterator[Demonstration
 
 
 def _solution(games: Games, task: Task, rng: random.Random) -> _Episode:
-    """The engine's solution, without its detours if it wins without them."""
+    """The engine's solution, as a skill has it if that wins too."""
     gold = games.gold(task)
     solution = _play(games, task, gold, rng)
-    direct = summarise.path(solution.infos)
+    direct = summarise.path(solution.infos, games.style)
     if not solution.success or direct == list(gold):
         return solution
     shorter = _play(games, task, direct, rng)

@@ -41,7 +41,7 @@ def summariser(style: Style) -> Callable[[Trajectory], Skill | None]:
 def summarise_turns(infos: Sequence[Mapping[str, Any]], success: bool, style: Style) -> Skill | None:
     """The skill for an episode with these turns; None if there is nothing to report."""
     steps = [info for info in infos if info["command"]]
-    found = path(steps if success else _until_the_last_score(steps))
+    found = path(steps if success else _until_the_last_score(steps), style)
     if style == "words":
         skill = Skill("", "", workflow(found, style))
     else:
@@ -62,11 +62,16 @@ def _until_the_last_score(steps: Sequence[Mapping[str, Any]]) -> Sequence[Mappin
     return steps[: scoring[-1] + 1] if scoring else []
 
 
-def path(steps: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The commands of an episode without refused ones, repeated reading, and walks that end where they began."""
+def path(steps: Iterable[Mapping[str, Any]], style: Style) -> list[str]:
+    """The commands of an episode without refused ones, repeated reading, and walks that end where they began.
+
+    In the style ``words``, without all that changed nothing: a tiny model follows commands and draws no conclusions.
+    """
     kept: list[Mapping[str, Any]] = []
     for info in steps:
-        if info["refused"] or (_READS.match(info["command"]) and info["command"] in (i["command"] for i in kept)):
+        idle = info["places"][0] == info["places"][1] and info["score"] == info["before"]
+        again = _READS.match(info["command"]) and info["command"] in (other["command"] for other in kept)
+        if info["refused"] or again or (idle and style == "words"):
             continue
         kept.append(info)
         for start in range(len(kept) - 1, -1, -1):
