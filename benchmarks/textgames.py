@@ -38,7 +38,7 @@ from skillsd.envs.textgames.engine import pool
 from skillsd.envs.textgames.environment import TextGames
 from skillsd.envs.textworld_express import TextWorldExpress, listing
 from skillsd.envs.textworld_express.environment import GAMES
-from skillsd.envs.textworld_express.setup import VENV as EXPRESS
+from skillsd.envs.textworld_express.venv import VENV as EXPRESS
 from skillsd.report.manifest import commit, processor
 from skillsd.types import Task
 

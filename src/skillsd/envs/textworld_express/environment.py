@@ -9,7 +9,7 @@ from skillsd.envs.textgames.demonstrations import shuffled
 from skillsd.envs.textgames.engine import Engine
 from skillsd.envs.textgames.environment import TextGames
 from skillsd.envs.textworld_express import listing
-from skillsd.envs.textworld_express.setup import VENV
+from skillsd.envs.textworld_express.venv import VENV
 from skillsd.errors import unknown_name
 from skillsd.types import TRAIN_SPLIT, Task
 
