@@ -49,13 +49,14 @@ class TextGame(Environment):
         """
         if self._session is None or self._done:
             raise RuntimeError("step() before reset(), or after the episode's end")
-        before, command = self._state, prompt.command_of(self._set.style, action)
-        if isinstance(command, prompt.Refused):
-            text, command, refused = command.reason, None, True
+        before, given = self._state, prompt.command_of(self._set.style, action)
+        command = None if isinstance(given, prompt.Refused) else given
+        if isinstance(given, prompt.Refused):
+            text, refused = given.reason, True
         else:
-            self._state = await self._session.ask("step", self._set.call_seconds, _STATE, command=command)
+            self._state = await self._session.ask("step", self._set.call_seconds, _STATE, command=given)
             text = self._shown(self._state)
-            refused = self._set.refused(command, self._state["text"], before, self._state)
+            refused = self._set.refused(given, self._state["text"], before, self._state)
         success, score = self._state["success"], self._state["score"]
         self._done = success or self._state["done"]
         reward = 1.0 if success else min(max(score, 0.0), 1.0)

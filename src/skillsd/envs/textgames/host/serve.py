@@ -6,6 +6,7 @@ the games of one virtual machine share its state. `skillsd.envs.hosts` describes
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -33,10 +34,13 @@ def main() -> None:
         for key, _ in selector.select():
             if key.fileobj is listener:
                 connection, _ = listener.accept()
-                selector.register(connection, selectors.EVENT_READ, (engine.game(), connection.makefile("rwb")))
-            elif not _answer(*key.data):
+                game = (engine.game(), connection.makefile("rwb"), connection)
+                selector.register(connection, selectors.EVENT_READ, game)
+            elif not _answer(*key.data[:2]):
                 selector.unregister(key.fileobj)
-                key.fileobj.close()
+                for file in key.data[1:]:
+                    with contextlib.suppress(ConnectionError):  # an answer that was not sent
+                        file.close()
 
 
 def _end_with_the_trainer(folder: Path) -> None:
