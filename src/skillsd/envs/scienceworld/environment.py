@@ -48,7 +48,6 @@ class ScienceWorld(TextGames):
     """
 
     name: ClassVar[str] = "scienceworld"
-    # A virtual machine keeps about a megabyte of every episode.
     engine: ClassVar[Engine] = Engine(VENV, "science", recycle=200)
     lists_commands: ClassVar[bool] = False
     commands: ClassVar[str] = (
