@@ -33,7 +33,7 @@ LAYERS = (
 MAX_LINES = 400
 MAX_LOOSE = 10
 
-NOT_OURS = ("envs/appworld/host", "envs/appworld/world")
+NOT_OURS = ("envs/appworld/host", "envs/appworld/world", "envs/textgames/host")
 """Run by another interpreter: they import nothing of the package."""
 
 

@@ -21,11 +21,15 @@ SHIPPED: Mapping[str, Mapping[str, str]] = {
     ENVIRONMENTS: {
         "sokoban": "skillsd.envs.sokoban:Sokoban",
         "appworld": "skillsd.envs.appworld:AppWorld",
+        "textworld-express": "skillsd.envs.textworld_express:TextWorldExpress",
+        "scienceworld": "skillsd.envs.scienceworld:ScienceWorld",
         "rulebook": "skillsd.envs.rulebook:Rulebook",
         "openenv": "skillsd.envs.openenv:OpenEnv",
     },
     SETUPS: {
         "appworld": "skillsd.envs.appworld.setup:SETUP",
+        "textworld-express": "skillsd.envs.textworld_express.setup:SETUP",
+        "scienceworld": "skillsd.envs.scienceworld.setup:SETUP",
         "openenv-demo": "skillsd.envs.openenv.demo_setup:SETUP",
     },
     ENGINES: {

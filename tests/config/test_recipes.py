@@ -12,7 +12,7 @@ from toy_run import go
 
 from skillsd import config as configs
 from skillsd.cli.doctor import FILL
-from skillsd.config import RunConfig
+from skillsd.config import RunConfig, SftConfig
 from skillsd.engines.torch.estimate import estimate
 from skillsd.engines.torch.sizes import Sizes
 from skillsd.envs import registry
@@ -22,7 +22,10 @@ from skillsd.runs.build import build
 from skillsd.runs.checks import check_config, engine_spec, workload
 
 PAPER = ["sokoban-qwen3-4b", "appworld-qwen3-4b"]
-WARM_STARTS = ["nano-base", "rulebook-base", "rulebook-smollm2-base", "sokoban-smollm2-base", "appworld-smoke-base"]
+WARM_STARTS = [
+    *("nano-base", "rulebook-base", "rulebook-smollm2-base", "sokoban-smollm2-base", "appworld-smoke-base"),
+    "textworld-smoke-base",
+]
 GIB = 1 << 30
 
 
@@ -69,6 +72,24 @@ def test_it_fits_on_the_gpu_that_it_names(name: str, method: str) -> None:
     assert 30 * GIB < need(config) < FILL * 79 * GIB
     full = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
     assert need(full) > need(config)
+
+
+def test_scienceworld_fits_on_the_gpu_that_it_names() -> None:
+    config = configs.load(RunConfig, "scienceworld-qwen3-4b")
+    check_config(config)
+    task_set = registry.load(config.environment.name, config.environment.options)
+    assert (len(task_set.tasks("train")), task_set.max_turns) == (290, 100)
+    assert task_set.slowest_call < config.rollout.step_seconds
+    sizes = Sizes.of(config.model.name)
+    spec = engine_spec(config)
+    assert 30 * GIB < estimate(spec, workload(config, task_set.max_turns), sizes, own=1 * GIB).need < FILL * 79 * GIB
+
+
+def test_textworld_smoke_plays_what_its_base_was_trained_on() -> None:
+    base, run = configs.load(SftConfig, "textworld-smoke-base"), configs.load(RunConfig, "textworld-smoke")
+    assert base.environment == run.environment
+    assert run.model.name == f"models/{base.name}"
+    assert (base.warm_start.template, base.warm_start.place) == (run.skills.template, run.skills.place)
 
 
 def test_sokobans_budgets_hold_a_whole_episode() -> None:

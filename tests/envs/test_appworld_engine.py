@@ -27,6 +27,7 @@ from skillsd.config import RunConfig, SummariserSection
 from skillsd.envs.appworld import AppWorld, client, paths
 from skillsd.envs.appworld.data import SolutionTurn
 from skillsd.envs.conformance import assert_conforms
+from skillsd.envs.hosts import MAX_MESSAGE_BYTES, Host, HostBrokenError
 from skillsd.errors import UserError
 from skillsd.rollouts.collect import collect
 from skillsd.rollouts.policy import Budget, EpisodeState
@@ -268,7 +269,7 @@ def test_a_hung_world_is_killed_at_its_deadline(task_set: AppWorld) -> None:
         world = await client.World.open(task_set.host(), task_of(task_set, "songcount").id, OPEN_SECONDS)
         assert world._pid is not None
         os.kill(world._pid, signal.SIGSTOP)
-        with pytest.raises(client.WorldBrokenError, match=r"took longer than 0.5 s for 'evaluate': killed"):
+        with pytest.raises(HostBrokenError, match=r"took longer than 0.5 s for 'evaluate': killed"):
             await world.evaluate(0.5)
         return world._pid
 
@@ -344,7 +345,7 @@ def test_a_dead_jail_server_is_an_infrastructure_failure(task_set: AppWorld) -> 
         world = await client.World.open(host, task.id, OPEN_SECONDS)
         first = host._process
         os.kill(jails(host)[0], signal.SIGKILL)
-        with pytest.raises(client.WorldBrokenError):
+        with pytest.raises(HostBrokenError):
             await world.execute("print(1)", CODE_SECONDS)
         assert first is not None
         assert first.wait(WAIT_SECONDS) == 0
@@ -360,23 +361,24 @@ def test_a_dead_jail_server_is_an_infrastructure_failure(task_set: AppWorld) -> 
 
 def test_a_jail_with_a_missing_protection_is_rejected(task_set: AppWorld) -> None:
     host = client.Host(paths.python(), task_set.data.root.absolute(), limits={"protections": ["limits", "moonlight"]})
-    with pytest.raises(client.WorldBrokenError, match="started without moonlight"):
+    with pytest.raises(HostBrokenError, match="started without moonlight"):
         host.ensure()
 
 
 def test_a_server_that_fails_to_start_reports_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(client.WorldBrokenError, match=r"did not start.*No module named"):
+    with pytest.raises(HostBrokenError, match=r"did not start.*No module named"):
         client.Host(Path(sys.executable), tmp_path).ensure()
     host = client.Host(Path("/bin/cat"), tmp_path, start_seconds=0.5)
-    with pytest.raises(client.WorldBrokenError, match="did not start"):
+    with pytest.raises(HostBrokenError, match="did not start"):
         host.ensure()
 
 
-class FakeHost:
+class FakeHost(Host):
     """A world server in this process that sends prepared responses."""
 
-    def __init__(self, address: Path, answers: Sequence[bytes]) -> None:
-        self.address, self._answers = address, list(answers)
+    def __init__(self, folder: Path, answers: Sequence[bytes]) -> None:
+        super().__init__("a fake", lambda socket: [])
+        self._folder, self._answers = folder, list(answers)
 
     def ensure(self) -> None:
         pass
@@ -402,14 +404,14 @@ class FakeHost:
         (b'{"ok": []}\n', "without a valid"),
         (b'{"ok": {"apps": 3, "protections": []}}\n', "without a valid 'apps'"),
         (b'{"error": "KeyError: 3"}\n', "failed at 'open': KeyError: 3"),
-        (b"x" * (client.MAX_MESSAGE_BYTES + 10), "broke during 'open'"),
+        (b"x" * (MAX_MESSAGE_BYTES + 10), "broke during 'open'"),
     ],
 )
 def test_a_malformed_response_breaks_the_world(tmp_path: Path, response: bytes, message: str) -> None:
-    host: Any = FakeHost(tmp_path / "s", [b'{"ok": {"pid": 999999999}}\n', *([response] if response else [])])
+    host = FakeHost(tmp_path, [b'{"ok": {"pid": 999999999}}\n', *([response] if response else [])])
 
     async def use() -> None:
-        with pytest.raises(client.WorldBrokenError, match=message):
+        with pytest.raises(HostBrokenError, match=message):
             await client.World.open(host, "a_1", OPEN_SECONDS)
 
     asyncio.run(host.serve(use()))

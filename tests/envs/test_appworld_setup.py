@@ -25,6 +25,7 @@ from rich.console import Console
 from skillsd.cli.doctor import examine
 from skillsd.envs import setups
 from skillsd.envs.appworld import client, doctor, paths, setup
+from skillsd.envs.hosts import HostBrokenError
 from skillsd.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -385,7 +386,7 @@ def test_the_doctor_reports_what_is_installed(fake: Fake, monkeypatch: pytest.Mo
     assert missing[-1].endswith(f"refused, except with environment.options.unsafe_without=[{','.join(lacking)}]")
 
     def broken(python: Path, root: Path) -> list[str]:
-        raise client.WorldBrokenError("no jail starts: it rains")
+        raise HostBrokenError("no jail starts: it rains")
 
     monkeypatch.setattr(client, "protections", broken)
     assert doctor.report()[1].startswith("jail for the model's code: no protection (no jail starts: it rains)")

@@ -46,12 +46,12 @@ def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dis
 def test_shipped_environments_need_no_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     """A source tree works without being installed."""
     monkeypatch.setattr(plugins, "entry_points", lambda group: [])
-    assert registry.names() == ["appworld", "openenv", "rulebook", "sokoban"]
+    assert registry.names() == ["appworld", "openenv", "rulebook", "scienceworld", "sokoban", "textworld-express"]
     assert isinstance(registry.load("sokoban").inner, Sokoban)
 
 
 def test_a_third_party_registers_by_entry_point(third_party: Distribution) -> None:
-    assert registry.names() == ["appworld", "guess", "openenv", "rulebook", "sokoban"]
+    assert "guess" in registry.names()
     assert registry.load("guess").name == "guess-number"
 
 

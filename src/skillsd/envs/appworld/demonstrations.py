@@ -21,12 +21,12 @@ from typing import Any
 from filelock import FileLock
 
 from skillsd.cache import cache
-from skillsd.envs.appworld.client import WorldBrokenError
 from skillsd.envs.appworld.data import World, scenario_of
 from skillsd.envs.appworld.paths import VERSION, python_version
 from skillsd.envs.appworld.prompt import Style, turn_text
 from skillsd.envs.appworld.summarise import summarise_turns
 from skillsd.envs.base import Step
+from skillsd.envs.hosts import HostBrokenError
 from skillsd.errors import UserError, unknown_name
 from skillsd.seeds import derive_seed
 from skillsd.types import TRAIN_SPLIT, Demonstration, DemonstrationTurn, Message, Skill, Task
@@ -199,11 +199,11 @@ async def solved(play: Play, task: Task, actions: Sequence[str]) -> list[Step]:
     Raises:
         UserError: if the infrastructure fails in every attempt.
     """
-    broken: WorldBrokenError | None = None
+    broken: HostBrokenError | None = None
     for _ in range(MAX_ATTEMPTS):
         try:
             steps = await play(task, actions)
-        except WorldBrokenError as error:
+        except HostBrokenError as error:
             broken = error
             continue
         if steps and steps[-1].success:

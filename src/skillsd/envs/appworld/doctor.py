@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from skillsd.envs.appworld import client, paths
 from skillsd.envs.appworld.environment import listed
+from skillsd.envs.hosts import HostBrokenError
 
 
 def report() -> list[str]:
@@ -15,7 +16,7 @@ def report() -> list[str]:
         return lines
     try:
         found, failure = client.protections(paths.python(), paths.official() or paths.world_folder()), ""
-    except client.WorldBrokenError as error:
+    except HostBrokenError as error:
         found, failure = [], f" ({error})"
     lines.append(f"jail for the model's code: {', '.join(found) or 'no protection'}{failure} (docs/appworld.md)")
     missing = [name for name in client.PROTECTIONS if name not in found]

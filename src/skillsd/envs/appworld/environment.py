@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from skillsd.envs.appworld import client, data, paths, prompt, summarise
 from skillsd.envs.base import Environment, Step, TaskSet
+from skillsd.envs.hosts import HostBrokenError
 from skillsd.errors import UserError, unknown_name
 from skillsd.types import Demonstration, Message, Skill, Task, Trajectory
 
@@ -27,7 +28,7 @@ class AppWorldEnvironment(Environment):
         """Open the task's world. The environment is deterministic: the seed is unused.
 
         Raises:
-            WorldBrokenError: if it does not open; the collector retries.
+            HostBrokenError: if it does not open; the collector retries.
             UserError: if its jail lacks a protection that is required.
         """
         await self.close()
@@ -193,7 +194,7 @@ class AppWorld(TaskSet):
         if key not in _protections:  # takes a second
             try:
                 _protections[key] = client.protections(*key)
-            except client.WorldBrokenError as error:
+            except HostBrokenError as error:
                 raise UserError(f"can't run the model's code: {error} (`skillsd doctor`)") from error
         self.check_protections(_protections[key])
 
