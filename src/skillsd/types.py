@@ -25,6 +25,19 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Tool:
+    """A function that the agent can call.
+
+    Attributes:
+        parameters: JSON schema of the arguments, an object.
+    """
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Task:
     """One task x: what an episode is about.
 
@@ -63,7 +76,8 @@ class Turn:
     """One action of the policy and the environment's observation.
 
     Attributes:
-        action: the sampled ids ``tokens[start:end]``, decoded (for people and summarisers; never encoded again).
+        action: the sampled ids ``tokens[start:end]``, decoded (for people and summarisers; never encoded again). In
+            an environment with tools, JSON with the calls (`skillsd.envs.tools`).
         observation: the environment's answer; present for the last turn too, though no model reads that one.
         start, end: the action's span in the trajectory's ``tokens``.
         info: structured facts about the turn, JSON (see the environment's docs).

@@ -23,6 +23,7 @@ from skillsd.envs.openenv.demo_setup import SERVER, VENV
 from skillsd.envs.openenv.environment import OpenEnv
 from skillsd.envs.openenv.session import SessionError
 from skillsd.envs.sokoban import Sokoban
+from skillsd.envs.tools import write_action
 from skillsd.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -139,32 +140,74 @@ from openenv.core.env_server.mcp_environment import MCPEnvironment
 from openenv.core.env_server.mcp_types import CallToolAction, CallToolObservation
 from openenv.core.env_server.types import Observation, State
 
-class Tools(MCPEnvironment):
+class Safe(MCPEnvironment):
+    SUPPORTS_CONCURRENT_SESSIONS = True
     state = State()
     def __init__(self):
-        server = FastMCP("tools")
+        server = FastMCP("safe")
+        self.tries = 0
         @server.tool
-        def shout(text: str) -> str:
-            return text.upper()
+        def turn(digit: int, left: bool = False) -> str:
+            'Turns the dial.'
+            self.tries += 1
+            return "It opens." if digit == self.digit else "It stays shut."
+        @server.tool
+        def kick(how: str) -> dict:
+            raise RuntimeError(f"you kick it {how} and hurt your foot")
         super().__init__(server)
     def reset(self, seed=None, episode_id=None, **_):
-        return Observation()
+        self.digit, self.tries = (seed or 0) % 10, 0
+        return Observation(metadata={})
+    async def step_async(self, action, timeout_s=None, **more):
+        found = await super().step_async(action, timeout_s=timeout_s, **more)
+        opened = "It opens." in str(getattr(found, "result", ""))
+        found.done, found.reward = opened or self.tries >= 5, float(opened)
+        return found
     def _step_impl(self, action, timeout_s=None, **_):
         return Observation()
 
-app = create_app(Tools, CallToolAction, CallToolObservation, env_name="tools")
+app = create_app(Safe, CallToolAction, CallToolObservation, env_name="safe", max_concurrent_envs=4)
 uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning")
 """
 
 
-def test_an_environment_of_tools_is_refused_in_one_line(python: Path, tmp_path: Path) -> None:
-    (tmp_path / "tools.py").write_text(MCP)
+def _calls(*calls: tuple[str, dict[str, object]]) -> str:
+    return write_action("", [{"name": name, "arguments": arguments} for name, arguments in calls])
+
+
+def test_an_environment_of_tools(python: Path, tmp_path: Path) -> None:
+    (tmp_path / "safe.py").write_text(MCP)
     port = free_port()
-    with (
-        program([python, "tools.py", str(port)], port, tmp_path) as url,
-        pytest.raises(UserError, match="the environment takes calls of tools"),
-    ):
-        OpenEnv(url=url, splits={"train": {"seeds": "0-3"}}).check_machine()
+    with program([python, "safe.py", str(port)], port, tmp_path) as url:
+        splits = {"train": {"seeds": "0-9"}, "test": {"seeds": "20-23"}}
+        tasks = OpenEnv(url=url, splits=splits, max_turns=8, instructions="Open the safe.")
+        tasks.check_machine()
+        turn, kick = tasks.tools
+        assert (turn.name, turn.description, kick.name) == ("turn", "Turns the dial.", "kick")
+        assert turn.parameters["properties"]["digit"]["type"] == "integer"
+        assert turn.parameters["required"] == ["digit"]
+        assert_conforms(tasks, actions=[_calls(("turn", {"digit": digit})) for digit in range(3)])
+        asyncio.run(_open(tasks))
+
+
+async def _open(tasks: OpenEnv) -> None:
+    environment = tasks.make()
+    [prompt] = await environment.reset(tasks.tasks("train")[3], 0)
+    assert prompt.content.startswith("Open the safe.")
+    step = await environment.step(_calls(("kick", {"how": "hard"})))
+    assert "hurt your foot" in step.observation
+    assert step.observation.startswith("Error: ")
+    step = await environment.step(_calls(("turn", {"digit": "three"})))
+    assert step.observation.startswith("Error: ")
+    assert "digit" in step.observation
+    step = await environment.step(_calls(("turn", {})))
+    assert step.observation == "Invalid action: the call of turn lacks these arguments: digit"
+    step = await environment.step(_calls(("turn", {"digit": 1}), ("turn", {"digit": 2})))
+    assert (step.observation, step.reward, step.done) == ("It stays shut.\n\nIt stays shut.", 0.0, False)
+    # The calls after the one that ends the episode are not made.
+    step = await environment.step(_calls(("turn", {"digit": 3}), ("turn", {"digit": 4})))
+    assert (step.observation, step.reward, step.success) == ("It opens.", 1.0, True)
+    await environment.close()
 
 
 # -- their client, our server ---------------------------------------------------------------------------------------

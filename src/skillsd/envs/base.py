@@ -7,6 +7,7 @@ Numbers and booleans may be numpy's or torch's: they are converted.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from skillsd.errors import UserError
-from skillsd.types import Demonstration, Message, Skill, Task, Trajectory
+from skillsd.types import Demonstration, Message, Skill, Task, Tool, Trajectory
 
 T = TypeVar("T")
 
@@ -92,6 +93,14 @@ class TaskSet(ABC):
         """
         return 0.0
 
+    @property
+    def tools(self) -> Sequence[Tool]:
+        """The tools that the agent can call. With any, `Environment.step` gets its calls as JSON: see `envs.tools`.
+
+        The model's chat template shows them to the agent: the first prompt does not repeat them.
+        """
+        return ()
+
     @abstractmethod
     def tasks(self, split: str) -> Sequence[Task]:
         """The tasks of a split, in a fixed order. Raises UserError for an unknown split."""
@@ -114,7 +123,9 @@ class TaskSet(ABC):
     def fingerprint(self, split: str) -> str:
         """Hash of a split's tasks and rules (16 hex digits). Results are comparable only if fingerprints match."""
         tasks = [[task.id, dict(task.payload)] for task in self.tasks(split)]
-        content = json.dumps([self.name, tasks, self.max_turns, dict(self.rules_in_words())], sort_keys=True)
+        tools = [dataclasses.asdict(tool) for tool in self.tools]
+        parts = [self.name, tasks, self.max_turns, dict(self.rules_in_words()), *([tools] if tools else [])]
+        content = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def rules_in_words(self) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from skillsd import user_code
 from skillsd.envs import values
 from skillsd.envs.base import Environment, Step, TaskSet
 from skillsd.errors import UserError
-from skillsd.types import Demonstration, Message, Skill, Task, Trajectory
+from skillsd.types import Demonstration, Message, Skill, Task, Tool, Trajectory
 
 T = TypeVar("T")
 
@@ -92,6 +92,10 @@ class CheckedTaskSet(TaskSet):
     @property
     def slowest_call(self) -> float:
         return self._get("slowest_call", lambda value: values.number(value, "slowest_call", low=0))
+
+    @property
+    def tools(self) -> Sequence[Tool]:
+        return self._get("tools", values.tools)
 
     def tasks(self, split: str) -> Sequence[Task]:
         if split not in self._tasks:

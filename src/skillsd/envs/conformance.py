@@ -112,6 +112,7 @@ class _Checker:
         self._valid("max_turns", lambda: values.count(given.max_turns, "max_turns"))
         self._valid("slowest_call", lambda: values.number(given.slowest_call, "slowest_call", low=0))
         self._valid("rules_in_words", lambda: values.json_object(given.rules_in_words(), "rules_in_words"))
+        self._valid("tools", lambda: values.tools(given.tools))
         self._valid("summariser", lambda: values.optional_function(given.summariser(), "summariser"))
         splits = self._valid("splits", lambda: values.splits(given.splits)) or ()
         self._expect(TRAIN_SPLIT in splits, "splits", f"{TRAIN_SPLIT!r} among the splits", splits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
@@ -78,6 +79,10 @@ async def _play(
     result = Played(0, 0.0, False)
     try:
         show(f"Task {task.id}, difficulty {task.difficulty:g}. {usage}.")
+        for tool in task_set.tools:
+            show(f"Tool {tool.name}: {tool.description} Arguments: {json.dumps(tool.parameters)}")
+        if task_set.tools:
+            show('An action is JSON: {"calls": [{"name": "...", "arguments": {...}}]}')
         await _start(environment.reset(task, seed), show)
         while True:
             line = read("> ").strip()

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, get_args
 
 from skillsd.envs.base import Step
-from skillsd.types import TRAIN_SPLIT, Demonstration, DemonstrationTurn, Message, Role, Skill, Task
+from skillsd.types import TRAIN_SPLIT, Demonstration, DemonstrationTurn, Message, Role, Skill, Task, Tool
 
 ROLES = get_args(Role)
 
@@ -314,3 +315,21 @@ def demonstration(value: object) -> Demonstration:
         raise InvalidError(check, "at least one turn", value.turns, "a demonstration's turns")
     found = skill(value.skill, check, "a demonstration's skill")
     return dataclasses.replace(value, prompt=messages(value.prompt, check), turns=tuple(turns), skill=found)
+
+
+def tools(value: object) -> tuple[Tool, ...]:
+    """The tools of a task set, with different names of letters, digits, dashes and underscores."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise InvalidError("tools", "a sequence of Tool", value)
+    found: dict[str, Tool] = {}
+    for place, tool in enumerate(value):
+        where = f"tools[{place}]"
+        if not isinstance(tool, Tool):
+            raise InvalidError("tools", "a Tool", tool, where)
+        if not isinstance(tool.name, str) or not re.fullmatch(r"[\w-]{1,64}", tool.name, re.ASCII):
+            raise InvalidError("tools", "1 to 64 letters, digits, - and _", tool.name, f"{where}.name")
+        if tool.name in found:
+            raise InvalidError("tools", "another name for each tool", tool.name, f"{where}.name")
+        description = text(tool.description, "tools", f"{where}.description")
+        found[tool.name] = Tool(tool.name, description, json_object(tool.parameters, "tools"))
+    return tuple(found.values())

@@ -17,7 +17,8 @@ from skillsd.engines.chat_template import chat_template, control_tokens, first_c
 from skillsd.errors import UserError
 from skillsd.prompting.templates import Place, with_context
 from skillsd.prompting.thinking import TAGS, opened_by, without_thinking
-from skillsd.types import Message
+from skillsd.prompting.tool_calls import ARGUMENTS, PROBE, CallParser, as_function
+from skillsd.types import Message, Tool
 
 _MARK = "\u27e6reply\u27e7"  # placeholder for the reply's text; no template writes this by itself
 _CUT = "\u27e6cut\u27e7"  # where a text is split, its pieces encoded separately
@@ -42,11 +43,13 @@ class ChatRenderer:
         stop_tokens: ids that end the student's turn.
         template_kwargs: additional variables for the template, e.g. ``{"enable_thinking": False}``.
         place: where a context stands in the last user message of a first prompt, see `with_context`.
+        tools: that the agent can call. The template writes them into the prompt, and observations that answer calls
+            get its markup for results of tools.
 
     Raises:
         UserError: if the markup of a turn is not always the same (training on exactly the sampled ids would then be
             impossible), if no stop token ends a turn, if the template does not render replies, or if it does not read a
-            key of `template_kwargs`.
+            key of `template_kwargs`. With tools: if the template has none, or if no parser reads its calls.
     """
 
     def __init__(
@@ -56,12 +59,13 @@ class ChatRenderer:
         template_kwargs: Mapping[str, Any] | None = None,
         *,
         place: Place = "before",
+        tools: Sequence[Tool] = (),
     ) -> None:
         self._tokenizer, self._place = tokenizer, place
         self._template = _TODAY.sub(lambda call: repr(_DAY.strftime(call[2])), chat_template(tokenizer))
         self._kwargs = dict(template_kwargs or {})
         for key in self._kwargs:
-            if key in ("messages", "add_generation_prompt"):
+            if key in ("messages", "add_generation_prompt", "tools"):
                 raise UserError(f"model.chat_template_kwargs has {key!r}, which is set by skillsd: leave it out")
             if not re.search(rf"\b{re.escape(key)}\b", self._template):
                 raise UserError(
@@ -75,12 +79,14 @@ class ChatRenderer:
         # Some tags are single tokens but not marked special (Qwen3's <think>). Only the student may write them.
         self._control = control_tokens(tokenizer)
         self._forged_by_others, self._forged_by_student = _any_of(set(self._control)), _any_of(self._special)
-        self._cache: dict[tuple[str, int | None], tuple[int, ...]] = {}
+        self._tools = [as_function(tool) for tool in tools]
+        self._cache: dict[tuple[str, int | None, bool], tuple[int, ...]] = {}
         self._has_system = self._shows([("system", _MARK), ("user", "x")])
         self._alternates = not self._shows([("user", _MARK), ("user", "x")])
         self._tail, self._next = self._find_turn()
         self._check_end_of_turn()
         self._opened = opened_by(self._render([("user", _MARK)], reply_next=True).rpartition(_MARK)[2])
+        self._calls = CallParser(tokenizer, tools, self._probe_of_tools()) if tools else None
 
     def prompt(self, messages: Sequence[Message], context: str = "") -> tuple[int, ...]:
         """Ids of the first prompt, up to where the student's reply begins.
@@ -97,20 +103,22 @@ class ChatRenderer:
                 folded.append((role, message.content))
         return self._encode(self._render(folded, reply_next=True))
 
-    def observation(self, text: str, last_sampled: int) -> tuple[int, ...]:
+    def observation(self, text: str, last_sampled: int, *, answers_calls: bool = False) -> tuple[int, ...]:
         """Ids between the student's last sampled token and its next one: the environment's turn.
 
         Args:
             text: the observation.
+            answers_calls: whether it is the result of tools: it then has the role ``tool`` instead of ``user``.
             last_sampled: the last id of the student's turn. If it is the template's end-of-turn token, that token is
                 not written again; if the turn was cut short, it is written first.
         """
         stop = last_sampled if last_sampled in self._stop_texts else None
-        key = (text, stop)
+        key = (text, stop, answers_calls)
         if key not in self._cache:
             if len(self._cache) > 100_000:
                 self._cache.clear()
-            turn = self._after_reply([("user", "x"), ("assistant", _MARK), ("user", text)], reply_next=True)
+            role = "tool" if answers_calls else "user"
+            turn = self._after_reply([("user", "x"), ("assistant", _MARK), (role, text)], reply_next=True)
             if not turn.startswith(self._tail):
                 raise UserError(
                     f"the chat template ends the reply before the message {text[:40]!r} with {turn[:40]!r} instead of "
@@ -127,8 +135,11 @@ class ChatRenderer:
         """Ids of a reply as the student would have sampled it, end of turn included (for demonstrations).
 
         Raises:
-            UserError: if the template renders a given reply differently from what it asks the model to continue.
+            UserError: if the template renders a given reply differently from what it asks the model to continue, and
+                in an environment with tools.
         """
+        if self._calls is not None:
+            raise UserError("the environment has tools, and demonstrations that call tools are not supported")
         opening = self._render([("user", "x")], reply_next=True)
         whole = self._render([("user", "x"), ("assistant", text)], reply_next=False)
         if not whole.startswith(opening):
@@ -164,6 +175,17 @@ class ChatRenderer:
             else:
                 run.append(token)
         return without_thinking("".join([*parts, self._decode(run)]), self._opened).strip()
+
+    def action(self, reply: Sequence[int], before: Sequence[int]) -> tuple[str, bool]:
+        """The action for the environment in sampled ids, and whether it has calls of tools.
+
+        Args:
+            before: all ids before the reply: thinking may begin there.
+        """
+        if self._calls is None:
+            return self.text(reply), False
+        ended = bool(reply) and reply[-1] in self._stop_texts
+        return self._calls.action(reply[:-1] if ended else reply, before)
 
     def with_markup(self, tokens: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
@@ -203,22 +225,35 @@ class ChatRenderer:
 
     def _render(self, messages: Sequence[tuple[str, str]], *, reply_next: bool) -> str:
         chat = [{"role": role, "content": self._as_letters(role, content)} for role, content in messages]
+        return self._render_chat(chat, self._tools, reply_next=reply_next)
+
+    def _render_chat(self, chat: list[dict[str, Any]], tools: list[Any], *, reply_next: bool) -> str:
+        """The text of messages as the template takes them."""
         try:
             return self._tokenizer.apply_chat_template(
                 chat,
+                tools=self._all_as_letters(tools) or None,
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=reply_next,
                 **self._kwargs,
             )
         except Exception as error:  # a template may raise any type (jinja2's errors, ValueError ...)
-            roles = [role for role, _ in messages]
+            roles = [message["role"] for message in chat]
             raise UserError(f"the chat template refuses messages with the roles {roles}: {error}") from error
 
     def _as_letters(self, role: str, content: str) -> str:
         """Split every control token's name after its first character, so that no piece of it is a control token."""
         forged = self._forged_by_student if role == "assistant" else self._forged_by_others
         return forged.sub(lambda match: match[0][0] + _CUT + match[0][1:], content)
+
+    def _all_as_letters(self, value: Any) -> Any:
+        """The same for all texts in JSON."""
+        if isinstance(value, Mapping):
+            return {self._all_as_letters(key): self._all_as_letters(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._all_as_letters(inner) for inner in value]
+        return self._as_letters("tool", value) if isinstance(value, str) else value
 
     def _encode(self, text: str, context: str = "") -> tuple[int, ...]:
         """Ids of `text` when it follows `context`: with some tokenizers they depend on it."""
@@ -280,6 +315,40 @@ class ChatRenderer:
                 "this tokenizer: no token ends a reply. Give a tokenizer that has the template's control tokens, or a "
                 "template that writes the tokenizer's eos_token after a reply"
             )
+
+    def _probe_of_tools(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """How the template writes a call: the ids before the reply, and the reply's. Checks the turn that follows it.
+
+        Raises:
+            UserError: if the template takes no tools, or if a call changes the text after the reply.
+        """
+        marked = [as_function(Tool(PROBE.name, _MARK, PROBE.parameters))]
+        question: dict[str, Any] = {"role": "user", "content": "x"}
+        if _MARK not in self._render_chat([question], marked, reply_next=True):
+            raise UserError(
+                "the environment has tools, but the model's chat template writes none into the prompt: give a model "
+                "whose chat template takes `tools`"
+            )
+        tools = [as_function(PROBE)]
+        call = {"type": "function", "id": "call12345", "function": {"name": PROBE.name, "arguments": dict(ARGUMENTS)}}
+        dialogue = [question, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        answer = {"role": "tool", "content": "y", "tool_call_id": "call12345", "name": PROBE.name}
+        turn = self._after_reply([("user", "x"), ("assistant", _MARK), ("tool", "y")], reply_next=True)
+        called = self._render_chat([*dialogue, answer], tools, reply_next=True)
+        if not called.endswith(turn):
+            raise UserError(
+                f"the chat template writes the turn of a tool's result as {turn!r}, but after a call as "
+                f"{called[-len(turn) :]!r}: tools can't be used with it"
+            )
+        ends = first_control_token(turn, self._control)
+        if ends is None or ends[1] not in self._stop_texts:
+            raise UserError(
+                f"the chat template goes on after a call with {turn!r}, which begins with none of the model's stop "
+                f"tokens {self._stop_texts}: add the token to eos_token_id in the model's generation_config.json"
+            )
+        asked = self._render_chat([question], tools, reply_next=True)
+        reply, _ = _differing(called.removesuffix(turn), asked)
+        return self._encode(called.removesuffix(turn).removesuffix(reply)), self._encode(reply)
 
     def _after_reply(self, messages: Sequence[tuple[str, str]], *, reply_next: bool) -> str:
         text = self._render(messages, reply_next=reply_next)

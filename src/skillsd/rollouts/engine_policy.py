@@ -53,6 +53,7 @@ class TokenEpisode(EpisodeState):
             extra = self.prompt_length - len(policy.renderer.prompt(prompt))
             self._max_tokens = min(self._max_tokens + extra, self._sampler.max_length, policy.engine.max_length)
         self._observation: tuple[int, ...] = ()  # appended to the tokens only if another turn follows
+        self._called = False  # whether the last reply called tools
 
     async def act(self, turn: int) -> str | None:
         room = min(self._budget.turn_tokens, self._max_tokens - len(self.tokens) - len(self._observation))
@@ -71,14 +72,16 @@ class TokenEpisode(EpisodeState):
         )
         oldest, newest = self.versions or (sample.version, sample.version)
         self.versions = (min(oldest, sample.version), max(newest, sample.version))
+        action, self._called = self._policy.renderer.action(sample.tokens, self.tokens)
         start = len(self.tokens)
         self._append(sample.tokens, sample.logprobs)
         self.action_span = (start, len(self.tokens))
-        return self._policy.renderer.text(sample.tokens)
+        return action
 
     def observe(self, observation: str) -> None:
         try:
-            self._observation = self._policy.renderer.observation(observation, self.tokens[-1])
+            renderer, last = self._policy.renderer, self.tokens[-1]
+            self._observation = renderer.observation(observation, last, answers_calls=self._called)
         except UserError as error:  # the chat template writes this observation in another way
             raise PolicyFailedError(str(error)) from error
 

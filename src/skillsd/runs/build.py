@@ -79,14 +79,13 @@ def build(config: RunConfig, folder: Path, *, engine: Engine | None = None, task
         held_out=held_out,
         max_per_task=config.skills.max_per_task,
     )
-    renderer = ChatRenderer(
-        engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs, place=config.skills.place
-    )
+    template_kwargs, place = config.model.chat_template_kwargs, config.skills.place
+    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, template_kwargs, place=place, tools=task_set.tools)
     summaries = None
     if row.uses_skills:
         counts: Counter[str] = Counter()
         summaries = BackgroundSummaries(
-            _summariser(config, task_set, engine, renderer, counts),
+            _summariser(config, task_set, engine, counts),
             bank,
             max_chars=config.skills.max_chars,
             concurrency=config.skills.concurrency,
@@ -146,9 +145,7 @@ def _check_tasks(config: RunConfig, task_set: TaskSet) -> set[str]:
     return held_out
 
 
-def _summariser(
-    config: RunConfig, task_set: TaskSet, engine: Engine, renderer: ChatRenderer, counts: Counter[str]
-) -> Summariser:
+def _summariser(config: RunConfig, task_set: TaskSet, engine: Engine, counts: Counter[str]) -> Summariser:
     options, name = config.summariser, config.skills.summariser
     if ":" in name:
         return load_summariser(name, options.options)
@@ -168,7 +165,7 @@ def _summariser(
     temperature = config.rollout.temperature if options.temperature is None else options.temperature
     return PolicySummariser(
         engine,
-        renderer,
+        ChatRenderer(engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs),  # without tools
         prompt,
         max_output_tokens=options.max_output_tokens,
         temperature=temperature,

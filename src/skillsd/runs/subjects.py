@@ -92,8 +92,9 @@ class Subject:
     def local(cls, engine: Engine, config: RunConfig) -> Subject:
         """An engine's student under the plain prompt."""
         renderer = ChatRenderer(
-            engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs, place=config.skills.place
-        )
+            engine.tokenizer, engine.stop_tokens, config.model.chat_template_kwargs, place=config.skills.place,
+            tools=load_task_set(config).tools,
+        )  # fmt: skip
         return cls(
             lambda temperature: EnginePolicy(engine, renderer, temperature),
             engine.max_length,
@@ -103,7 +104,16 @@ class Subject:
 
     @classmethod
     def remote(cls, endpoint: Endpoint, config: RunConfig) -> Subject:
-        """A model behind an endpoint. It has no `max_length`: the endpoint reports messages that are too long."""
+        """A model behind an endpoint. It has no `max_length`: the endpoint reports messages that are too long.
+
+        Raises:
+            UserError: if the environment has tools.
+        """
+        if load_task_set(config).tools:
+            raise UserError(
+                f"the environment {config.environment.name!r} has tools, which models behind an endpoint can't call yet: "
+                "evaluate a model that runs here"
+            )
         local = local_settings(config)
         return cls(
             lambda temperature: EndpointPolicy(endpoint, temperature),

@@ -133,7 +133,7 @@ def skill_following(
         on_check(done, episodes)
 
     budget = Budget(turns=task_set.max_turns, turn_tokens=check.turn_tokens, trajectory_tokens=engine.max_length)
-    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, template_kwargs, place=place)
+    renderer = ChatRenderer(engine.tokenizer, engine.stop_tokens, template_kwargs, place=place, tools=task_set.tools)
     rows = []
     for name, context in prompts:
         sampled, greedy = (

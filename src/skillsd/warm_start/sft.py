@@ -105,6 +105,11 @@ async def train(
         UserError: if the environment has no demonstrations, or a gradient is not finite.
     """
     options = config.warm_start
+    if task_set.tools:
+        raise UserError(
+            f"the environment {task_set.name!r} has tools, and demonstrations that call tools are not supported: train a "
+            "model that calls tools already"
+        )
     if config.model.lora:
         raise UserError("model.lora is set, but the warm start trains all weights: leave it out")
     template = load_template(options.template)

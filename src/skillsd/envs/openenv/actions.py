@@ -70,11 +70,9 @@ def actions_of(schema: Schema, field: str | None) -> Actions:
         field: the field that takes the agent's text; None: the only field, if it takes text, else JSON.
 
     Raises:
-        UserError: for an environment of tools (MCP), and if there is no such field or it does not take text.
+        UserError: if there is no such field or it does not take text.
     """
     fields = fields_of(schema)
-    if not fields or {"tool_name", "arguments"} <= fields.keys():
-        raise UserError("the environment takes calls of tools (MCP), not actions: skillsd can't play those yet")
     if field is not None:
         if field not in fields:
             raise unknown_name("field of the environment's actions (option action_field)", field, fields)

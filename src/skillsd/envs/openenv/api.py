@@ -72,6 +72,12 @@ class Api:
         more = range(len(listed), number) if isinstance(number, int) else ()
         return listed + [{"index": index} for index in more]
 
+    def tools(self) -> Sequence[Any]:
+        """What the server says of each tool of an environment of tools (MCP); empty if it has none."""
+        found = self._ask("/mcp", {"jsonrpc": "2.0", "method": "tools/list", "params": {}, "id": 1})
+        result = found.get("result") if isinstance(found, dict) else None
+        return self._list(result.get("tools"), "tools") if isinstance(result, dict) else []
+
     def _list(self, found: Any, what: str) -> Sequence[Any]:
         if not isinstance(found, list):
             raise UserError(f"{self.url} answered with {str(found)[:80]!r}: expected a list of {what}")

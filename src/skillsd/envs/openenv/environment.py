@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 from skillsd.envs import values
 from skillsd.envs.base import Environment, Step, TaskSet
 from skillsd.envs.openenv import observations, task_list
+from skillsd.envs.openenv import tools as tool_calls
 from skillsd.envs.openenv.actions import Actions, NoActionError, actions_of, fields_of
 from skillsd.envs.openenv.api import Api
 from skillsd.envs.openenv.session import RefusedActionError, Session, SessionError, websockets
+from skillsd.envs.tools import NoCallError, read_calls
 from skillsd.errors import UserError, unknown_name
-from skillsd.types import Message, Task
+from skillsd.types import Message, Task, Tool
 
 LARGEST_SEED = 2**31 - 1
 """Many environments seed generators that take no more."""
@@ -44,24 +46,29 @@ class OpenEnvEnvironment(Environment):
         return self._set.prompt(result.observation)
 
     async def step(self, action: str) -> Step:
-        """Send the agent's action.
+        """Send the agent's action, or its calls of tools one after the other, until the episode is over.
 
-        ``info`` has the server's reward and the observation, without what the agent reads; for an action that is not
-        valid, the error.
+        ``info`` has the server's reward and the observation (of the last call), without what the agent reads; for an
+        action that is not valid, the error.
         """
         if self._session is None:
             raise RuntimeError("step() before reset()")
+        texts = []
         try:
-            data = self._set.actions.parse(action)
-            result = observations.result_of(await self._session.ask("step", data))
-        except (NoActionError, RefusedActionError) as error:
+            for data in self._set.sent(action):
+                result = observations.result_of(await self._session.ask("step", data))
+                self._reward = self._set.total(self._reward, result.reward)
+                text, rest = self._set.read(result.observation)
+                texts.append(text)
+                if result.done:
+                    break
+        except (NoActionError, NoCallError, RefusedActionError) as error:
+            texts.append(f"Invalid action: {error}")
             share = self._set.share(self._reward, False)
-            return Step(f"Invalid action: {error}", False, share, False, {"error": str(error)})
-        self._reward = self._set.total(self._reward, result.reward)
+            return Step("\n\n".join(texts), False, share, False, {"error": str(error)})
         success = result.done and self._set.succeeded(self._reward, result.observation)
-        text, rest = self._set.read(result.observation)
         info = {"reward": result.reward, "observation": rest}
-        return Step(text, result.done, self._set.share(self._reward, success), success, info)
+        return Step("\n\n".join(texts), result.done, self._set.share(self._reward, success), success, info)
 
     async def close(self) -> None:
         session, self._session = self._session, None
@@ -188,14 +195,15 @@ class OpenEnv(TaskSet):
 
     def make(self) -> Environment:
         websockets()
-        _ = self.actions, self._field  # options that don't fit the server are a UserError, not a failed episode
+        _ = self.tools, self.actions, self._field  # options that don't fit the server are a UserError, not a failed episode
         return OpenEnvEnvironment(self)
 
     def rules_in_words(self) -> Mapping[str, Any]:
         """The options, and the schemas of actions and observations, which may change with the server's version."""
         options = {"full_reward": self._full, "sum": self._sum, "instructions": self._instructions}
         options |= {"observation_field": self._observation_field, "success_field": self._success_field}
-        return options | {"actions": dataclasses.asdict(self.actions), "observations": self._observation_schema}
+        actions = dataclasses.asdict(self.actions) if self.actions else None  # the tools are in the fingerprint anyway
+        return options | {"actions": actions, "observations": self._observation_schema}
 
     # -- texts --------------------------------------------------------------------------------------------------
 
@@ -209,9 +217,20 @@ class OpenEnv(TaskSet):
         return found if isinstance(found, dict) else {}
 
     @cached_property
-    def actions(self) -> Actions:
-        """How the agent writes an action."""
-        return actions_of(self._schemas["action"], self._action_field)
+    def tools(self) -> tuple[Tool, ...]:  # type: ignore[override]  # computed once
+        """The tools of an environment of tools (MCP), which takes calls instead of actions."""
+        return tool_calls.listed(self.api) if tool_calls.takes_calls(self._schemas["action"]) else ()
+
+    @cached_property
+    def actions(self) -> Actions | None:
+        """How the agent writes an action; None: it calls tools."""
+        return None if self.tools else actions_of(self._schemas["action"], self._action_field)
+
+    def sent(self, action: str) -> list[dict[str, Any]]:
+        """The actions for the server, at least one, in the agent's action; raises NoActionError or NoCallError."""
+        if self.actions is not None:
+            return [self.actions.parse(action)]
+        return [tool_calls.action_of(call) for call in read_calls(action, self.tools)]
 
     @cached_property
     def _field(self) -> str | None:
@@ -230,13 +249,16 @@ class OpenEnv(TaskSet):
 
     def read(self, observation: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
         """What the agent reads of an observation, and the rest of it."""
+        if self.tools and "tool_name" in observation:
+            rest = {name: value for name, value in observation.items() if name not in ("result", "error")}
+            return tool_calls.result_text(observation), rest
         return observations.read(observation, self._field)
 
     def prompt(self, observation: Mapping[str, Any]) -> tuple[Message, ...]:
         """The first prompt: the messages of the observation if it has some, else its text."""
-        text, _ = observations.read(observation, self._first_field)
+        text, _ = observations.read(observation, None if self.tools else self._first_field)
         found = observations.messages(observation.get("messages")) or [Message("user", text)]
-        before = "\n\n".join(filter(None, (self._instructions, self.actions.instructions)))
+        before = "\n\n".join(filter(None, (self._instructions, self.actions.instructions if self.actions else "")))
         if before:
             first = next((place for place, message in enumerate(found) if message.role == "user"), 0)
             found[first] = Message(found[first].role, f"{before}\n\n{found[first].content}")

@@ -81,11 +81,13 @@ class Server:
         sessions: maximum number of sessions at a time. Another one is refused.
 
     Raises:
-        UserError: for an unknown split.
+        UserError: for an unknown split, and for an environment with tools.
     """
 
     def __init__(self, task_set: TaskSet, splits: Sequence[str] | None = None, sessions: int = 256) -> None:
         self.task_set, self.sessions, self.active = checked(task_set), sessions, 0
+        if self.task_set.tools:
+            raise UserError(f"the environment {self.task_set.name!r} has tools, which can't be served yet")
         for split in splits or ():
             if split not in self.task_set.splits:
                 raise unknown_name(f"split of {self.task_set.name!r}", split, self.task_set.splits)
