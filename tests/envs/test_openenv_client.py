@@ -276,8 +276,8 @@ TOOLS = {"action": {"properties": {"type": {}, "tool_name": {}, "arguments": {}}
     ("schema", "options", "message"),
     [
         ({}, {}, "is no OpenEnv server: /schema has no schema of its actions"),
-        (TOOLS, {}, "the environment takes calls of tools"),
-        ({"action": {"properties": {"metadata": {}}}}, {}, "the environment takes calls of tools"),
+        (TOOLS, {}, r"takes calls of tools \(MCP\) but lists no tools"),
+        ({"action": {"properties": {"metadata": {}}}}, {}, r"takes calls of tools \(MCP\) but lists no tools"),
         (None, {"action_field": "acton"}, r"option action_field\) 'acton'. Did you mean 'action'"),
         (None, {"observation_field": "txt"}, r"option observation_field\) 'txt'. Did you mean 'text'"),
         (None, {"success_field": "won"}, r"option success_field\) 'won'"),

@@ -45,7 +45,8 @@ TOOLS = (
     "{%- if m.role == 'user' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}"
     "{%- elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' + m.content }}"
     "{%- for call in m.tool_calls or [] %}{{ '\n' if m.content or not loop.first }}"
-    '{{ \'<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}{{ call.function.arguments | tojson }}'
+    '{{ \'<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
+    "{{ call.function.arguments | tojson }}"
     "{{ '}\n</tool_call>' }}{%- endfor %}{{ '<|im_end|>\n' }}"
     "{%- elif m.role == 'tool' %}"
     "{{ '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}"

@@ -1,13 +1,13 @@
 """Calls of tools: what an environment that states its tools gets as an action.
 
-The action is JSON: ``{"text": "what else the agent wrote", "calls": [{"name": "search", "arguments": {"query": "x"}}]}``.
+The action is JSON: ``{"text": "what else the agent wrote", "calls": [{"name": "find", "arguments": {"words": "x"}}]}``.
 A call that can't be read is in the list as ``{"error": "invalid json", "raw": "what the agent wrote"}``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +60,12 @@ def _read(call: Any, tools: Mapping[str, Tool]) -> Call:
         raise NoCallError(f"there is no tool {str(name)[:SHOWN]!r}. The tools are {_names(tools.values())}")
     if not isinstance(arguments, dict):
         raise NoCallError(f"the arguments of {name} are not a JSON object: {json.dumps(arguments)[:SHOWN]}")
-    missing = [str(key) for key in tools[name].parameters.get("required", ()) if key not in arguments]
+    required = tools[name].parameters.get("required")
+    missing = [str(key) for key in required if key not in arguments] if isinstance(required, list | tuple) else []
     if missing:
         raise NoCallError(f"the call of {name} lacks these arguments: {', '.join(missing)}")
     return Call(name, arguments)
 
 
-def _names(tools: Any) -> str:
+def _names(tools: Iterable[Tool]) -> str:
     return ", ".join(tool.name for tool in tools)

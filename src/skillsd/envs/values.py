@@ -318,7 +318,7 @@ def demonstration(value: object) -> Demonstration:
 
 
 def tools(value: object) -> tuple[Tool, ...]:
-    """The tools of a task set, with different names of letters, digits, dashes and underscores."""
+    """The tools of a task set, with different names."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise InvalidError("tools", "a sequence of Tool", value)
     found: dict[str, Tool] = {}
@@ -326,8 +326,8 @@ def tools(value: object) -> tuple[Tool, ...]:
         where = f"tools[{place}]"
         if not isinstance(tool, Tool):
             raise InvalidError("tools", "a Tool", tool, where)
-        if not isinstance(tool.name, str) or not re.fullmatch(r"[\w-]{1,64}", tool.name, re.ASCII):
-            raise InvalidError("tools", "1 to 64 letters, digits, - and _", tool.name, f"{where}.name")
+        if not isinstance(tool.name, str) or not re.fullmatch(r"[\w./-]{1,128}", tool.name, re.ASCII):
+            raise InvalidError("tools", "1 to 128 letters, digits, and . / - _", tool.name, f"{where}.name")
         if tool.name in found:
             raise InvalidError("tools", "another name for each tool", tool.name, f"{where}.name")
         description = text(tool.description, "tools", f"{where}.description")

@@ -27,9 +27,10 @@ PROBE = Tool(
         "required": ["words"],
     },
 )
-"""A made-up tool, for a call with values that the formats write differently. (Some templates write booleans as Python.)"""
+"""A made-up tool. (Without a boolean: some templates write those as Python does, which no parser takes.)"""
 
 ARGUMENTS: Mapping[str, Any] = {"words": 'the "big" one', "limit": 3, "kinds": ["a", "b"]}
+"""Of a call of it: values that the formats write differently."""
 
 _NOT_TRIED = "gpt-oss"
 """It downloads a vocabulary, and its chat template is refused anyway."""
@@ -61,7 +62,7 @@ class CallParser:
         for family, parse in _parsers(tokenizer):
             try:
                 found = parse(reply, tools=asked, prompt_ids=before).tool_calls
-            except Exception:  # noqa: S112 (written for another tokenizer; it may raise any type)
+            except Exception:
                 continue
             if [(_error(call), call.name, call.arguments) for call in found] == [(None, PROBE.name, ARGUMENTS)]:
                 self.family, self._parse = family, parse
@@ -112,5 +113,5 @@ def _parsers(tokenizer: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
             continue
         try:
             yield family, create_renderer(tokenizer, config_from_name(family)).parse_response
-        except Exception:  # noqa: S112 (the tokenizer lacks the family's tokens, which raises any type)
+        except Exception:
             continue

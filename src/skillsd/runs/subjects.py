@@ -111,7 +111,7 @@ class Subject:
         """
         if load_task_set(config).tools:
             raise UserError(
-                f"the environment {config.environment.name!r} has tools, which models behind an endpoint can't call yet: "
+                f"the environment {config.environment.name!r} has tools, which models behind an endpoint can't call: "
                 "evaluate a model that runs here"
             )
         local = local_settings(config)

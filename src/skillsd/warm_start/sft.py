@@ -107,8 +107,8 @@ async def train(
     options = config.warm_start
     if task_set.tools:
         raise UserError(
-            f"the environment {task_set.name!r} has tools, and demonstrations that call tools are not supported: train a "
-            "model that calls tools already"
+            f"the environment {task_set.name!r} has tools, and demonstrations that call tools are not supported: "
+            "train a model that calls tools already"
         )
     if config.model.lora:
         raise UserError("model.lora is set, but the warm start trains all weights: leave it out")

@@ -195,7 +195,11 @@ class OpenEnv(TaskSet):
 
     def make(self) -> Environment:
         websockets()
-        _ = self.tools, self.actions, self._field  # options that don't fit the server are a UserError, not a failed episode
+        _ = (
+            self.tools,
+            self.actions,
+            self._field,
+        )  # options that don't fit the server are a UserError, not a failed episode
         return OpenEnvEnvironment(self)
 
     def rules_in_words(self) -> Mapping[str, Any]:
@@ -217,7 +221,7 @@ class OpenEnv(TaskSet):
         return found if isinstance(found, dict) else {}
 
     @cached_property
-    def tools(self) -> tuple[Tool, ...]:  # type: ignore[override]  # computed once
+    def tools(self) -> tuple[Tool, ...]:  # computed once
         """The tools of an environment of tools (MCP), which takes calls instead of actions."""
         return tool_calls.listed(self.api) if tool_calls.takes_calls(self._schemas["action"]) else ()
 
@@ -239,6 +243,8 @@ class OpenEnv(TaskSet):
         for option, field in (("observation_field", self._observation_field), ("success_field", self._success_field)):
             if field is not None and field not in fields:
                 raise unknown_name(f"field of the environment's observations (option {option})", field, fields)
+        if self.tools and self._observation_field is None:
+            return None
         return observations.text_field(self._observation_schema, self._observation_field)
 
     @cached_property
@@ -249,19 +255,20 @@ class OpenEnv(TaskSet):
 
     def read(self, observation: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
         """What the agent reads of an observation, and the rest of it."""
-        if self.tools and "tool_name" in observation:
+        if self._field is None and "tool_name" in observation:
             rest = {name: value for name, value in observation.items() if name not in ("result", "error")}
             return tool_calls.result_text(observation), rest
         return observations.read(observation, self._field)
 
     def prompt(self, observation: Mapping[str, Any]) -> tuple[Message, ...]:
         """The first prompt: the messages of the observation if it has some, else its text."""
-        text, _ = observations.read(observation, None if self.tools else self._first_field)
+        text, _ = observations.read(observation, self._first_field)
         found = observations.messages(observation.get("messages")) or [Message("user", text)]
         before = "\n\n".join(filter(None, (self._instructions, self.actions.instructions if self.actions else "")))
         if before:
             first = next((place for place, message in enumerate(found) if message.role == "user"), 0)
-            found[first] = Message(found[first].role, f"{before}\n\n{found[first].content}")
+            text = "" if found[first].content == observations.EMPTY else f"\n\n{found[first].content}"
+            found[first] = Message(found[first].role, before + text)
         return tuple(found)
 
     # -- rewards ------------------------------------------------------------------------------------------------

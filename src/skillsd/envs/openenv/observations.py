@@ -12,6 +12,9 @@ from skillsd.envs.openenv.actions import Schema, fields_of, takes_text
 from skillsd.envs.openenv.session import SessionError
 from skillsd.types import Message, Role
 
+EMPTY = "(empty)"
+"""An observation without text: no observation is empty."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -52,8 +55,8 @@ def read(observation: Mapping[str, Any], field: str | None) -> tuple[str, Mappin
     read = [field] if field is not None else [name for name in observation if name != "metadata"]
     rest = {name: value for name, value in observation.items() if name not in read}
     found = observation.get(field) if field is not None else {name: observation[name] for name in read}
-    text = found if isinstance(found, str) else "" if found is None else json.dumps(found, ensure_ascii=False)
-    return text if text.strip() else "(empty)", rest
+    text = found if isinstance(found, str) else "" if found in (None, {}) else json.dumps(found, ensure_ascii=False)
+    return text if text.strip() else EMPTY, rest
 
 
 def messages(given: Any) -> list[Message]:

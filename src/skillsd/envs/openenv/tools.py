@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from skillsd.envs import values
 from skillsd.envs.openenv.actions import Schema, fields_of
 from skillsd.envs.openenv.api import Api
+from skillsd.envs.openenv.observations import EMPTY
 from skillsd.envs.tools import Call
 from skillsd.errors import UserError
 from skillsd.types import Tool
@@ -23,10 +25,13 @@ def listed(api: Api) -> tuple[Tool, ...]:
     """The tools of a server's environment, before any reset.
 
     Raises:
-        UserError: if it lists none.
+        UserError: if it lists none, or an invalid one.
     """
     found = api.tools()
-    tools = tuple(_tool(tool) for tool in found if isinstance(tool, dict))
+    try:
+        tools = values.tools([_tool(tool) for tool in found if isinstance(tool, dict)])
+    except values.InvalidError as error:
+        raise UserError(f"the environment at {api.url} lists a tool that can't be used: {error}") from None
     if not tools:
         raise UserError(
             f"the environment at {api.url} takes calls of tools (MCP) but lists no tools: skillsd can't play it"
@@ -50,9 +55,10 @@ def result_text(observation: Mapping[str, Any]) -> str:
     if error:
         return f"Error: {error.get('message') if isinstance(error, dict) else error}"
     content = result.get("content") if isinstance(result, dict) else None
-    texts = [part["text"] for part in content or () if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
     text = "\n".join(texts) if texts else "" if result is None else _as_text(result)
-    return text if text.strip() else "(empty)"
+    return text if text.strip() else EMPTY
 
 
 def _as_text(value: Any) -> str:
