@@ -282,7 +282,10 @@ def test_the_doctor_estimates_a_recipe(skillsd: Command, run: Path) -> None:
     assert "fits" in result.out
     result = skillsd("doctor", run / "toy.yaml", "model.name=/no/model")
     assert result.code == 2
-    no_model = "expected a folder with config.json, weights and a tokenizer{}. Models by name: nano, smollm2-135m\n"
+    no_model = (
+        "expected a folder with config.json, weights and a tokenizer{}. Models by name: nano, rulebook-nano, "
+        "smollm2-135m\n"
+    )
     assert result.err == f"error: no model in '/no/model': {no_model.format('')}"
     result = skillsd("doctor", run / "toy.yaml", "model.name=models/mine")  # without asking the hub
     assert result.err == f"error: no model in 'models/mine': {no_model.format(', as `skillsd sft mine` makes it')}"
@@ -301,7 +304,8 @@ def test_models_with_a_short_name(skillsd: Command, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("SKILLSD_CACHE", str(tmp_path))
     result = skillsd("models", "list")
     assert (result.code, result.err) == (0, "")
-    nano, smollm2 = result.out.splitlines()
+    nano, rulebook, smollm2 = result.out.splitlines()
+    assert rulebook.startswith("rulebook-nano ")
     assert nano.startswith("nano ")
     assert smollm2.startswith("smollm2-135m ")
     assert smollm2.endswith("not fetched yet")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from skillsd.runs.folder import LOCK
 from skillsd.runs.opened import open_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+expect = playwright.expect
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: apt-get install chromium")
 
@@ -107,17 +109,17 @@ def test_an_episode_is_stepped_through(tab: Any, file: Path, run_folder: Path) -
     assert "".join(page.locator(".turn .tokens .token").all_inner_texts()) == turns[0].action
     board = page.locator(".board").get_attribute("aria-label")
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.querySelector('.count').textContent.startsWith('turn 2 ')")
+    expect(page.locator(".count").first).to_have_text(re.compile(r"^turn 2 "))
     assert "turn=2" in page.url
     page.keyboard.press("ArrowLeft")
-    page.wait_for_function("document.querySelector('.count').textContent.startsWith('turn 1 ')")
+    expect(page.locator(".count").first).to_have_text(re.compile(r"^turn 1 "))
     assert page.locator(".board").get_attribute("aria-label") == board
     page.get_by_label("Next turn (right arrow)").click()
-    page.wait_for_function("document.querySelector('.count').textContent.startsWith('turn 2 ')")
+    expect(page.locator(".count").first).to_have_text(re.compile(r"^turn 2 "))
     page.keyboard.press("j")
-    page.wait_for_function("document.querySelector('h1').textContent.startsWith('Episode 3')")
+    expect(page.locator("h1").first).to_have_text(re.compile(r"^Episode 3"))
     page.keyboard.press("k")
-    page.wait_for_function("document.querySelector('h1').textContent.startsWith('Episode 2')")
+    expect(page.locator("h1").first).to_have_text(re.compile(r"^Episode 2"))
 
 
 def test_a_token_says_what_the_records_say(tab: Any, file: Path, run_folder: Path) -> None:
@@ -265,7 +267,7 @@ def test_keys_and_theme(tab: Any, file: Path) -> None:
     page.keyboard.press("3")
     page.wait_for_selector('main[data-view="groups"]')
     page.keyboard.press("t")
-    page.wait_for_function("document.documentElement.dataset.theme === 'dark'")
+    expect(page.locator("html")).to_have_attribute("data-theme", "dark")
     page.keyboard.press("?")
     assert page.get_by_role("dialog").inner_text().startswith("Keys")
     page.keyboard.press("Escape")
@@ -285,7 +287,7 @@ def test_a_table_shows_its_figures_and_all_runs(tab: Any, table_file: Path, tabl
     opened.go("curves")
     assert page.locator(".legend li").all_inner_texts() == ["grpo", "skill-sd"]
     page.get_by_label("Run", exact=True).select_option("skill-sd, seed 1")
-    page.wait_for_function("location.hash.includes('run=3')")
+    page.wait_for_url(re.compile("run=3"))
     opened.go("groups&run=3")
     assert page.locator("table.side").count() == 1
 

@@ -397,7 +397,7 @@ def test_checkpoint_of_another_version_is_refused(config: RunConfig, tmp_path: P
     short = changed(config, training={"iterations": 1})
     run_training(short, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "step-1" / "state.json").write_text('{"iteration": 1}')
-    with pytest.raises(UserError, match=r"state.json lacks best_successes, pending_summaries"):
+    with pytest.raises(UserError, match=r"state.json lacks ahead, best_successes, pending_summaries"):
         run_training(short, tmp_path / "run", resume=True)
 
 

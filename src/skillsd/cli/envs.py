@@ -30,7 +30,7 @@ Options = Annotated[
 
 @app.command("list")
 def envs_list() -> None:
-    """List the environments: their splits, or what is missing and how to set it up."""
+    """List the environments: what is ready, and how to set up the rest."""
     from skillsd.envs.listing import lines
 
     for line in lines():
@@ -79,7 +79,7 @@ def envs_serve(
     ] = None,
     sessions: Annotated[int, typer.Option(help="Maximum number of episodes at a time.", min=1)] = 256,
 ) -> None:
-    """Serve an environment's tasks to clients of OpenEnv, such as TRL (docs/openenv.md)."""
+    """Serve an environment's tasks to OpenEnv clients, such as TRL."""
     from skillsd.envs.openenv.serving import serve
 
     task_set = _loaded(name, _values(options))

@@ -14,7 +14,7 @@ import os
 import random
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from skillsd.envs.appworld.paths import VERSION, python_version
 from skillsd.envs.appworld.prompt import Style, turn_text
 from skillsd.envs.appworld.summarise import summarise_turns
 from skillsd.envs.base import Step
+from skillsd.envs.demonstration_options import check_share, chosen
 from skillsd.envs.hosts import HostBrokenError
-from skillsd.errors import UserError, unknown_name
+from skillsd.errors import UserError
 from skillsd.seeds import derive_seed
 from skillsd.types import TRAIN_SPLIT, Demonstration, DemonstrationTurn, Message, Skill, Task
 
@@ -82,9 +83,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("skill_share", "same_task_share", "guided_only"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise UserError(f"demonstrations: {name} is {value!r}; expected a share from 0 to 1")
+            check_share(name, getattr(self, name))
         given = self.difficulties
         if given is not None and (
             isinstance(given, str)
@@ -116,24 +115,20 @@ def demonstrate(
     """
     if split != TRAIN_SPLIT:
         raise UserError(f"demonstrations are for the split {TRAIN_SPLIT!r} only; got {split!r}")
-    known = [field.name for field in fields(Options)]
-    for name in options:
-        if name not in known:
-            raise unknown_name("demonstrations option", name, known)
-    chosen = Options(**options)
+    taken = chosen(Options, options)
     path = recording_path(rules)
     recordings = [
         recording
         for recording in asyncio.run(record(world, play, style, path))
-        if recording.success and _wanted(recording.task, chosen)
+        if recording.success and _wanted(recording.task, taken)
     ]
     if not recordings:
         raise UserError(
             f"no demonstrations: no task of {TRAIN_SPLIT!r} in {str(world.root)!r}"
-            + (f" of difficulty {', '.join(map(str, chosen.difficulties))}" if chosen.difficulties else "")
+            + (f" of difficulty {', '.join(map(str, taken.difficulties))}" if taken.difficulties else "")
             + " has a reference solution that solves it. Use other tasks, or skip the warm start."
         )
-    return _stream(recordings, prompt, style, seed, chosen)
+    return _stream(recordings, prompt, style, seed, taken)
 
 
 def recording_path(rules: Mapping[str, Any]) -> Path:

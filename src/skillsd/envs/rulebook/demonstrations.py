@@ -9,9 +9,9 @@ import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 
+from skillsd.envs.demonstration_options import check_count, check_share, chosen
 from skillsd.envs.rulebook.game import NAME, Game
 from skillsd.envs.rulebook.language import COLOURS, SIGNS, Words
-from skillsd.errors import UserError, unknown_name
 from skillsd.types import TRAIN_SPLIT, Demonstration, DemonstrationTurn, Skill, Task
 
 MOST_OTHERS = 4
@@ -39,12 +39,9 @@ class Options:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "length":
-                if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= len(SIGNS):
-                    raise UserError(f"demonstrations: length is {value!r}; expected a number from 1 to {len(SIGNS)}")
-            elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise UserError(f"demonstrations: {field.name} is {value!r}; expected a share from 0 to 1")
+            if field.name != "length":
+                check_share(field.name, getattr(self, field.name))
+        check_count("length", self.length, len(SIGNS))
 
 
 def demonstrate(
@@ -58,11 +55,7 @@ def demonstrate(
     Raises:
         UserError: for an unknown option or an invalid value.
     """
-    known = [field.name for field in fields(Options)]
-    for name in options:
-        if name not in known:
-            raise unknown_name("demonstrations option", name, known)
-    return _stream(words, random.Random(seed), avoid, Options(**options))  # type: ignore[arg-type]
+    return _stream(words, random.Random(seed), avoid, chosen(Options, options))
 
 
 def _stream(

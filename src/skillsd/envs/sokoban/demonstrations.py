@@ -11,6 +11,7 @@ import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 
+from skillsd.envs.demonstration_options import check_count, check_share, chosen
 from skillsd.envs.sokoban import language
 from skillsd.envs.sokoban.board import Level, State
 from skillsd.envs.sokoban.game import Game, task_of
@@ -19,7 +20,6 @@ from skillsd.envs.sokoban.policies import Expert, Follower, RecklessPusher, Scri
 from skillsd.envs.sokoban.presets import PRESETS, Preset
 from skillsd.envs.sokoban.solver import DistanceTable
 from skillsd.envs.sokoban.summarise import Mistake, find_mistakes, summarise_moves, without_loops
-from skillsd.errors import UserError, unknown_name
 from skillsd.types import TRAIN_SPLIT, Demonstration, DemonstrationTurn, Skill
 
 MAX_ATTEMPTS = 8
@@ -52,11 +52,7 @@ class Options:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "per_level":
-                if not isinstance(value, int) or value < 1:
-                    raise UserError(f"demonstrations: per_level is {value!r}; expected a whole number, at least 1")
-            elif not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise UserError(f"demonstrations: {field.name} is {value!r}; expected a share from 0 to 1")
+            check_count(field.name, value) if field.name == "per_level" else check_share(field.name, value)
 
 
 def demonstrate(
@@ -72,11 +68,7 @@ def demonstrate(
     Raises:
         UserError: for an unknown option or an invalid value.
     """
-    known = [field.name for field in fields(Options)]
-    for name in options:
-        if name not in known:
-            raise unknown_name("demonstrations option", name, known)
-    return _stream(preset, rules, seed, panel_ids().union(excluded), Options(**options))  # type: ignore[arg-type]
+    return _stream(preset, rules, seed, panel_ids().union(excluded), chosen(Options, options))
 
 
 def _stream(

@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 from skillsd.envs.base import Step
+from skillsd.envs.demonstration_options import check_share, chosen
 from skillsd.envs.hosts import HostBrokenError
 from skillsd.envs.textgames import prompt, summarise
-from skillsd.errors import UserError, unknown_name
+from skillsd.errors import UserError
 from skillsd.seeds import derive_seed
 from skillsd.types import Demonstration, DemonstrationTurn, Message, Skill, Task
 
@@ -40,9 +41,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise UserError(f"demonstrations: {field.name} is {value!r}; expected a share from 0 to 1")
+            check_share(field.name, getattr(self, field.name))
 
 
 class _Environment(Protocol):
@@ -97,14 +96,10 @@ def demonstrate(games: Games, seed: int, options: Mapping[str, Any]) -> Iterator
     Raises:
         UserError: for an unknown option or an invalid value.
     """
-    known = [field.name for field in fields(Options)]
-    for name in options:
-        if name not in known:
-            raise unknown_name("demonstrations option", name, known)
-    chosen = Options(**options)
-    if chosen.careless_share and not games.lists_commands:
+    taken = chosen(Options, options)
+    if taken.careless_share and not games.lists_commands:
         raise UserError("demonstrations: this engine does not list its commands, so careless_share must be 0")
-    return _stream(games, seed, chosen)
+    return _stream(games, seed, taken)
 
 
 def _stream(games: Games, seed: int, options: Options) -> Iterator[Demonstration]:
