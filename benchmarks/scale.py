@@ -78,8 +78,8 @@ group.follow(dist.TCPStore("127.0.0.1", int(sys.argv[1]), 2, is_master=False), 1
 class Snapshots:
     """Reads clocks and counters after each iteration: of this process, the leader, and of its children."""
 
-    def __init__(self, weights: Callable[[], int]) -> None:
-        self.messages, self._weights = 0, weights
+    def __init__(self) -> None:
+        self.messages = self.weights = 0
         self.iterations: list[Figures] = []
         self._before: Figures = {}
 
@@ -87,14 +87,26 @@ class Snapshots:
         self.messages += len(text)
         return text
 
+    def count_weights(self, learner: Any) -> None:
+        """Count the bytes that `learner` publishes into folders."""
+        publish = learner.publish
+
+        async def counted(folder: Path | None = None) -> Any:
+            handle = await publish(folder)
+            self.weights += sum(file.stat().st_size for file in folder.iterdir()) if folder else 0
+            return handle
+
+        learner.publish = counted
+
     def iteration(self, record: dict[str, Any]) -> None:
         pids = _family()
         each = [_cpu(pid) for pid in pids]
         now: Figures = {"cpu": sum(each), "leader": each[0], "messages": self.messages, "tensors": _tcp_bytes()}
+        now["weights"] = self.weights
         if self._before:
             found = {name: value - self._before[name] for name, value in now.items()}
             memory = {f"mib {number}": _peak_mib(pid) for number, pid in enumerate(pids)}
-            found |= {"seconds": record["time/iteration"], "weights": self._weights(), "mib": sum(memory.values())}
+            found |= {"seconds": record["time/iteration"], "mib": sum(memory.values())}
             self.iterations.append({**found, **memory, "accuracy": record["rollout/accuracy"]})
         self._before = now
 
@@ -112,14 +124,14 @@ def side(name: str) -> list[Figures]:
     overrides += ["evaluation.limit=1", "evaluation.every=0", "log.tensorboard=false"]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        inbox = (lambda: run.engine.sampler.inbox) if "replica" in name else (lambda: None)
-        snapshots = Snapshots(lambda: sum(file.stat().st_size for file in inbox().iterdir()) if inbox() else 0)
+        snapshots = Snapshots()
         if name == "two ranks":
             stack.enter_context(_second_rank(snapshots.count))
         if "replica" in name:
             overrides.append(f"engine.python={_standin(folder, snapshots.count)}")
         run = build(load(RunConfig, "sokoban-nano", overrides), folder)
         stack.callback(run.close)
+        snapshots.count_weights(run.learner)
         asyncio.run(train(run, snapshots))
     return snapshots.iterations
 
