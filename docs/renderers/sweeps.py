@@ -17,7 +17,7 @@ DEMO = {
     "base": ("the untrained base model", "base", "base"),
     "grpo": ("GRPO", "grpo", "grpo"),
     "imitation": ("GRPO + self-imitation", "grpo-imitation", None),
-    "skill-sd": ("Skill-SD", "skill-sd-frozen", "skill-sd"),
+    "skill-sd": ("Skill-SD (rulebook: with a frozen teacher)", "skill-sd-frozen", "skill-sd"),
 }
 """Row -> its name, and its method in each part of the demo."""
 

@@ -54,7 +54,10 @@ def test_the_demo_writes_a_summary_pictures_and_its_runs(tmp_path: Path) -> None
     assert metrics.read_bytes() == before
 
 
-@pytest.mark.parametrize(("interval", "expected"), [([0.1, 0.3], "a skill teaches here"), ([-0.1, 0.3], "no gain")])
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [([0.1, 0.3], "a skill teaches here"), ([-0.1, 0.3], "no gain"), ([-0.2, -0.1], "skills do harm")],
+)
 def test_the_verdict_says_no_more_than_the_interval(interval: list[float], expected: str) -> None:
     part = PARTS[0]
     rows = {"grpo": {"accuracy": 0.1}, "skill-sd-frozen": {"accuracy": 0.3, "difference": {"mean": 0.2}}}

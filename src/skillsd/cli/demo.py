@@ -124,10 +124,11 @@ def _verdict(part: Part, summary: Mapping[str, Any]) -> str:
     found = skill["difference"]
     low, high = found["interval"]
     shown = f"{100 * found['mean']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
-    figures = (
-        f"Skill-SD solves {percent(skill['accuracy'])} of the held-out {part.tasks}, GRPO {percent(grpo['accuracy'])}"
-    )
-    meaning = "a skill teaches here" if low > 0 else "no gain from skills shows here"
+    solved = f"{part.methods[-1]} solves {percent(skill['accuracy'])} of the held-out {part.tasks}"
+    figures = f"{solved}, grpo {percent(grpo['accuracy'])}"
+    meaning = "a skill teaches here"
+    if low <= 0:
+        meaning = "skills do harm here" if high < 0 else "no gain from skills shows here"
     return f"{part.name}: {figures}, {shown}: {meaning}. {part.why}"
 
 
