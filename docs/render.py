@@ -3,7 +3,7 @@
     python docs/render.py            # rewrite the blocks that differ
     python docs/render.py --check    # change nothing; exit status 1 if a block is stale
 
-A generated block is everything between the lines ``<!-- generated: NAME -->`` and ``<!-- end -->``; `renderers` has a
+A generated block is everything between the lines ``<!-- generated: NAME -->`` and ``<!-- end -->``; `blocks` has a
 renderer for each name. Text outside the blocks stays as it is.
 """
 
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from renderers import RENDERERS, Renderer
+from blocks import RENDERERS, Renderer
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -98,7 +98,7 @@ def test_a_renderer_without_a_block_is_an_error(docs: ModuleType, project: Path)
 
 def test_recomputed_sweep_statistics_agree_with_the_json(docs: ModuleType) -> None:
     """The renderer computes them from the results by seed, because the JSON is rounded to four digits."""
-    sweeps = importlib.import_module("renderers.sweeps")
+    sweeps = importlib.import_module("blocks.sweeps")
     tables = json.loads((ROOT / "docs" / "results" / "sokoban.json").read_text())["tables"]
     for name, table in tables.items():
         for budget, methods in table["budgets"].items():

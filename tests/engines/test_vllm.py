@@ -425,9 +425,9 @@ def test_learner_that_can_not_publish_a_folder_is_refused() -> None:
 def test_capabilities_are_the_learners_without_determinism() -> None:
     able = VllmOptions().provides()
     learner = TorchOptions.capabilities
-    assert able == replace(learner, deterministic=False, exact_resume=False, publishes_folder=False)
+    assert able == replace(learner, deterministic=False, exact_resume=False, publishes_folder=False, concurrent=True)
     other = with_learner("engines.test_vllm:FolderOptions").provides()
-    assert other == Capabilities(lora=True)
+    assert other == Capabilities(lora=True, concurrent=True)
 
 
 def test_what_the_learner_can_not_do_is_refused() -> None:

@@ -22,9 +22,10 @@ def demo(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="Number of training seeds per method.")] = 1,
 ) -> None:
-    """Compare GRPO and Skill-SD where a skill teaches (rulebook) and where it does not (Sokoban).
+    """Compare GRPO and Skill-SD in two small environments.
 
-    Trains tiny agents with both and evaluates them on held-out tasks, within minutes on two CPU cores.
+    In one of them, the rulebook, a skill teaches; in Sokoban it does not. Trains tiny agents and evaluates them on
+    held-out tasks, within minutes on two CPU cores.
     """
     from skillsd.cli.demo import PARTS, run_demo
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from renderers.common import percent, points, results, table
+from blocks.common import percent, points, results, table
 from skillsd.sweeps.results import Estimate, Measured, difference, estimate
 from skillsd.sweeps.variants import BASE
 

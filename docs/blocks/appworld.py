@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from renderers.common import benchmark, percent, results, table
+from blocks.common import benchmark, percent, results, table
 
 PROMPTS = {
     "plain": "plain",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from renderers.common import table
+from blocks.common import table
 from skillsd.config import RunConfig, SftConfig
 from skillsd.config.describe import markdown
 from skillsd.methods import METHODS

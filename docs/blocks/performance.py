@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from renderers.common import ROOT, benchmark, table
+from blocks.common import ROOT, benchmark, table
 
 
 def vs_trl() -> str:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from renderers.common import ends, percent, points, results, significant, table
+from blocks.common import ends, percent, points, results, significant, table
 
 MODELS = {
     "untouched": "untouched",

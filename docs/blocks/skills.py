@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from renderers.common import percent, points, results, table
+from blocks.common import percent, points, results, table
 
 
 def arms(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from renderers import appworld, llm, performance, reference, skills, sweeps
+from blocks import appworld, llm, performance, reference, skills, sweeps
 
 Renderer = Callable[[], str]
 
