@@ -23,7 +23,7 @@ from skillsd.envs.appworld import demonstrations, paths, prompt
 from skillsd.envs.appworld.data import APPS, SolutionTurn, World, scenario_of
 from skillsd.envs.appworld.demonstrations import demonstrate, recording_path
 from skillsd.envs.appworld.prompt import STYLES, Code, Style, Unusable, code_of, first_prompt, observation, turn_text
-from skillsd.envs.appworld.summarise import MAX_SHORT_CHARS, summarise_turns, summariser
+from skillsd.envs.appworld.summarise import MAX_SHORT_CHARS, summarise_turns
 from skillsd.envs.base import Step
 from skillsd.errors import UserError
 from skillsd.types import Demonstration, Outcome, Skill, Task, Trajectory, Turn
@@ -393,14 +393,6 @@ class TestSummarise:
     @pytest.mark.parametrize("style", STYLES)
     def test_an_episode_without_calls_gives_no_skill(self, style: Style) -> None:
         assert summarise_turns([turn(), turn(error="NameError: x"), turn(code=None)], False, style) is None
-
-    def test_an_infrastructure_failure_gives_no_skill(self) -> None:
-        def trajectory(outcome: Outcome) -> Trajectory:
-            turns = (Turn("print(1)", "1", 0, 0, turn(LOGIN)),)
-            return Trajectory(Task("t_1", "appworld", "train"), (), (), (), (), 0, turns, outcome, 0.0, False, 0)
-
-        assert summariser("react")(trajectory(Outcome.TRUNCATED_TURNS)) is not None
-        assert summariser("react")(trajectory(Outcome.ENV_ERROR)) is None
 
     def test_the_picture_is_the_code_and_its_output(self, root: Path) -> None:
         turns = (

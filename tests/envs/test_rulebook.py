@@ -10,7 +10,7 @@ import pytest
 
 from skillsd.envs.conformance import assert_conforms
 from skillsd.envs.registry import load
-from skillsd.envs.rulebook.environment import Rulebook, splits_of, summarise
+from skillsd.envs.rulebook.environment import Rulebook, splits_of
 from skillsd.envs.rulebook.game import world_rules
 from skillsd.envs.rulebook.language import COLOURS, SIGNS, WORDINGS
 from skillsd.errors import UserError
@@ -112,12 +112,6 @@ def test_a_skill_says_what_the_episode_showed() -> None:
     one = mute.summariser()(play(mute, task, [wrong, *answers[1:3], "nonsense"]))
     assert one == Skill("", f"{signs[0]} {wrong}", f"{signs[1]} {answers[1]} {signs[2]} {answers[2]}")
     assert mute.summariser()(play(mute, task, ["nonsense"] * 4)) is None
-
-
-def test_infrastructure_failures_have_no_skill() -> None:
-    task = Rulebook().tasks("train")[0]
-    trajectory = Trajectory(task, (), (), (), (), 0, (), Outcome.ENV_ERROR, 0.0, False, 0)
-    assert summarise(trajectory, WORDINGS["terse"]) is None
 
 
 def test_people_read_sentences() -> None:

@@ -77,11 +77,6 @@ def test_prose_names_pushes_and_mistakes() -> None:
     assert "legal moves only" in found.mistake_analysis
 
 
-def test_infrastructure_failures_give_no_skill() -> None:
-    failed = trajectory(ONE, "Right Right", Outcome.ENV_ERROR)
-    assert Sokoban().summariser()(failed) is None
-
-
 @pytest.fixture(scope="module")
 def stream() -> list[Demonstration]:
     return list(islice(Sokoban().demonstrations("train", seed=7), 400))

@@ -19,10 +19,11 @@ from scipy import stats
 
 from skillsd.errors import UserError
 from skillsd.files.lock import locked
+from skillsd.page.curves import means, metric_columns
 from skillsd.page.data import Report, build
 from skillsd.page.episodes import chunk, difference
 from skillsd.page.sample import sampled
-from skillsd.page.subject import open_subject
+from skillsd.page.subject import LabelledRun, open_subject
 from skillsd.report.writer import METRICS, TRAJECTORIES, read
 from skillsd.rollouts.groups import write_groups
 from skillsd.runs.folder import LOCK
@@ -345,3 +346,14 @@ def test_episodes_without_tokens_are_shown_as_text(run_folder: Path, tmp_path: P
     turn = chunk([group], run.objective(1), run.picture)["groups"][0]["episodes"][0]["turns"][0]
     assert turn["tokens"] == [0, 0]
     assert turn["action"]
+
+
+def test_reading_is_a_curve_that_may_be_below_zero_and_has_gaps() -> None:
+    records = [{"iteration": 1, "episodes": 8}, {"iteration": 2, "episodes": 24, "reading/gap": -0.125}]
+    assert metric_columns(records)["reading/gap"] == [None, -0.125]
+    assert "reading/gap" not in metric_columns(records[:1])
+    runs = [
+        (LabelledRun(None, "base", "m", seed), {"metrics": metric_columns(records), "evaluations": {}})  # type: ignore[arg-type]
+        for seed in (0, 1)
+    ]
+    assert means(runs)["m"]["metrics"]["reading/gap"] == [None, -0.125]

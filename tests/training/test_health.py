@@ -15,6 +15,7 @@ from skillsd.methods import METHODS
 from skillsd.rollouts.collect import Collected
 from skillsd.training.health import STREAK, Finding, health, never_revisited, symptoms
 from skillsd.training.metrics import describe_rollouts
+from skillsd.training.rollouts import Rollouts, TeacherContext
 from skillsd.types import Group, Outcome, Skill, Task, Trajectory
 
 TASK = Task("t", "toy", "train")
@@ -288,10 +289,16 @@ def test_entropy_and_deviation_within_groups() -> None:
 
     even = Group(TASK, (trajectory(0.5, -1.0, -2.0), trajectory(0.5, -3.0)))
     spread = Group(TASK, (trajectory(0.0, -4.0), trajectory(1.0)))
-    found = describe_rollouts(Collected([even, spread]), 1.0)
+    found = describe_rollouts(Rollouts(0, Collected([even, spread]), {}, 2.0))
     assert found["rollout/entropy_estimate"] == pytest.approx((1 + 2 + 3 + 4) / 4)
     assert found["rollout/reward_std_in_groups"] == pytest.approx((0 + 0.5) / 2)  # of the population, as in GRPO
-    nothing = describe_rollouts(Collected(), 1.0)
+    reading = {TASK.id: TeacherContext(text="x", reading=True)}
+    other = Group(Task("other", "toy", "train"), (trajectory(1.0, -5.0),))
+    found = describe_rollouts(Rollouts(0, Collected([even, other]), reading, 2.0))
+    assert found["rollout/reward"] == 1.0  # of the other group alone
+    assert found["reading/kept_up"] == 0.0
+    assert found["rollout/sampled_tokens_per_second"] == (3 + 1) / 2  # of all
+    nothing = describe_rollouts(Rollouts(0, Collected(), {}, 1.0))
     assert math.isnan(nothing["rollout/entropy_estimate"])
     assert math.isnan(nothing["rollout/reward_std_in_groups"])
 

@@ -66,6 +66,20 @@ def evenly_spaced(items: Sequence[T], count: int | None) -> Sequence[T]:
     return [items[(2 * place + 1) * len(items) // (2 * count)] for place in range(count)]
 
 
+async def play_through(environment: Environment, task: Task, actions: Sequence[str]) -> list[Step]:
+    """Play a fixed list of actions, until they or the episode end, and close the environment."""
+    try:
+        await environment.reset(task, 0)
+        steps: list[Step] = []
+        for action in actions:
+            steps.append(await environment.step(action))
+            if steps[-1].done:
+                break
+        return steps
+    finally:
+        await environment.close()
+
+
 class TaskSet(ABC):
     """An environment's tasks by split, with its optional extras: summariser, oracle, demonstrations.
 
@@ -163,7 +177,10 @@ class TaskSet(ABC):
         return None
 
     def summariser(self) -> Callable[[Trajectory], Skill | None] | None:
-        """A rule-based summariser of this environment's trajectories (no language model), or None."""
+        """A rule-based summariser of this environment's trajectories (no language model), or None.
+
+        It gets finished episodes only, successes and failures, and none that the infrastructure broke.
+        """
         return None
 
     def oracle(self, task: Task) -> str | None:

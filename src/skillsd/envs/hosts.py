@@ -30,6 +30,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from skillsd.envs import values
+
 MAX_MESSAGE_BYTES = 16 << 20
 """Longest response that is read."""
 
@@ -339,19 +341,10 @@ def _result(title: str, op: str, line: bytes, expected: Kinds) -> dict[str, Any]
         raise HostBrokenError(f"{title} sent a malformed response to {op!r}: {line[:80]!r}")
     if "error" in answer:
         raise HostReportedError(f"{title} failed at {op!r}: {answer['error']}")
-    found = _clean(answer["ok"])
+    found = values.valid_unicode(answer["ok"])
     fits = isinstance(found, dict)
     wrong = [key for key, kind in expected.items() if not (fits and isinstance(found.get(key), kind))]
     if wrong:
         raise HostBrokenError(f"{title} sent a response to {op!r} without a valid {wrong[0]!r}")
     result: dict[str, Any] = found
     return result
-
-
-def _clean(value: Any) -> Any:
-    """Replace lone surrogates in a response's strings: programs can print them, but tokenizers reject them."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, list):
-        return [_clean(item) for item in value]
-    return {_clean(key): _clean(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -17,9 +17,9 @@ Columns = dict[str, list[Any]]
 METRICS = (
     "rollout/accuracy", "rollout/reward", "rollout/reward_std_in_groups", "rollout/entropy_estimate", "rollout/turns",
     "rollout/tokens", "batch/groups_with_teacher", "batch/zero_advantage_groups", "loss/teacher_log_ratio",
-    "loss/teacher_k3", "loss/ratio_max", "loss/clip_fraction", "loss/kl_old_new", "sampler_trainer_logprob_diff/p99",
-    "sampler_trainer_logprob_diff/max", "step/grad_norm", "skills/new", "skills/skills", "skills/picked",
-    "skills/picks", "time/iteration",
+    "loss/teacher_k3", "reading/gap", "loss/ratio_max", "loss/clip_fraction", "loss/kl_old_new",
+    "sampler_trainer_logprob_diff/p99", "sampler_trainer_logprob_diff/max", "step/grad_norm", "skills/new",
+    "skills/skills", "skills/picked", "skills/picks", "time/iteration",
 )  # fmt: skip
 """The metrics that are drawn. The others are in metrics.jsonl."""
 
@@ -28,10 +28,11 @@ COSTS = ("iteration", "episodes", "seconds")
 SHARES = frozenset(
     {
         *("eval/accuracy", "eval/completion", "rollout/accuracy", "rollout/reward", "batch/groups_with_teacher"),
+        "reading/gap",
         *("batch/zero_advantage_groups", "loss/clip_fraction"),
     }
 )
-SIGNED = frozenset({"loss/teacher_log_ratio"})
+SIGNED = frozenset({"loss/teacher_log_ratio", "reading/gap"})
 """Metrics in [0, 1], and those that may be below 0: an interval does not go beyond what a metric can be."""
 
 

@@ -24,12 +24,11 @@ from skillsd.training.contexts import commit_contexts, contexts_for, select_cont
 from skillsd.training.credit import credit_skills, values_of
 from skillsd.training.metrics import (
     describe_batch,
-    describe_reading,
     describe_rollouts,
     describe_skills,
     describe_system,
 )
-from skillsd.training.reading import is_measured, may_sync, measure_reading, practice, readers, replayed
+from skillsd.training.reading import add_readers, is_measured, may_sync, measure_reading, replayed
 from skillsd.training.recorded import record_groups
 from skillsd.training.rollouts import Rollouts, TeacherContext
 from skillsd.training.run import Run
@@ -121,10 +120,7 @@ async def _sample(run: Run, reporter: Reporter, number: int, *, ahead: bool = Fa
     # 2. Pick the tasks.
     tasks, run.visits = run.curriculum.pick(number, run.visits)
     # If the sampling policy sees the context, select it before the rollouts.
-    contexts = select_contexts(run, tasks) if run.method.sampler_sees_context else readers(run, tasks, number)
-    drills = practice(run, number)
-    contexts |= {task.id: context for task, context in drills}
-    tasks += [task for task, _ in drills]
+    contexts = select_contexts(run, tasks) if run.method.sampler_sees_context else add_readers(run, tasks, number)
 
     # 3. The student samples under the plain prompt. (Some of the paper's ablations differ: see `Method`.)
     with clock("rollout"):
@@ -217,8 +213,7 @@ async def learn_phase(run: Run, rollouts: Rollouts, reporter: Reporter) -> Recor
     return {
         "iteration": run.iteration,
         **run.totals,
-        **describe_rollouts(replace(rollouts.collected, groups=rollouts.plain), rollouts.seconds),
-        **describe_reading(rollouts.readers),
+        **describe_rollouts(rollouts),
         **rollouts.figures,
         "rollout/policy_lag": lag,
         **describe_batch(batch, used, in_prompt if run.method.has_context else None),

@@ -14,39 +14,36 @@ from typing import TYPE_CHECKING
 
 from skillsd.engines.base import Learner
 from skillsd.objective import ACTION_MASK, TEACHER_MASK
-from skillsd.rollouts.collect import Collected, outcome_counts
+from skillsd.rollouts.collect import outcome_counts
 from skillsd.training.batch import Batch
-from skillsd.training.rollouts import TeacherContext
-from skillsd.types import Group
+from skillsd.training.rollouts import Rollouts, TeacherContext
 
 if TYPE_CHECKING:
     from skillsd.training.run import Run
 
 
-def describe_rollouts(collected: Collected, seconds: float) -> dict[str, float]:
-    """Metrics of the episodes of a rollout phase that took `seconds`."""
-    trajectories = [t for group in collected.groups for t in group.trajectories]
+def describe_rollouts(rollouts: Rollouts) -> dict[str, float]:
+    """Metrics of a rollout phase's episodes, without those of groups that only keep up the student's reading."""
+    collected, groups = rollouts.collected, rollouts.plain
+    trajectories = [t for group in groups for t in group.trajectories]
+    kept_up = [t.success for group in rollouts.readers for t in group.trajectories]
     count = max(1, len(trajectories))
     tokens = sum(t.action_tokens for t in trajectories)
+    sampled = sum(t.action_tokens for group in collected.groups for t in group.trajectories)
     surprisal = -sum(math.fsum(t.logprobs) for t in trajectories)  # 0 at tokens that were not sampled
     return {
         "rollout/accuracy": sum(t.success for t in trajectories) / count,
         "rollout/reward": sum(t.reward for t in trajectories) / count,
         "rollout/turns": sum(len(t.turns) for t in trajectories) / count,
         "rollout/tokens": sum(len(t.tokens) for t in trajectories) / count,
-        "rollout/sampled_tokens_per_second": tokens / seconds if seconds else 0.0,
+        "rollout/sampled_tokens_per_second": sampled / rollouts.seconds if rollouts.seconds else 0.0,
         "rollout/entropy_estimate": surprisal / tokens if tokens else math.nan,
-        "rollout/reward_std_in_groups": _mean([statistics.pstdev(group.rewards) for group in collected.groups]),
-        **{f"outcome/{name}": n / count for name, n in outcome_counts(collected.groups).items()},
+        "rollout/reward_std_in_groups": _mean([statistics.pstdev(group.rewards) for group in groups]),
+        **{f"outcome/{name}": n / count for name, n in outcome_counts(groups).items()},
         **{f"infra_failures/{name}": n for name, n in collected.infra_failures.items()},
         "rollout/dropped_groups": len(collected.dropped),
+        **({"reading/kept_up": _mean(kept_up)} if kept_up else {}),
     }
-
-
-def describe_reading(groups: Sequence[Group]) -> dict[str, float]:
-    """Metrics of the groups that keep up the student's reading; empty without any."""
-    successes = [trajectory.success for group in groups for trajectory in group.trajectories]
-    return {"reading/kept_up": sum(successes) / len(successes)} if successes else {}
 
 
 def describe_batch(

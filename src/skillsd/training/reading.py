@@ -49,11 +49,9 @@ class Reading:
 
 
 def is_measured(run: Run) -> bool:
-    """Whether the run's reading can be measured: it has a teacher with a context, which the engine can sample from."""
-    row = run.method
-    if row.teacher == "none" or row.context == "none":
-        return False
-    return _teachers_weights(run) == "student" or run.engine.capabilities.teacher_sampling
+    """Whether the teacher's reading is measured: it has a context, and the engine can sample from its weights."""
+    can_sample = _teachers_weights(run) == "student" or run.engine.capabilities.teacher_sampling
+    return run.config.measures_reading and can_sample
 
 
 async def measure_reading(run: Run, weights: Weights | None = None) -> Reading | None:
@@ -142,20 +140,19 @@ def _success(collected: Collected) -> float:
 # -- kept up --------------------------------------------------------------------------------------------------------
 
 
-def practice(run: Run, number: int) -> list[tuple[Task, TeacherContext]]:
-    """The practice groups of an iteration, with the skill that each needs. They take the place of ordinary tasks."""
-    made = []
-    for place in range(run.config.practice_groups):
-        task, skill = run.task_set.practice(seed=derive_seed(run.config.seed, "practice", number, place))
-        made.append((task, TeacherContext(text=render_skill(skill, run.template), reading=True)))
-    return made
-
-
-def readers(run: Run, tasks: Sequence[Task], number: int) -> dict[str, TeacherContext]:
-    """The tasks of an iteration whose groups act with the bank's skill in their own prompt, with that skill."""
+def add_readers(run: Run, tasks: list[Task], number: int) -> dict[str, TeacherContext]:
+    """The contexts of the iteration's groups that act with a skill in their own prompt (``reading.share``): of practice
+    tasks, which are added to `tasks`, or of some of its tasks, with the bank's skill."""
     options = run.config.reading
-    if options.source != "bank" or not options.share:
-        return {}
+    made: dict[str, TeacherContext] = {}
+    if not options.share:
+        return made
+    if options.source == "practice":
+        for place in range(run.config.practice_groups):
+            task, skill = run.task_set.practice(seed=derive_seed(run.config.seed, "practice", number, place))
+            made[task.id] = TeacherContext(text=render_skill(skill, run.template), reading=True)
+            tasks.append(task)
+        return made
     known = [(task, context) for task in tasks if (context := context_of(run, task)).text]
     order = random.Random(derive_seed(run.config.seed, "readers", number))
     order.shuffle(known)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from skillsd.envs.appworld import client, data, paths, prompt, summarise
-from skillsd.envs.base import Environment, Step, TaskSet
+from skillsd.envs.base import Environment, Step, TaskSet, play_through
 from skillsd.envs.hosts import HostBrokenError
 from skillsd.errors import UserError, unknown_name
 from skillsd.types import Demonstration, Message, Skill, Task, Trajectory
@@ -283,17 +283,7 @@ class AppWorld(TaskSet):
 
     async def play(self, task: Task, actions: Sequence[str]) -> list[Step]:
         """Play a fixed list of actions in a new world, until they or the episode end."""
-        environment = self.make()
-        try:
-            await environment.reset(task, 0)
-            steps: list[Step] = []
-            for action in actions:
-                steps.append(await environment.step(action))
-                if steps[-1].done:
-                    break
-            return steps
-        finally:
-            await environment.close()
+        return await play_through(self.make(), task, actions)
 
 
 def _root(given: str | None) -> Path:

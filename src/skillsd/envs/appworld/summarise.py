@@ -79,8 +79,6 @@ def summariser(style: Style) -> Callable[[Trajectory], Skill | None]:
     """The summariser for a prompt style: ``react`` fills all fields, ``short`` only the workflow of a success."""
 
     def summarise(trajectory: Trajectory) -> Skill | None:
-        if not trajectory.outcome.has_reward:
-            return None  # an infrastructure failure: the episode is incomplete through no fault of the student
         return summarise_turns([turn.info for turn in trajectory.turns], trajectory.success, style)
 
     return summarise

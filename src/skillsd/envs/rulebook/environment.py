@@ -190,8 +190,6 @@ class Rulebook(TaskSet):
 
 def summarise(trajectory: Trajectory, words: Words) -> Skill | None:
     """What an episode has shown, success or failure; None if that is nothing."""
-    if not trajectory.outcome.has_reward:
-        return None
     infos = [turn.info for turn in trajectory.turns]
     known = [(info["sign"], info["colour"]) for info in infos if info["colour"]]
     wrong = [(info["sign"], info["said"]) for info in infos if not info["colour"] and info["said"]]

@@ -41,8 +41,6 @@ def summariser(style: Style) -> Callable[[Trajectory], Skill | None]:
     """The summariser for a prompt style."""
 
     def summarise(trajectory: Trajectory) -> Skill | None:
-        if not trajectory.outcome.has_reward:
-            return None  # an infrastructure failure: the episode is incomplete through no fault of the student
         level = Level.from_rows(str(trajectory.task.payload["level"]).split("\n"))
         moves = [_MOVE[word] for turn in trajectory.turns for word in turn.info.get("moves", ())]
         misread = sum(bool(turn.info.get("invalid")) for turn in trajectory.turns)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from skillsd.envs import hosts
-from skillsd.envs.base import Environment, Step, TaskSet
+from skillsd.envs.base import Environment, Step, TaskSet, play_through
 from skillsd.envs.textgames import demonstrations, prompt, summarise
 from skillsd.envs.textgames.engine import Engine, pool
 from skillsd.envs.textgames.prompt import Style
@@ -205,17 +205,7 @@ class TextGames(TaskSet):
 
     async def play(self, task: Task, actions: Sequence[str]) -> list[Step]:
         """Play a fixed list of actions, until they or the episode end."""
-        environment = self.make()
-        try:
-            await environment.reset(task, 0)
-            steps: list[Step] = []
-            for action in actions:
-                steps.append(await environment.step(action))
-                if steps[-1].done:
-                    break
-            return steps
-        finally:
-            await environment.close()
+        return await play_through(self.make(), task, actions)
 
     def played(self, task: Task, commands: Sequence[str]) -> list[Step]:
         """Play commands, without an event loop."""

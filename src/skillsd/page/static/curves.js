@@ -8,6 +8,7 @@ const CHARTS = [
   ["batch/groups_with_teacher", "Groups with a teacher", "0 until tasks come again; near 1 afterwards.", { percent: true }],
   ["loss/teacher_log_ratio", "Teacher–student gap, mean l", "log π − log q over taught tokens, nats; 0: the teacher ignores its context.", {}],
   ["loss/teacher_k3", "L_SDL", "Mean of ρ (exp(−l) − 1 + l) over taught tokens, nats.", {}],
+  ["reading/gap", "Teacher's reading", "Its success told a task's skill, minus told a wrong one; near 0 it no longer reads, and L_SDL means nothing.", { percent: true }],
   ["rollout/entropy_estimate", "Entropy", "Of the sampling policy, nats per token; near 0 it has stopped exploring.", {}],
   ["rollout/turns", "Turns of an episode", "Mean over training episodes.", {}],
   ["rollout/tokens", "Tokens of an episode", "Prompt included; mean over training episodes.", {}],
